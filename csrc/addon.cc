@@ -1,0 +1,355 @@
+// The only file that knows Node. Handles are numbers in a table owned by the environment (main thread or worker), never
+// reused: a stale one is an error, not a dangling pointer. Long work goes to the device's own thread; its promise is
+// settled through a thread-safe function.
+#include <napi.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "device.h"
+#include "loader.h"
+
+namespace rw {
+namespace {
+
+// A finished job on its way back: settles its promise on JavaScript's thread.
+struct Outcome {
+  Napi::Promise::Deferred deferred;
+  std::function<Napi::Value(Napi::Env)> result;  // called on JavaScript's thread; may throw Napi::Error
+  std::string error;
+  bool cancelled = false;
+};
+
+struct DeviceEntry;
+void settle(Napi::Env env, Napi::Function, DeviceEntry* entry, Outcome* outcome);
+using Settle = Napi::TypedThreadSafeFunction<DeviceEntry, Outcome, settle>;
+
+struct DeviceEntry {
+  std::shared_ptr<Device> device;
+  Settle settle;
+  int pending = 0;  // jobs whose promise is open: while there are some, the process stays alive
+  napi_env env = nullptr;
+  bool closed = false;
+};
+
+struct Plan {
+  std::shared_ptr<DeviceEntry> entry;
+  std::vector<std::shared_ptr<Buffer>> buffers;
+  DecodedPlan decoded;
+};
+
+struct Addon {
+  uint32_t next = 1;
+  std::map<uint32_t, std::shared_ptr<DeviceEntry>> devices;
+  std::map<uint32_t, std::shared_ptr<Buffer>> buffers;
+  std::map<uint32_t, std::pair<uint32_t, std::shared_ptr<Plan>>> plans;
+  std::map<uint32_t, uint32_t> buffer_device;
+};
+
+Addon& addon(const Napi::CallbackInfo& info) { return *info.Env().GetInstanceData<Addon>(); }
+
+[[noreturn]] void fail(Napi::Env env, const std::string& message) { throw Napi::Error::New(env, message); }
+
+double number(const Napi::CallbackInfo& info, size_t i) {
+  if (i >= info.Length() || !info[i].IsNumber())
+    throw Napi::TypeError::New(info.Env(), "argument " + std::to_string(i) + " must be a number");
+  return info[i].As<Napi::Number>().DoubleValue();
+}
+
+int64_t integer(const Napi::CallbackInfo& info, size_t i, int64_t low, int64_t high) {
+  const double value = number(info, i);
+  if (!(value >= static_cast<double>(low) && value <= static_cast<double>(high)) || value != std::floor(value))
+    throw Napi::RangeError::New(info.Env(), "argument " + std::to_string(i) + " must be a whole number from " +
+                                                std::to_string(low) + " to " + std::to_string(high));
+  return static_cast<int64_t>(value);
+}
+
+constexpr int64_t kMaxSize = int64_t{1} << 52;
+
+template <typename T>
+T& find(Napi::Env env, std::map<uint32_t, T>& table, int64_t id, const char* what) {
+  const auto found = table.find(static_cast<uint32_t>(id));
+  if (found == table.end()) fail(env, std::string("this ") + what + " was disposed");
+  return found->second;
+}
+
+template <typename T>
+T& handle(const Napi::CallbackInfo& info, size_t i, std::map<uint32_t, T>& table, const char* what) {
+  return find(info.Env(), table, integer(info, i, 0, UINT32_MAX), what);
+}
+
+void settle(Napi::Env env, Napi::Function, DeviceEntry* entry, Outcome* raw) {
+  const std::unique_ptr<Outcome> outcome(raw);
+  if (env == nullptr) return;  // the environment is going away: nobody listens
+  if (--entry->pending == 0 && !entry->closed) entry->settle.Unref(env);
+  if (outcome->error.empty()) {
+    try {
+      outcome->deferred.Resolve(outcome->result ? outcome->result(env) : env.Undefined());
+    } catch (const Napi::Error& error) {
+      outcome->deferred.Reject(error.Value());
+    }
+    return;
+  }
+  Napi::Error error = Napi::Error::New(env, outcome->error);
+  error.Set("code", Napi::String::New(env, outcome->cancelled ? "ERR_CANCELLED" : "ERR_DEVICE"));
+  outcome->deferred.Reject(error.Value());
+}
+
+// Queues `work` (on the device's thread) and promises what it leaves in the outcome.
+Napi::Value enqueue(Napi::Env env, const std::shared_ptr<DeviceEntry>& entry, std::function<void(Outcome&)> work) {
+  auto* outcome = new Outcome{Napi::Promise::Deferred::New(env), nullptr, "", false};
+  const Napi::Value promise = outcome->deferred.Promise();
+  DeviceEntry* raw = entry.get();
+  const bool taken = entry->device->submit([raw, outcome, work = std::move(work)] {
+    try {
+      work(*outcome);
+    } catch (const std::bad_alloc&) {
+      outcome->error = "out of host memory";
+    } catch (const std::exception& error) {
+      outcome->error = error.what();
+    }
+    if (raw->settle.BlockingCall(outcome) != napi_ok) delete outcome;
+  });
+  if (!taken) {
+    delete outcome;
+    fail(env, "this device was disposed");
+  }
+  if (entry->pending++ == 0) entry->settle.Ref(env);
+  return promise;
+}
+
+void close_entry(void* data) {
+  auto* held = static_cast<std::shared_ptr<DeviceEntry>*>(data);
+  DeviceEntry& entry = **held;
+  if (!entry.closed) {
+    entry.closed = true;
+    entry.device->stop();
+    entry.settle.Release();
+  }
+  delete held;
+}
+
+// (backend: string, index: number, threads: number) -> handle
+Napi::Value open_device(const Napi::CallbackInfo& info) {
+  Napi::Env env = info.Env();
+  const std::string backend = info[0].ToString();
+  const int index = static_cast<int>(integer(info, 1, 0, 1023));
+  const int threads = static_cast<int>(integer(info, 2, 0, 1024));
+  auto entry = std::make_shared<DeviceEntry>();
+  try {
+    entry->device = std::make_shared<Device>(backend, index, threads);
+  } catch (const std::exception& error) {
+    fail(env, error.what());
+  }
+  entry->env = env;
+  entry->settle = Settle::New(env, "ropewalk device", 0, 1, entry.get());
+  entry->settle.Unref(env);
+  // Registered after the thread-safe function, so that it runs before that is torn down: the thread is then gone.
+  auto* held = new std::shared_ptr<DeviceEntry>(entry);
+  napi_add_env_cleanup_hook(env, close_entry, held);
+  const uint32_t id = addon(info).next++;
+  addon(info).devices.emplace(id, std::move(entry));
+  return Napi::Number::New(env, id);
+}
+
+// (device) -> string
+Napi::Value describe(const Napi::CallbackInfo& info) {
+  Device& device = *handle(info, 0, addon(info).devices, "device")->device;
+  return Napi::String::New(info.Env(), device.backend().describe(device.handle()));
+}
+
+// (device): ends the running plan and those queued
+void cancel(const Napi::CallbackInfo& info) { handle(info, 0, addon(info).devices, "device")->device->cancel(); }
+
+// (device, bytes) -> handle
+Napi::Value alloc(const Napi::CallbackInfo& info) {
+  Napi::Env env = info.Env();
+  const auto& entry = handle(info, 0, addon(info).devices, "device");
+  const int64_t bytes = integer(info, 1, 1, kMaxSize);
+  std::shared_ptr<Buffer> buffer;
+  try {
+    buffer = std::make_shared<Buffer>(entry->device, static_cast<size_t>(bytes));
+  } catch (const std::exception& error) {
+    fail(env, error.what());
+  }
+  const uint32_t id = addon(info).next++;
+  addon(info).buffers.emplace(id, std::move(buffer));
+  addon(info).buffer_device.emplace(id, static_cast<uint32_t>(info[0].As<Napi::Number>().Uint32Value()));
+  return Napi::Number::New(env, id);
+}
+
+void free_buffer(const Napi::CallbackInfo& info) {
+  const uint32_t id = static_cast<uint32_t>(integer(info, 0, 0, UINT32_MAX));
+  addon(info).buffers.erase(id);
+  addon(info).buffer_device.erase(id);
+}
+
+const std::shared_ptr<DeviceEntry>& device_of(const Napi::CallbackInfo& info, size_t i) {
+  const uint32_t device = handle(info, i, addon(info).buffer_device, "buffer");
+  return find(info.Env(), addon(info).devices, device, "device");
+}
+
+void check_range(const Napi::CallbackInfo& info, const Buffer& buffer, int64_t offset, int64_t bytes) {
+  if (offset > static_cast<int64_t>(buffer.bytes()) || bytes > static_cast<int64_t>(buffer.bytes()) - offset)
+    throw Napi::RangeError::New(info.Env(), std::to_string(bytes) + " bytes at offset " + std::to_string(offset) +
+                                                " do not lie inside a buffer of " + std::to_string(buffer.bytes()));
+}
+
+// (buffer, offset, bytes: Uint8Array) -> promise. The bytes are copied at once: the caller may reuse its array.
+Napi::Value upload(const Napi::CallbackInfo& info) {
+  std::shared_ptr<Buffer> buffer = handle(info, 0, addon(info).buffers, "buffer");
+  const int64_t offset = integer(info, 1, 0, kMaxSize);
+  if (!info[2].IsTypedArray()) throw Napi::TypeError::New(info.Env(), "argument 2 must be a Uint8Array");
+  const auto array = info[2].As<Napi::Uint8Array>();
+  check_range(info, *buffer, offset, static_cast<int64_t>(array.ByteLength()));
+  auto bytes = std::make_shared<std::vector<uint8_t>>(array.Data(), array.Data() + array.ByteLength());
+  return enqueue(info.Env(), device_of(info, 0), [buffer, offset, bytes](Outcome&) {
+    buffer->upload(static_cast<size_t>(offset), bytes->data(), bytes->size());
+  });
+}
+
+// (buffer, offset, bytes: number) -> promise of a Uint8Array
+Napi::Value download(const Napi::CallbackInfo& info) {
+  std::shared_ptr<Buffer> buffer = handle(info, 0, addon(info).buffers, "buffer");
+  const int64_t offset = integer(info, 1, 0, kMaxSize), size = integer(info, 2, 0, int64_t{1} << 30);
+  check_range(info, *buffer, offset, size);
+  return enqueue(info.Env(), device_of(info, 0), [buffer, offset, size](Outcome& outcome) {
+    auto bytes = std::make_shared<std::vector<uint8_t>>(static_cast<size_t>(size));
+    buffer->download(static_cast<size_t>(offset), bytes->data(), bytes->size());
+    outcome.result = [bytes](Napi::Env env) -> Napi::Value {
+      Napi::ArrayBuffer copy = Napi::ArrayBuffer::New(env, bytes->size());
+      std::memcpy(copy.Data(), bytes->data(), bytes->size());
+      return Napi::Uint8Array::New(env, bytes->size(), copy, 0);
+    };
+  });
+}
+
+// (buffer, offset, dtype, fd, file offset, file dtype, count) -> promise
+Napi::Value read(const Napi::CallbackInfo& info) {
+  std::shared_ptr<Buffer> buffer = handle(info, 0, addon(info).buffers, "buffer");
+  const int64_t offset = integer(info, 1, 0, kMaxSize);
+  const auto dtype = static_cast<DType>(integer(info, 2, 0, 2));
+  const int fd = static_cast<int>(integer(info, 3, 0, INT32_MAX));
+  const int64_t file_offset = integer(info, 4, 0, kMaxSize);
+  const auto file_dtype = static_cast<FileDType>(integer(info, 5, 0, 4));
+  const int64_t count = integer(info, 6, 0, kMaxSize / 8);
+  if ((dtype == DType::i32) != (file_dtype == FileDType::i32))
+    throw Napi::TypeError::New(info.Env(), "integers are not converted to floating point or back");
+  check_range(info, *buffer, offset, count * dtype_bytes(dtype));
+  return enqueue(info.Env(), device_of(info, 0), [=](Outcome&) {
+    read_file(*buffer, static_cast<size_t>(offset), dtype, fd, file_offset, file_dtype, count);
+  });
+}
+
+// (device, name, words: Float64Array, buffers: Uint32Array) -> handle
+Napi::Value load_plan(const Napi::CallbackInfo& info) {
+  Napi::Env env = info.Env();
+  auto plan = std::make_shared<Plan>();
+  plan->entry = handle(info, 0, addon(info).devices, "device");
+  const std::string name = info[1].ToString();
+  if (!info[2].IsTypedArray() || !info[3].IsTypedArray())
+    throw Napi::TypeError::New(env, "arguments 2 and 3 must be a Float64Array and a Uint32Array");
+  const auto words = info[2].As<Napi::Float64Array>();
+  const auto ids = info[3].As<Napi::Uint32Array>();
+  std::vector<Memory> memory;
+  for (size_t i = 0; i < ids.ElementLength(); i++) {
+    plan->buffers.push_back(find(env, addon(info).buffers, ids[i], "buffer"));
+    if (plan->buffers.back()->device() != plan->entry->device) fail(env, "a buffer belongs to another device");
+    memory.push_back({plan->buffers.back()->base(), plan->buffers.back()->bytes()});
+  }
+  try {
+    plan->decoded = decode_plan(name, words.Data(), words.ElementLength(), memory);
+  } catch (const std::exception& error) {
+    fail(env, "plan \"" + name + "\": " + error.what());
+  }
+  const uint32_t id = addon(info).next++;
+  const uint32_t device = static_cast<uint32_t>(info[0].As<Napi::Number>().Uint32Value());
+  addon(info).plans.emplace(id, std::make_pair(device, std::move(plan)));
+  return Napi::Number::New(env, id);
+}
+
+void free_plan(const Napi::CallbackInfo& info) {
+  addon(info).plans.erase(static_cast<uint32_t>(integer(info, 0, 0, UINT32_MAX)));
+}
+
+// (plan) -> promise
+Napi::Value run(const Napi::CallbackInfo& info) {
+  const auto& [device, plan] = handle(info, 0, addon(info).plans, "plan");
+  const auto& entry = find(info.Env(), addon(info).devices, device, "device");
+  const uint64_t ticket = entry->device->next_ticket();
+  return enqueue(info.Env(), entry, [plan = plan, ticket](Outcome& outcome) {
+    if (plan->entry->device->run(plan->decoded, ticket) == RW_CANCELLED) {
+      outcome.error = "plan \"" + plan->decoded.name + "\" was cancelled";
+      outcome.cancelled = true;
+    }
+  });
+}
+
+// (device): waits for the operation that is running, drops what is queued, frees what only this device held
+void close_device(const Napi::CallbackInfo& info) {
+  const uint32_t id = static_cast<uint32_t>(integer(info, 0, 0, UINT32_MAX));
+  const auto found = addon(info).devices.find(id);
+  if (found == addon(info).devices.end()) return;
+  DeviceEntry& entry = *found->second;
+  if (entry.pending > 0) fail(info.Env(), "this device is still at work: await its promises before it is disposed");
+  entry.device->stop();
+  entry.closed = true;
+  entry.settle.Release();
+  for (auto it = addon(info).plans.begin(); it != addon(info).plans.end();)
+    it = it->second.first == id ? addon(info).plans.erase(it) : std::next(it);
+  for (auto it = addon(info).buffer_device.begin(); it != addon(info).buffer_device.end();) {
+    if (it->second == id) {
+      addon(info).buffers.erase(it->first);
+      it = addon(info).buffer_device.erase(it);
+    } else {
+      ++it;
+    }
+  }
+  addon(info).devices.erase(found);
+}
+
+// () -> [{ name, available, detail }]
+Napi::Value backends(const Napi::CallbackInfo& info) {
+  Napi::Env env = info.Env();
+  Napi::Array result = Napi::Array::New(env);
+  for (const BackendStatus& status : list_backends()) {
+    Napi::Object row = Napi::Object::New(env);
+    row.Set("name", status.name);
+    row.Set("available", status.available);
+    row.Set("detail", status.detail);
+    result.Set(result.Length(), row);
+  }
+  return result;
+}
+
+Napi::Object init(Napi::Env env, Napi::Object exports) {
+  env.SetInstanceData(new Addon());
+  char hash[17];
+  std::snprintf(hash, sizeof(hash), "%016llx", static_cast<unsigned long long>(table_hash));
+  exports.Set("tableHash", hash);
+  exports.Set("backends", Napi::Function::New<backends>(env));
+  exports.Set("openDevice", Napi::Function::New<open_device>(env));
+  exports.Set("closeDevice", Napi::Function::New<close_device>(env));
+  exports.Set("describe", Napi::Function::New<describe>(env));
+  exports.Set("cancel", Napi::Function::New<cancel>(env));
+  exports.Set("alloc", Napi::Function::New<alloc>(env));
+  exports.Set("free", Napi::Function::New<free_buffer>(env));
+  exports.Set("upload", Napi::Function::New<upload>(env));
+  exports.Set("download", Napi::Function::New<download>(env));
+  exports.Set("read", Napi::Function::New<read>(env));
+  exports.Set("loadPlan", Napi::Function::New<load_plan>(env));
+  exports.Set("freePlan", Napi::Function::New<free_plan>(env));
+  exports.Set("run", Napi::Function::New<run>(env));
+  return exports;
+}
+
+}  // namespace
+}  // namespace rw
+
+NODE_API_MODULE(ropewalk, rw::init)

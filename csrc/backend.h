@@ -1,0 +1,47 @@
+// The C ABI of a backend: a table of functions, with the version of this file and the hash of ops.def.
+// A backend sees device pointers and commands; it knows neither JavaScript nor models nor other backends.
+#pragma once
+#include <stddef.h>
+#include <stdint.h>
+
+extern "C" {
+
+#define RW_BACKEND_ABI 1
+
+typedef struct rw_device rw_device;
+
+// One recorded operation: `args` points to the argument struct of row `op` of the table.
+typedef struct rw_command {
+  uint32_t op;
+  const void* args;
+} rw_command;
+
+typedef struct rw_open_options {
+  int32_t index;    // which device of this backend
+  int32_t threads;  // CPU threads, 0 = one per available core
+} rw_open_options;
+
+enum { RW_OK = 0, RW_ERROR = 1, RW_CANCELLED = 2 };
+
+// Functions that return int give one of the above; after RW_ERROR, last_error() of the same thread says why.
+// A device runs, uploads and downloads on one thread at a time; alloc and release may be called from another.
+typedef struct rw_backend {
+  uint32_t abi;         // RW_BACKEND_ABI
+  uint64_t table_hash;  // rw::table_hash
+  const char* name;
+  int (*open)(const rw_open_options* options, rw_device** device);
+  void (*close)(rw_device* device);
+  // One line for people: instruction set and threads, or the card's name. Valid as long as the device.
+  const char* (*describe)(rw_device* device);
+  int (*alloc)(rw_device* device, size_t bytes, void** memory);
+  void (*release)(rw_device* device, void* memory);
+  int (*upload)(rw_device* device, void* to, const void* from, size_t bytes);
+  int (*download)(rw_device* device, void* to, const void* from, size_t bytes);
+  // Whether the host may read and write the device's memory through the same pointers.
+  int (*host_visible)(rw_device* device);
+  // Runs the commands in order. `cancel` is read between two of them; a non-zero value ends the run.
+  int (*run)(rw_device* device, const char* plan, const rw_command* commands, size_t count, const int32_t* cancel);
+  const char* (*last_error)(void);
+} rw_backend;
+
+}  // extern "C"

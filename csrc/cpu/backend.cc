@@ -1,0 +1,271 @@
+// The CPU backend: its thread pool, its memory, the choice of instruction set, and the C ABI of backend.h.
+#include "../backend.h"
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdlib>
+#include <cstring>
+#include <exception>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#ifdef __linux__
+#include <sched.h>
+#include <sys/mman.h>
+#endif
+
+#include "backend.h"
+#include "cpu.h"
+
+namespace rw::cpu {
+namespace {
+
+constexpr size_t kAlignment = 64;
+
+struct FreeDeleter {
+  void operator()(void* p) const { std::free(p); }
+};
+
+int available_cores() {
+#ifdef __linux__
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) return std::max(1, CPU_COUNT(&set));
+#endif
+  return std::max(1u, std::thread::hardware_concurrency());
+}
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+// Threads that take tasks of one parallel loop at a time from a shared counter. A worker that runs out of work watches
+// for the next loop for some microseconds, because ops follow each other closely, and then sleeps.
+class Pool final : public Context {
+ public:
+  explicit Pool(int threads) : scratch_(threads) {
+    for (int i = 1; i < threads; i++) workers_.emplace_back([this, i] { work(i); });
+  }
+  ~Pool() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      stop_ = true;
+      generation_.fetch_add(1);
+    }
+    wake_.notify_all();
+    for (std::thread& worker : workers_) worker.join();
+  }
+
+  int threads() const override { return static_cast<int>(workers_.size()) + 1; }
+
+  void run_tasks(int64_t tasks, TaskBody body, void* data) override {
+    if (tasks <= 1 || workers_.empty()) {
+      for (int64_t task = 0; task < tasks; task++) body(data, task, 0);
+      return;
+    }
+    body_ = body;
+    data_ = data;
+    tasks_ = tasks;
+    next_.store(0, std::memory_order_relaxed);
+    busy_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      generation_.fetch_add(1, std::memory_order_release);
+    }
+    if (sleeping_.load() > 0) wake_.notify_all();
+    take(0);
+    for (int spin = 0; busy_.load(std::memory_order_acquire) > 0; spin++) {
+      if (spin < kSpins) pause();
+      else std::this_thread::yield();
+    }
+    if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
+  }
+
+  void* scratch(int thread, size_t bytes) override {
+    Scratch& own = scratch_[thread];
+    if (own.bytes < bytes) {
+      own.memory.reset();
+      own.bytes = 0;
+      const size_t rounded = (bytes + kAlignment - 1) / kAlignment * kAlignment;
+      own.memory.reset(std::aligned_alloc(kAlignment, rounded));
+      if (!own.memory) throw std::bad_alloc();
+      own.bytes = rounded;
+    }
+    return own.memory.get();
+  }
+
+ private:
+  static constexpr int kSpins = 4000;  // about 40 us
+
+  struct alignas(kAlignment) Scratch {
+    std::unique_ptr<void, FreeDeleter> memory;
+    size_t bytes = 0;
+  };
+
+  // Of several failures the first is kept, and the remaining tasks are dropped.
+  void take(int thread) {
+    try {
+      for (int64_t task; (task = next_.fetch_add(1, std::memory_order_relaxed)) < tasks_;) body_(data_, task, thread);
+    } catch (...) {
+      next_.store(tasks_, std::memory_order_relaxed);
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (!failure_) failure_ = std::current_exception();
+    }
+  }
+
+  void work(int thread) {
+    uint64_t seen = 0;
+    for (;;) {
+      for (int spin = 0; spin < kSpins && generation_.load(std::memory_order_acquire) == seen; spin++) pause();
+      if (generation_.load(std::memory_order_acquire) == seen) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        sleeping_.fetch_add(1);
+        wake_.wait(lock, [&] { return generation_.load() != seen; });
+        sleeping_.fetch_sub(1);
+      }
+      seen = generation_.load(std::memory_order_acquire);
+      if (stop_) return;
+      take(thread);
+      busy_.fetch_sub(1, std::memory_order_release);
+    }
+  }
+
+  std::vector<std::thread> workers_;
+  std::vector<Scratch> scratch_;
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::atomic<uint64_t> generation_{0};
+  std::atomic<int> sleeping_{0};
+  std::atomic<int> busy_{0};
+  std::atomic<int64_t> next_{0};
+  bool stop_ = false;
+  TaskBody body_ = nullptr;
+  void* data_ = nullptr;
+  int64_t tasks_ = 0;
+  std::exception_ptr failure_;
+};
+
+// The widest instruction set that this processor has, or a narrower one that ROPEWALK_ISA names.
+const Kernels& choose_kernels() {
+  const Kernels* best = &baseline::kernels;
+  const char* wanted = std::getenv("ROPEWALK_ISA");
+  if (wanted && *wanted && std::strcmp(wanted, "baseline") && std::strcmp(wanted, "avx2") &&
+      std::strcmp(wanted, "avx512")) {
+    throw std::runtime_error(std::string("ROPEWALK_ISA is \"") + wanted + "\": expected baseline, avx2 or avx512");
+  }
+#if defined(__x86_64__)
+  const bool any = !wanted || !*wanted;
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                        __builtin_cpu_supports("bmi2");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (!any && !std::strcmp(wanted, "avx2") && !has_avx2)
+    throw std::runtime_error("ROPEWALK_ISA is avx2, but this processor has no AVX2 with FMA");
+  if (!any && !std::strcmp(wanted, "avx512") && !has_avx512)
+    throw std::runtime_error("ROPEWALK_ISA is avx512, but this processor has no AVX-512 (F, BW, VL, DQ)");
+  if (has_avx2 && (any || !std::strcmp(wanted, "avx2"))) best = &avx2::kernels;
+  if (has_avx512 && (any || !std::strcmp(wanted, "avx512"))) best = &avx512::kernels;
+#else
+  if (wanted && *wanted && std::strcmp(wanted, "baseline"))
+    throw std::runtime_error(std::string("ROPEWALK_ISA is ") + wanted + ", but this is not an x86-64 processor");
+#endif
+  return *best;
+}
+
+struct Device {
+  explicit Device(int threads) : kernels(choose_kernels()), pool(threads) {
+    description = std::string(kernels.isa) + ", " + std::to_string(threads) + (threads == 1 ? " thread" : " threads");
+  }
+  const Kernels& kernels;
+  Pool pool;
+  std::string description;
+};
+
+thread_local std::string last_error;
+
+// Backend code throws inside; nothing leaves the C ABI but a code and a message.
+template <typename Body>
+int guarded(Body&& body) {
+  try {
+    return body();
+  } catch (const std::bad_alloc&) {
+    last_error = "out of memory";
+  } catch (const std::exception& error) {
+    last_error = error.what();
+  }
+  return RW_ERROR;
+}
+
+Device* from(rw_device* device) { return reinterpret_cast<Device*>(device); }
+
+int open(const rw_open_options* options, rw_device** device) {
+  return guarded([&] {
+    if (options->index != 0) throw std::runtime_error("there is one cpu device, \"cpu\"");
+    const int threads = options->threads > 0 ? options->threads : available_cores();
+    *device = reinterpret_cast<rw_device*>(new Device(threads));
+    return RW_OK;
+  });
+}
+
+void close(rw_device* device) { delete from(device); }
+
+const char* describe(rw_device* device) { return from(device)->description.c_str(); }
+
+int alloc(rw_device*, size_t bytes, void** memory) {
+  return guarded([&] {
+    const size_t rounded = std::max<size_t>(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
+    if (rounded < bytes) throw std::bad_alloc();
+    // Large blocks start on a huge page, so that the kernel can back them with few of them.
+    constexpr size_t kHuge = size_t{2} << 20;
+    const bool huge = rounded >= 4 * kHuge;
+    *memory = std::aligned_alloc(huge ? kHuge : kAlignment, huge ? (rounded + kHuge - 1) / kHuge * kHuge : rounded);
+    if (!*memory) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+    if (huge) madvise(*memory, rounded, MADV_HUGEPAGE);
+#endif
+    return RW_OK;
+  });
+}
+
+void release(rw_device*, void* memory) { std::free(memory); }
+
+int copy(rw_device*, void* to, const void* from, size_t bytes) {
+  std::memcpy(to, from, bytes);
+  return RW_OK;
+}
+
+int host_visible(rw_device*) { return 1; }
+
+int run(rw_device* device, const char* plan, const rw_command* commands, size_t count, const int32_t* cancel) {
+  size_t at = 0;
+  const int code = guarded([&] {
+    const auto* flag = reinterpret_cast<const volatile int32_t*>(cancel);
+    for (; at < count; at++) {
+      if (flag && *flag) return RW_CANCELLED;
+      from(device)->kernels.run[commands[at].op](from(device)->pool, commands[at].args);
+    }
+    return RW_OK;
+  });
+  if (code == RW_ERROR)
+    last_error = std::string(op_info[commands[at].op].name) + " (#" + std::to_string(at) + " of plan \"" + plan +
+                 "\"): " + last_error;
+  return code;
+}
+
+const char* error() { return last_error.c_str(); }
+
+const rw_backend backend_functions = {RW_BACKEND_ABI, table_hash, "cpu", open, close,        describe, alloc,
+                            release,        copy,       copy,  host_visible, run,  error};
+
+}  // namespace
+
+const rw_backend* backend() { return &backend_functions; }
+
+}  // namespace rw::cpu

@@ -1,0 +1,102 @@
+// Vectors as wide as the instruction set of this compilation, in the compiler's own vector types: the same source gives
+// SSE2 or NEON (4 floats), AVX2 (8) and AVX-512 (16). Multiplications and additions contract to fused ones where the
+// instruction set has them (-ffp-contract=fast).
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+#define RW_VECTOR_BYTES 64
+#elif defined(__AVX2__)
+#define RW_VECTOR_BYTES 32
+#else
+#define RW_VECTOR_BYTES 16
+#endif
+
+namespace rw::cpu::RW_ISA {
+
+constexpr int64_t VL = RW_VECTOR_BYTES / 4;  // floats in a vector
+
+typedef float vf __attribute__((vector_size(RW_VECTOR_BYTES)));
+typedef int32_t vi __attribute__((vector_size(RW_VECTOR_BYTES)));
+typedef uint32_t vu __attribute__((vector_size(RW_VECTOR_BYTES)));
+typedef uint16_t vh __attribute__((vector_size(RW_VECTOR_BYTES / 2)));
+typedef float vf_unaligned __attribute__((vector_size(RW_VECTOR_BYTES), aligned(4), may_alias));
+typedef uint16_t vh_unaligned __attribute__((vector_size(RW_VECTOR_BYTES / 2), aligned(2), may_alias));
+
+// bf16 is stored as the upper half of an f32.
+struct bf16 {
+  uint16_t bits;
+};
+
+inline vf splat(float x) { return vf{} + x; }
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) {
+  uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+// Rounds to nearest, ties to even; NaN stays NaN.
+inline bf16 to_bf16(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>((bits >> 16) | 0x40)};
+  return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16)};
+}
+inline void store_one(float* p, float x) { *p = x; }
+inline void store_one(bf16* p, float x) { *p = to_bf16(x); }
+
+inline vf load(const float* p) { return *reinterpret_cast<const vf_unaligned*>(p); }
+inline vf load(const bf16* p) {
+  vh half = *reinterpret_cast<const vh_unaligned*>(p);
+  return (vf)(__builtin_convertvector(half, vu) << 16);
+}
+inline void store(float* p, vf x) { *reinterpret_cast<vf_unaligned*>(p) = x; }
+inline void store(bf16* p, vf x) {
+  vu bits = (vu)x;
+  vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
+  vu quiet = (bits >> 16) | 0x40;
+  vu nan = (vu)((bits & 0x7fffffffu) > 0x7f800000u);
+  vu chosen = (nan & quiet) | (~nan & rounded);
+  *reinterpret_cast<vh_unaligned*>(p) = __builtin_convertvector(chosen, vh);
+}
+
+// Sum of the lanes, always in the same order.
+inline float sum(vf x) {
+  float lane[VL];
+  memcpy(lane, &x, sizeof(lane));
+  for (int64_t width = VL / 2; width > 0; width /= 2)
+    for (int64_t i = 0; i < width; i++) lane[i] += lane[i + width];
+  return lane[0];
+}
+
+inline vf max(vf a, vf b) { return a > b ? a : b; }
+
+// e^x to within 1.5 units in the last place: x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial of degree 7 for e^r, and
+// n added to the exponent. Below -87.3 the result is 0 (never a denormal), above 88.7 it is infinite, NaN stays NaN.
+inline vf exp(vf x) {
+  vf n = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: rounds to nearest in the low bits
+  vi exponent = (vi)n - 0x4b400000;
+  n = n - 12582912.0f;
+  vf r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  vf p = splat(1.0f / 5040);
+  p = p * r + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  // 2^n in two factors, so that results up to the largest float are reached
+  vi half = exponent >> 1;
+  vf result = p * (vf)((half + 127) << 23) * (vf)((exponent - half + 127) << 23);
+  result = x < -87.33654f ? vf{} : result;
+  result = x > 88.72283f ? splat(__builtin_inff()) : result;
+  return x != x ? x : result;
+}
+
+}  // namespace rw::cpu::RW_ISA

@@ -1,0 +1,83 @@
+// A device as the addon sees it: a backend's device, and one thread that works off jobs in order, so that nothing long
+// happens on JavaScript's thread and nothing overlaps on the device.
+#pragma once
+#include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+
+#include "backend.h"
+#include "ops.h"
+#include "plan.h"
+
+namespace rw {
+
+class Device {
+ public:
+  // Throws std::runtime_error where the backend or its device is not available.
+  Device(const std::string& backend, int index, int threads);
+  ~Device();
+
+  const rw_backend& backend() const { return *backend_; }
+  rw_device* handle() const { return handle_; }
+
+  // Appends a job for the device's thread. False after stop(): the job was not taken.
+  bool submit(std::function<void()> job);
+  // Ends the running plan between two operations and those that are queued now.
+  void cancel() { cancel_before_ = submitted_.load(); flag_.store(1); }
+  // Ends the running plan, drops all jobs and joins the thread. Safe to call twice.
+  void stop();
+
+  // For jobs: runs a plan; gives RW_OK or RW_CANCELLED, throws std::runtime_error with the backend's message.
+  int run(const DecodedPlan& plan, uint64_t ticket);
+  uint64_t next_ticket() { return ++submitted_; }
+
+ private:
+  void work();
+
+  const rw_backend* backend_;
+  rw_device* handle_ = nullptr;
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::deque<std::function<void()>> jobs_;
+  bool stopping_ = false;
+  std::atomic<int32_t> flag_{0};
+  std::atomic<uint64_t> submitted_{0};
+  std::atomic<uint64_t> cancel_before_{0};
+  std::thread thread_;
+};
+
+// A block of device memory; freed with the last plan or job that uses it.
+class Buffer {
+ public:
+  Buffer(std::shared_ptr<Device> device, size_t bytes);  // throws std::runtime_error when out of memory
+  ~Buffer();
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  const std::shared_ptr<Device>& device() const { return device_; }
+  char* base() const { return static_cast<char*>(memory_); }
+  size_t bytes() const { return bytes_; }
+
+  // On the device's thread. Offsets were checked by the caller.
+  void upload(size_t offset, const void* from, size_t bytes);
+  void download(size_t offset, void* to, size_t bytes);
+
+ private:
+  std::shared_ptr<Device> device_;
+  void* memory_ = nullptr;
+  size_t bytes_;
+};
+
+enum class FileDType : int { f32, bf16, i32, f16, f64 };
+size_t file_dtype_bytes(FileDType dtype);
+
+// Reads `count` elements of a file straight into device memory, converting the dtype on the way where it differs. No
+// second copy of the tensor exists: the file is read in place, or through a staging block of a few MB.
+void read_file(Buffer& to, size_t offset, DType dtype, int fd, int64_t file_offset, FileDType file_dtype, int64_t count);
+
+}  // namespace rw

@@ -1,0 +1,189 @@
+import { quote } from '../errors.js'
+import { rotationTable } from '../rope.js'
+import type { Device } from '../runtime/device.js'
+import type { LlamaConfig } from './config.js'
+import type { BatchTensors } from './forward.js'
+
+/** A host tensor, as in onnxruntime-common: elements in row-major order. */
+export interface HostTensor<Data = Float32Array | Uint16Array | Int32Array> {
+  type: 'float32' | 'bfloat16' | 'int32'
+  dims: readonly number[]
+  data: Data
+}
+
+/** Token ids (B,T): an array of rows of one length, or an int32 tensor. */
+export type Tokens = readonly (readonly number[])[] | { dims: readonly number[]; data: Int32Array }
+
+export interface BatchOptions {
+  /** (B,T) as in transformers: what each token is, -100 to ignore it; position t predicts entry t + 1. Default: tokens. */
+  labels?: Tokens
+  /** (B,T) position of each token; default 0 .. T-1. Packed documents restart at 0. */
+  positions?: Tokens
+  /** (B,T) first index in its row that each token may attend to; default 0. */
+  first?: Tokens
+}
+
+/** A checked batch on the host. */
+export interface Batch {
+  rows: number
+  time: number
+  ids: Int32Array
+  /** Shifted: entry n is the label of the prediction at n, -1 for none. */
+  labels: Int32Array
+  positions: Int32Array
+  first: Int32Array
+  /** Number of predictions that count. */
+  targets: number
+}
+
+function matrix(value: Tokens, name: string): { rows: number; time: number; data: Int32Array } {
+  if (Array.isArray(value)) {
+    const rows = value as readonly (readonly number[])[]
+    const time = rows[0]?.length ?? 0
+    if (!Array.isArray(rows[0]) && !ArrayBuffer.isView(rows[0])) {
+      throw new TypeError(`${name} must be an array of rows of token ids (B,T), or { dims: [B, T], data: Int32Array }`)
+    }
+    if (time === 0) throw new RangeError(`${name}: there are no tokens`)
+    const data = new Int32Array(rows.length * time)
+    rows.forEach((row, b) => {
+      if (row.length !== time) {
+        throw new RangeError(`${name}: row ${b} has ${row.length} entries, row 0 has ${time}; all must be equally long`)
+      }
+      for (let t = 0; t < time; t++) {
+        const entry = row[t]
+        if (!Number.isInteger(entry) || Math.abs(entry as number) > 0x7fffffff) {
+          throw new TypeError(`${name}[${b}][${t}] is ${quote(entry)}, but must be an integer`)
+        }
+        data[b * time + t] = entry as number
+      }
+    })
+    return { rows: rows.length, time, data }
+  }
+  const tensor = value as { dims?: readonly number[]; data?: Int32Array } | undefined
+  const [rows = 0, time = 0, ...more] = tensor?.dims ?? []
+  if (!(tensor?.data instanceof Int32Array) || more.length > 0) {
+    throw new TypeError(`${name} must be an array of rows of token ids (B,T), or { dims: [B, T], data: Int32Array }`)
+  }
+  if (!(rows > 0 && time > 0) || tensor.data.length !== rows * time) {
+    throw new RangeError(`${name}: dims are (${rows},${time}), but data has ${tensor.data.length} entries`)
+  }
+  return { rows, time, data: Int32Array.from(tensor.data) }
+}
+
+/** Checks tokens and options against the model; throws TypeError or RangeError naming the entry and the limit. */
+export function readBatch(tokens: Tokens, config: LlamaConfig, options: BatchOptions = {}): Batch {
+  const { rows, time, data: ids } = matrix(tokens, 'tokens')
+  const size = rows * time
+  ids.forEach((id, n) => {
+    if (id < 0 || id >= config.vocabSize) {
+      throw new RangeError(
+        `tokens[${Math.floor(n / time)}][${n % time}] is ${id}, but ids of this model run from 0 to ${config.vocabSize - 1}`,
+      )
+    }
+  })
+  const like = (value: Tokens | undefined, name: string): Int32Array | undefined => {
+    if (value === undefined) return undefined
+    const other = matrix(value, name)
+    if (other.rows !== rows || other.time !== time) {
+      throw new RangeError(`${name} is (${other.rows},${other.time}), but tokens are (${rows},${time})`)
+    }
+    return other.data
+  }
+  const given = like(options.labels, 'labels') ?? ids
+  const labels = new Int32Array(size).fill(-1)
+  let targets = 0
+  for (let n = 0; n < size; n++) {
+    const label = n % time === time - 1 ? -100 : given[n + 1]!
+    if (label === -100) continue
+    if (label < 0 || label >= config.vocabSize) {
+      throw new RangeError(
+        `labels[${Math.floor(n / time)}][${(n % time) + 1}] is ${label}, but labels are ids below ${config.vocabSize} or -100`,
+      )
+    }
+    labels[n] = label
+    targets++
+  }
+  const positions = like(options.positions, 'positions') ?? Int32Array.from({ length: size }, (_, n) => n % time)
+  const first = like(options.first, 'first') ?? new Int32Array(size)
+  for (let n = 0; n < size; n++) {
+    if (positions[n]! < 0) throw new RangeError(`positions[${Math.floor(n / time)}][${n % time}] is ${positions[n]}`)
+    if (first[n]! < 0 || first[n]! > n % time) {
+      throw new RangeError(`first[${Math.floor(n / time)}][${n % time}] is ${first[n]}, but must lie in 0 .. ${n % time}`)
+    }
+  }
+  return { rows, time, ids, labels, positions, first, targets }
+}
+
+/** Device tensors for batches of `rows` x `time` tokens. */
+export function allocBatch(device: Device, config: LlamaConfig, rows: number, time: number): BatchTensors {
+  const size = rows * time
+  const half = config.headDim / 2
+  return {
+    ids: device.tensor('i32', [size], 'token ids'),
+    labels: device.tensor('i32', [size], 'labels'),
+    weight: device.tensor('f32', [size], 'loss weights'),
+    pos: device.tensor('i32', [rows, time], 'positions'),
+    first: device.tensor('i32', [rows, time], 'first visible positions'),
+    // One row for each position that can occur in a batch at the same time.
+    cos: device.tensor('f32', [size, half], 'rotation table (cos)'),
+    sin: device.tensor('f32', [size, half], 'rotation table (sin)'),
+  }
+}
+
+export function freeBatch(tensors: BatchTensors): void {
+  for (const tensor of Object.values(tensors)) (tensor.storage as { dispose?: () => void }).dispose?.()
+}
+
+/** Rows of the rotation table and, for each token, which one is its own. */
+export function rotationRows(
+  config: LlamaConfig,
+  positions: Int32Array,
+): { key: string; rows: number; index: Int32Array; table: () => { cos: Float32Array; sin: Float32Array } } {
+  const window = { maxPositionEmbeddings: config.maxPositionEmbeddings }
+  let last = 0
+  for (const position of positions) last = Math.max(last, position)
+  const length = last + 1
+  if (length <= positions.length) {
+    const table = () => rotationTable(config.rope, config.headDim, { ...window, length, positions: length })
+    return { key: `0..${last}`, rows: length, index: positions, table }
+  }
+  // Positions that skip (a shifted chunk, a single token of a long text): only those that occur.
+  const distinct = [...new Set(positions)].sort((a, b) => a - b)
+  const row = new Map(distinct.map((position, i) => [position, i]))
+  const index = Int32Array.from(positions, (position) => row.get(position)!)
+  const table = () => rotationTable(config.rope, config.headDim, { ...window, length, positions: distinct })
+  return { key: distinct.join(','), rows: distinct.length, index, table }
+}
+
+/**
+ * Uploads a batch. `weight` (N) is what each prediction counts; by default 1 / targets, so that the loss is the mean.
+ * `tables` remembers what the rotation tables hold, so that they are sent only when they change.
+ */
+export async function uploadBatch(
+  device: Device,
+  config: LlamaConfig,
+  tensors: BatchTensors,
+  batch: Batch,
+  tables: { key?: string },
+  weight?: Float32Array,
+): Promise<void> {
+  const { key, rows, index, table } = rotationRows(config, batch.positions)
+  const uploads = [
+    device.upload(tensors.ids, batch.ids),
+    device.upload(tensors.labels, batch.labels),
+    device.upload(tensors.weight, weight ?? meanWeights(batch)),
+    device.upload(tensors.pos, index),
+    device.upload(tensors.first, batch.first),
+  ]
+  if (tables.key !== key) {
+    const { cos, sin } = table()
+    uploads.push(device.upload(tensors.cos.rows(0, rows), cos), device.upload(tensors.sin.rows(0, rows), sin))
+    tables.key = key
+  }
+  await Promise.all(uploads)
+}
+
+/** 1 / targets for every prediction that counts, 0 for the others. */
+export function meanWeights({ labels, targets }: Batch): Float32Array {
+  return Float32Array.from(labels, (label) => (label < 0 ? 0 : 1 / targets))
+}

@@ -1,0 +1,190 @@
+import { RopewalkError } from '../errors.js'
+import type { Buffer, Device } from '../runtime/device.js'
+import { attentionCached, kvAppend } from '../runtime/ops.gen.js'
+import type { Plan } from '../runtime/plan.js'
+import { Recorder } from '../runtime/recorder.js'
+import type { Tensor } from '../runtime/tensor.js'
+import { rotationRows } from './batch.js'
+import type { LlamaConfig } from './config.js'
+import { type Attend, logits as recordLogits, trunk } from './forward.js'
+import { Tape } from './layers.js'
+import type { Parameters } from './parameters.js'
+
+/** Prompt tokens in one pass: enough for full-speed matrix products, little enough for small activations. */
+const PREFILL = 256
+
+interface Pass {
+  plan: Plan
+  inputs: Record<'ids' | 'pos' | 'first' | 'last' | 'slot' | 'cos' | 'sin' | 'row', Tensor>
+  logits: Tensor
+}
+
+/**
+ * A text being continued, one row: the keys (rotated) and values of all layers for up to `capacity` tokens, and the
+ * plans that extend them. Feeding costs each token once.
+ */
+export class Continuation {
+  /** Tokens in the cache. */
+  length = 0
+  private readonly cache: { k: Tensor; v: Tensor }[] = []
+  private readonly passes = new Map<number, Pass>()
+  private readonly buffers: Buffer[] = []
+
+  constructor(
+    private readonly device: Device,
+    private readonly config: LlamaConfig,
+    private readonly parameters: Parameters,
+    readonly capacity: number,
+  ) {
+    const dims = [1, capacity, config.kvHeads, config.headDim]
+    for (let layer = 0; layer < config.layers; layer++) {
+      const k = this.own(device.tensor(device.activations, dims, `keys of layer ${layer}`))
+      const v = this.own(device.tensor(device.activations, dims, `values of layer ${layer}`))
+      this.cache.push({ k, v })
+    }
+  }
+
+  /** Appends tokens; gives the logits (V) that follow the last of them. */
+  async feed(tokens: readonly number[], signal?: AbortSignal): Promise<Float32Array> {
+    if (tokens.length === 0) throw new RangeError('there are no tokens to feed')
+    if (this.length + tokens.length > this.capacity) {
+      throw new RangeError(`${this.length + tokens.length} tokens exceed this cache's capacity of ${this.capacity}`)
+    }
+    let result: Float32Array = new Float32Array()
+    for (let at = 0; at < tokens.length; at += PREFILL) {
+      signal?.throwIfAborted()
+      result = await this.extend(tokens.slice(at, at + PREFILL))
+    }
+    return result
+  }
+
+  dispose(): void {
+    for (const { plan } of this.passes.values()) plan.dispose()
+    for (const buffer of this.buffers) buffer.dispose()
+    this.passes.clear()
+    this.buffers.length = 0
+  }
+
+  private async extend(tokens: readonly number[]): Promise<Float32Array> {
+    const { device } = this
+    const time = tokens.length
+    const { plan, inputs, logits } = this.pass(time)
+    const positions = Int32Array.from(tokens, (_, t) => this.length + t)
+    const { rows, index, table } = rotationRows(this.config, positions)
+    const { cos, sin } = table()
+    await Promise.all([
+      device.upload(inputs.ids, Int32Array.from(tokens)),
+      device.upload(inputs.pos, index),
+      device.upload(inputs.first, new Int32Array(time)),
+      device.upload(inputs.last, positions),
+      device.upload(inputs.slot, positions),
+      device.upload(inputs.row, Int32Array.of(time - 1)),
+      device.upload(inputs.cos.rows(0, rows), cos),
+      device.upload(inputs.sin.rows(0, rows), sin),
+      plan.run(),
+    ])
+    this.length += time
+    return device.downloadFloats(plan.located(logits))
+  }
+
+  private own(tensor: Tensor): Tensor {
+    this.buffers.push(tensor.storage as Buffer)
+    return tensor
+  }
+
+  private pass(time: number): Pass {
+    let pass = this.passes.get(time)
+    if (!pass) this.passes.set(time, (pass = this.record(time)))
+    return pass
+  }
+
+  private record(time: number): Pass {
+    const { device, config, parameters } = this
+    const recorder = new Recorder(device, `continue by ${time}`)
+    const tape = new Tape(recorder, false)
+    const integers = (dims: number[], name: string): Tensor => this.own(device.tensor('i32', dims, name))
+    const half = config.headDim / 2
+    const inputs: Pass['inputs'] = {
+      ids: integers([time], 'token ids'),
+      pos: integers([1, time], 'positions'),
+      first: integers([1, time], 'first visible slots'),
+      last: integers([1, time], 'last visible slots'),
+      slot: integers([1, time], 'slots'),
+      row: integers([1], 'row of the logits'),
+      cos: this.own(device.tensor('f32', [time, half], 'rotation table (cos)')),
+      sin: this.own(device.tensor('f32', [time, half], 'rotation table (sin)')),
+    }
+    const scale = 1 / Math.sqrt(config.headDim)
+    const attend: Attend = (layer, q, k, v) => {
+      const { k: k_cache, v: v_cache } = this.cache[layer]!
+      kvAppend(recorder, { k, v, ...pick(inputs, 'cos', 'sin', 'pos', 'slot'), k_cache, v_cache })
+      return attentionCached(recorder, {
+        ...{ q, k_cache, v_cache, scale },
+        ...pick(inputs, 'cos', 'sin', 'pos', 'first', 'last'),
+      }).o
+    }
+    const x = trunk(tape, config, parameters, inputs.ids, 1, attend)
+    const logits = recordLogits(tape, config, parameters, x, inputs.row)
+    return { plan: recorder.plan({ keep: [logits] }), inputs, logits }
+  }
+}
+
+function pick<T, K extends keyof T>(from: T, ...keys: K[]): Pick<T, K> {
+  return Object.fromEntries(keys.map((key) => [key, from[key]])) as Pick<T, K>
+}
+
+export interface SamplingOptions {
+  /** 0 (default): always the most likely token. */
+  temperature?: number
+  /** Sample among the k most likely tokens. */
+  topK?: number
+  /** Sample among the most likely tokens that together have this probability. */
+  topP?: number
+  /** Of the random choice; the same seed gives the same text. */
+  seed?: number
+}
+
+/** Checks sampling options; throws RangeError. Gives a function from logits (V) to a token id. */
+export function sampler(options: SamplingOptions): (logits: Float32Array) => number {
+  const { temperature = 0, topK = 0, topP = 1, seed = 0 } = options
+  if (!(temperature >= 0 && temperature < Infinity)) throw new RangeError(`temperature is ${temperature}, must be >= 0`)
+  if (!Number.isInteger(topK) || topK < 0) throw new RangeError(`topK is ${topK}, must be a whole number >= 0 (0: all)`)
+  if (!(topP > 0 && topP <= 1)) throw new RangeError(`topP is ${topP}, must lie in (0, 1]`)
+  if (!Number.isInteger(seed) || seed < 0) throw new RangeError(`seed is ${seed}, must be a whole number >= 0`)
+  const random = uniform(seed)
+  return (logits) => {
+    let best = 0
+    for (let id = 0; id < logits.length; id++) {
+      if (Number.isNaN(logits[id])) {
+        throw new RopewalkError('ERR_NOT_FINITE', `the logit of token ${id} is NaN: the weights or the input are damaged`)
+      }
+      if (logits[id]! > logits[best]!) best = id
+    }
+    if (temperature === 0) return best
+    let order = Array.from(logits.keys()).sort((a, b) => logits[b]! - logits[a]! || a - b)
+    if (topK > 0) order = order.slice(0, topK)
+    const weights = order.map((id) => Math.exp((logits[id]! - logits[best]!) / temperature))
+    const total = weights.reduce((sum, weight) => sum + weight, 0)
+    let kept = 0
+    let mass = 0
+    while (kept < order.length && (kept === 0 || mass < topP * total)) mass += weights[kept++]!
+    let remaining = random() * mass
+    for (let i = 0; i < kept; i++) {
+      remaining -= weights[i]!
+      if (remaining < 0) return order[i]!
+    }
+    return order[kept - 1]!
+  }
+}
+
+/** Uniform numbers in [0, 1): splitmix32, a counter through a mixing function. */
+export function uniform(seed: number): () => number {
+  let state = seed >>> 0
+  return () => {
+    state = (state + 0x9e3779b9) >>> 0
+    let z = state
+    z = Math.imul(z ^ (z >>> 16), 0x21f0aaad)
+    z = Math.imul(z ^ (z >>> 15), 0x735a2d97)
+    return ((z ^ (z >>> 15)) >>> 0) / 0x100000000
+  }
+}

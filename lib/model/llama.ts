@@ -1,0 +1,456 @@
+import { type FileHandle, open } from 'node:fs/promises'
+import { quote, RopewalkError } from '../errors.js'
+import { type ModelFolder, openModelFolder, saveModelFolder } from '../files/folder.js'
+import { loadTokenizer, type Tokenizer } from '../files/tokenizer.js'
+import type { RopeExtension } from '../rope.js'
+import { Device, type FileDType } from '../runtime/device.js'
+import { sumSquares } from '../runtime/ops.gen.js'
+import { Recorder } from '../runtime/recorder.js'
+import type { DType, Tensor } from '../runtime/tensor.js'
+import { type Batch, type BatchOptions, type HostTensor, readBatch, type Tokens } from './batch.js'
+import { contextWindow, extendConfig, type LlamaConfig, parameterShapes, readConfig, writeConfig } from './config.js'
+import { Continuation, sampler, type SamplingOptions } from './generate.js'
+import { Parameters } from './parameters.js'
+import { disposePass, type Pass, PassCache, type PassKind, recordPass, runPass } from './passes.js'
+
+export interface LoadOptions {
+  /** 'auto' (default), 'cpu', 'cuda', 'cuda:1', 'simt' (tests) or 'dry' (plans only). */
+  device?: string
+  /** How weights are kept; default: as in the checkpoint (float16 becomes float32). Arithmetic is float32 on the CPU. */
+  dtype?: 'float32' | 'bfloat16'
+  /** Stretches the context: relative to what the checkpoint already says. */
+  rope?: RopeExtension
+  /** CPU threads; default: one for each core that this process may use. */
+  threads?: number
+  /** Called while weights are read. */
+  onProgress?: (done: { bytes: number; totalBytes: number }) => void
+}
+
+export interface SaveOptions {
+  /** Replaces an existing folder, which stays complete until the new one is. Default: an existing one is an error. */
+  overwrite?: boolean
+  /** Largest file; default 5 GB, as transformers writes them. */
+  maxShardBytes?: number
+}
+
+export interface GenerateOptions extends SamplingOptions {
+  /** Text (needs the folder's tokenizer) or token ids. */
+  prompt: string | readonly number[]
+  /** Default 64. */
+  maxTokens?: number
+  /** Ids that end the text; default: the checkpoint's end-of-sequence ids. */
+  stopIds?: readonly number[]
+  signal?: AbortSignal
+}
+
+export interface GeneratedToken {
+  id: number
+  /** What this token adds to the text; '' while a character is incomplete, and without a tokenizer. */
+  text: string
+}
+
+const DTYPE_OF = { float32: 'f32', bfloat16: 'bf16' } as const satisfies Record<string, DType>
+const FILE_DTYPE_OF = { float32: 'F32', bfloat16: 'BF16' } as const
+
+/** Old checkpoints carry the rotation frequencies as tensors; they follow from the config. */
+const DERIVED = /\.rotary_emb\.inv_freq$/
+
+/** A LLaMA on a device. Every method that computes is asynchronous; calls on one model run one after the other. */
+export class Llama {
+  private readonly passes = new PassCache()
+  private queue: Promise<unknown> = Promise.resolve()
+  private disposed = false
+  private cachedTokenizer: Tokenizer | undefined
+
+  private constructor(
+    readonly config: LlamaConfig,
+    readonly device: Device,
+    /** @internal */
+    readonly weights: Parameters,
+    /** The folder it came from. */
+    readonly path: string,
+    /** What was unusual about the folder. */
+    readonly warnings: readonly string[],
+    private readonly folder: Pick<ModelFolder, 'dir' | 'generationConfig' | 'tokenizerPath'>,
+  ) {}
+
+  /**
+   * Loads a Hugging Face folder (config.json, safetensors, tokenizer.json). Throws RopewalkError that names the file, the
+   * tensor or field, the rule and the remedy.
+   */
+  static async load(path: string, options: LoadOptions = {}): Promise<Llama> {
+    checkLoadOptions(path, options)
+    const folder = await openModelFolder(path)
+    let device: Device | undefined
+    try {
+      let config = readConfig(folder.config, `${path}/config.json`)
+      if (options.rope) config = extendConfig(config, options.rope)
+      const warnings = [...folder.warnings]
+      checkTensors(folder, config, path, warnings)
+      const dtype = options.dtype ?? checkpointDtype(folder)
+      device = Device.open(options.device, options.threads === undefined ? {} : { threads: options.threads })
+      const weights = new Parameters(device, DTYPE_OF[dtype], parameterShapes(config))
+      const model = new Llama(config, device, weights, path, warnings, folder)
+      if (!device.dry) {
+        await model.readWeights(folder, options.onProgress)
+        await model.requireFinite()
+      }
+      return model
+    } catch (error) {
+      device?.dispose()
+      throw error
+    } finally {
+      await folder.close()
+    }
+  }
+
+  get dtype(): 'float32' | 'bfloat16' {
+    return this.weights.dtype === 'bf16' ? 'bfloat16' : 'float32'
+  }
+
+  /** The longest context, in tokens, that the config promises. */
+  get contextWindow(): number {
+    return contextWindow(this.config)
+  }
+
+  /** Number of weights. */
+  get parameterCount(): number {
+    return this.weights.count
+  }
+
+  /** Names, dims and dtypes of all parameters, in Hugging Face's names. */
+  parameters(): { name: string; dims: number[]; type: 'float32' | 'bfloat16' }[] {
+    return Array.from(this.weights, ({ name, value }) => ({ name, dims: [...value.dims], type: this.dtype }))
+  }
+
+  /** The folder's tokenizer. Throws where there is none, or where it knows ids that the embedding has no row for. */
+  async tokenizer(): Promise<Tokenizer> {
+    if (!this.cachedTokenizer) {
+      const tokenizer = await loadTokenizer(this.folder.tokenizerPath ?? this.path)
+      if (tokenizer.maxId >= this.config.vocabSize) {
+        throw new RopewalkError(
+          'ERR_TOKENIZER',
+          `${this.path}: the tokenizer has ids up to ${tokenizer.maxId}, but the embedding has ${this.config.vocabSize} ` +
+            'rows (vocab_size): this tokenizer belongs to another model',
+        )
+      }
+      this.cachedTokenizer = tokenizer
+    }
+    return this.cachedTokenizer
+  }
+
+  /** tokens (B,T) -> logits (B,T,V). */
+  async logits(tokens: Tokens, options: Omit<BatchOptions, 'labels'> = {}): Promise<HostTensor<Float32Array>> {
+    const batch = readBatch(tokens, this.config, options)
+    const data = await this.exclusive(() => this.runPass('logits', batch))
+    return { type: 'float32', dims: [batch.rows, batch.time, this.config.vocabSize], data }
+  }
+
+  /** Mean negative log-likelihood, in nats, of the labels that count (transformers' `loss`). */
+  async loss(tokens: Tokens, options: BatchOptions = {}): Promise<number> {
+    const batch = readBatch(tokens, this.config, options)
+    requireTargets(batch)
+    const nll = await this.exclusive(() => this.runPass('loss', batch))
+    return mean(nll, batch)
+  }
+
+  /** Negative log-likelihood (B,T) of each label; entry t is about token t + 1, 0 where nothing is predicted. */
+  async tokenLosses(tokens: Tokens, options: BatchOptions = {}): Promise<HostTensor<Float32Array>> {
+    const batch = readBatch(tokens, this.config, options)
+    const data = await this.exclusive(() => this.runPass('loss', batch))
+    return { type: 'float32', dims: [batch.rows, batch.time], data }
+  }
+
+  /** Gradients of the mean loss by Hugging Face parameter name; a tied embedding is one parameter. */
+  async gradients(tokens: Tokens, options: BatchOptions = {}): Promise<Map<string, HostTensor<Float32Array>>> {
+    const batch = readBatch(tokens, this.config, options)
+    requireTargets(batch)
+    return this.exclusive(async () => {
+      const buffer = this.device.alloc(this.weights.elements * 4, 'gradients (f32)')
+      let pass: Pass | undefined
+      try {
+        this.weights.setGradients(buffer)
+        pass = recordPass(this.device, this.config, this.weights, 'gradients', batch.rows, batch.time)
+        await runPass(this.device, this.config, pass, batch)
+        const result = new Map<string, HostTensor<Float32Array>>()
+        for (const { name, grad } of this.weights) {
+          result.set(name, { type: 'float32', dims: grad!.dims, data: await this.device.downloadFloats(grad!) })
+        }
+        return result
+      } finally {
+        this.weights.setGradients(undefined)
+        if (pass) disposePass(pass)
+        buffer.dispose()
+      }
+    })
+  }
+
+  /** A parameter's values. bfloat16 data are the upper 16 bits of float32. */
+  async read(name: string): Promise<HostTensor<Float32Array | Uint16Array>> {
+    const { value } = this.find(name)
+    const bytes = await this.exclusive(() => this.device.download(value))
+    const data = this.dtype === 'float32' ? new Float32Array(bytes.buffer) : new Uint16Array(bytes.buffer)
+    return { type: this.dtype, dims: [...value.dims], data }
+  }
+
+  /** Replaces a parameter's values. The tensor must have its dims; float32 is rounded where the model is bfloat16. */
+  async write(name: string, tensor: HostTensor): Promise<void> {
+    const { value } = this.find(name)
+    if (!tensor || !Array.isArray(tensor.dims) || !ArrayBuffer.isView(tensor.data)) {
+      throw new TypeError(`${name}: expected a tensor { type, dims, data }`)
+    }
+    if (tensor.dims.join() !== value.dims.join() || tensor.data.length !== value.size) {
+      throw new RangeError(`${name}: dims are (${tensor.dims.join(',')}), expected (${value.dims.join(',')})`)
+    }
+    const data = convert(name, tensor, this.dtype)
+    await this.exclusive(() => this.device.upload(value, data))
+  }
+
+  /** Continues a text token by token. Ends after maxTokens, at a stop id, or where the context window is full. */
+  async *generate(options: GenerateOptions): AsyncGenerator<GeneratedToken> {
+    const { maxTokens = 64, stopIds = this.config.eosIds, signal } = options
+    if (!Number.isInteger(maxTokens) || maxTokens < 1) throw new RangeError(`maxTokens is ${maxTokens}, must be >= 1`)
+    const choose = sampler(options)
+    const tokenizer = this.folder.tokenizerPath ? await this.tokenizer() : undefined
+    if (typeof options.prompt === 'string' && !tokenizer) await this.tokenizer() // throws, and says what is missing
+    const prompt = typeof options.prompt === 'string' ? tokenizer!.encode(options.prompt) : [...options.prompt]
+    const { ids } = readBatch([prompt], this.config)
+    const capacity = Math.min(ids.length + maxTokens, Math.max(this.contextWindow, ids.length + 1))
+    const text = await this.exclusive(async () => new Continuation(this.device, this.config, this.weights, capacity))
+    const written: number[] = []
+    let shown = ''
+    try {
+      let logits = await this.exclusive(() => text.feed(prompt, signal))
+      for (let i = 0; i < capacity - ids.length; i++) {
+        signal?.throwIfAborted()
+        const id = choose(logits)
+        if (stopIds.includes(id)) return
+        written.push(id)
+        const whole = tokenizer ? completeText(tokenizer.decode(written, { skipSpecialTokens: true })) : ''
+        yield { id, text: whole.slice(shown.length) }
+        shown = whole
+        if (text.length < capacity - 1 && i + 1 < capacity - ids.length) {
+          logits = await this.exclusive(() => text.feed([id], signal))
+        }
+      }
+    } finally {
+      // The caller may stop in the middle, and the model may be gone by then.
+      if (!this.disposed) await this.exclusive(async () => text.dispose())
+    }
+  }
+
+  /** Writes a Hugging Face folder, whole or not at all: config.json with the new positions, weights, tokenizer. */
+  async save(path: string, options: SaveOptions = {}): Promise<void> {
+    await this.exclusive(async () => {
+      await this.requireFinite()
+      const fileDtype = FILE_DTYPE_OF[this.dtype]
+      await saveModelFolder(path, {
+        config: writeConfig(this.config, this.dtype) as never,
+        tensors: Array.from(this.weights, ({ name, value }) => ({
+          name,
+          dtype: fileDtype,
+          dims: [...value.dims],
+          bytes: value.bytes,
+          data: () => this.device.downloadChunks(value),
+        })),
+        generationConfig: this.folder.generationConfig,
+        copyFrom: this.folder.dir,
+        ...options,
+      })
+    })
+  }
+
+  /** Frees the device. Throws while a call is still at work. */
+  dispose(): void {
+    if (this.disposed) return
+    this.passes.clear()
+    this.device.dispose()
+    this.disposed = true
+  }
+
+  [Symbol.dispose](): void {
+    this.dispose()
+  }
+
+  /** @internal Runs `body` when all earlier calls are done; nothing else uses the model meanwhile. */
+  exclusive<T>(body: () => Promise<T>): Promise<T> {
+    if (this.disposed) return Promise.reject(new Error('this model was disposed'))
+    const result = this.queue.then(() => {
+      if (this.disposed) throw new Error('this model was disposed')
+      return body()
+    })
+    this.queue = result.catch(() => undefined)
+    return result
+  }
+
+  /** @internal Frees the passes kept for repeated calls. */
+  releasePasses(): void {
+    this.passes.clear()
+  }
+
+  /** @internal Throws, naming the first, where a weight is NaN or infinite. */
+  async requireFinite(): Promise<void> {
+    const { weights, device } = this
+    const whole = weights.flat(weights.buffer, weights.dtype)
+    if (Number.isFinite(await sumOfSquares(device, whole))) return
+    for (const { name, value } of weights) {
+      if (Number.isFinite(await sumOfSquares(device, value))) continue
+      const bytes = await device.download(value)
+      const bad = firstNonFinite(bytes, weights.dtype)
+      if (bad === undefined) continue // finite, but its square is not
+      throw new RopewalkError(
+        'ERR_NOT_FINITE',
+        `${this.path}: ${name} has ${bad.value} at element ${bad.index}: the weights are damaged. Use an earlier ` +
+          'checkpoint, or download the model again',
+      )
+    }
+  }
+
+  private async readWeights(folder: ModelFolder, onProgress: LoadOptions['onProgress']): Promise<void> {
+    const wanted = [...this.weights]
+    const totalBytes = wanted.reduce((sum, { name }) => sum + folder.tensors.get(name)!.bytes, 0)
+    let bytes = 0
+    const files = new Map<string, FileHandle>()
+    try {
+      for (const { name, value } of wanted) {
+        const tensor = folder.tensors.get(name)!
+        try {
+          let file = files.get(tensor.path)
+          if (!file) files.set(tensor.path, (file = await open(tensor.path)))
+          await this.device.read(value, file.fd, tensor.offset, tensor.dtype as FileDType)
+        } catch (error) {
+          throw new RopewalkError('ERR_READ', `${tensor.path}: ${name}: ${(error as Error).message}`)
+        }
+        bytes += tensor.bytes
+        onProgress?.({ bytes, totalBytes })
+      }
+    } finally {
+      for (const file of files.values()) await file.close()
+    }
+    await this.weights.clearPadding()
+  }
+
+  private async runPass(kind: PassKind, batch: Batch): Promise<Float32Array> {
+    const { device, config, weights } = this
+    if (device.dry) throw new Error('the dry device plans, it does not compute: load the model on another device')
+    const pass = this.passes.get(kind, batch.rows, batch.time, () =>
+      recordPass(device, config, weights, kind, batch.rows, batch.time),
+    )
+    return runPass(device, config, pass, batch)
+  }
+
+  private find(name: string) {
+    if (!this.weights.has(name)) {
+      throw new RangeError(
+        `no parameter is called ${quote(name)}; parameters() lists them` +
+          (name === 'lm_head.weight' ? ' (this model is tied: it is model.embed_tokens.weight)' : ''),
+      )
+    }
+    return this.weights.get(name)
+  }
+}
+
+function checkLoadOptions(path: string, options: LoadOptions): void {
+  if (typeof path !== 'string' || path === '') throw new TypeError(`path must be a folder's name, is ${quote(path)}`)
+  const known = ['device', 'dtype', 'rope', 'threads', 'onProgress']
+  for (const key of Object.keys(options)) {
+    if (!known.includes(key)) throw new TypeError(`unknown option ${quote(key)}; known are ${known.join(', ')}`)
+  }
+  const { dtype } = options
+  if (dtype !== undefined && dtype !== 'float32' && dtype !== 'bfloat16') {
+    throw new RangeError(`dtype is ${quote(dtype)}, but must be "float32" or "bfloat16"`)
+  }
+}
+
+/** Every parameter is there with its dims, and nothing is that would be ignored. */
+function checkTensors(folder: ModelFolder, config: LlamaConfig, path: string, warnings: string[]): void {
+  const fail = (message: string): never => {
+    throw new RopewalkError('ERR_TENSORS', message)
+  }
+  const shapes = parameterShapes(config)
+  for (const { name, dims } of shapes) {
+    const tensor = folder.tensors.get(name)
+    if (!tensor) fail(`${path}: ${name} (${dims.join(',')}) is missing: the checkpoint is incomplete, or config.json is another model's`)
+    else if (tensor.dims.join() !== dims.join()) {
+      fail(`${tensor.path}: ${name} is (${tensor.dims.join(',')}), but config.json makes it (${dims.join(',')})`)
+    } else if (!['F32', 'BF16', 'F16', 'F64'].includes(tensor.dtype)) {
+      fail(`${tensor.path}: ${name} has dtype ${tensor.dtype}; weights must be F32, BF16, F16 or F64`)
+    }
+  }
+  const expected = new Set(shapes.map(({ name }) => name))
+  for (const [name, tensor] of folder.tensors) {
+    if (expected.has(name) || DERIVED.test(name)) continue
+    if (config.tied && name === 'lm_head.weight') {
+      warnings.push('lm_head.weight is in the file although tie_word_embeddings is true; the embedding is used instead')
+      continue
+    }
+    fail(`${tensor.path}: ${name} is no parameter of this model: ignoring it would change what the model computes`)
+  }
+}
+
+function checkpointDtype(folder: ModelFolder): 'float32' | 'bfloat16' {
+  for (const tensor of folder.tensors.values()) if (tensor.dtype !== 'BF16') return 'float32'
+  return 'bfloat16'
+}
+
+function requireTargets(batch: Batch): void {
+  if (batch.targets === 0) {
+    throw new RangeError('no label counts: every row needs at least two tokens, and a label that is not -100 after the first')
+  }
+}
+
+function mean(nll: Float32Array, { targets }: Batch): number {
+  let sum = 0
+  for (const value of nll) sum += value
+  return sum / targets
+}
+
+async function sumOfSquares(device: Device, x: Tensor): Promise<number> {
+  const recorder = new Recorder(device, 'finite check')
+  const { y } = sumSquares(recorder, { x })
+  const plan = recorder.plan({ keep: [y] })
+  try {
+    await plan.run()
+    return (await device.downloadFloats(plan.located(y)))[0]!
+  } finally {
+    plan.dispose()
+  }
+}
+
+function firstNonFinite(bytes: Uint8Array, dtype: DType): { index: number; value: number } | undefined {
+  const data = dtype === 'bf16' ? new Uint16Array(bytes.buffer) : new Float32Array(bytes.buffer)
+  for (let index = 0; index < data.length; index++) {
+    const value = dtype === 'bf16' ? fromBfloat16(data[index]!) : data[index]!
+    if (!Number.isFinite(value)) return { index, value }
+  }
+  return undefined
+}
+
+const bits = new DataView(new ArrayBuffer(4))
+
+export function fromBfloat16(half: number): number {
+  bits.setUint32(0, half << 16)
+  return bits.getFloat32(0)
+}
+
+/** Rounds to nearest, ties to even. */
+export function toBfloat16(value: number): number {
+  bits.setFloat32(0, value)
+  const word = bits.getUint32(0)
+  if (Number.isNaN(value)) return (word >>> 16) | 0x40
+  return ((word + 0x7fff + ((word >>> 16) & 1)) >>> 16) & 0xffff
+}
+
+function convert(name: string, tensor: HostTensor, dtype: 'float32' | 'bfloat16'): ArrayBufferView {
+  const { type, data } = tensor
+  if (type === 'float32' && data instanceof Float32Array) {
+    return dtype === 'float32' ? data : Uint16Array.from(data, toBfloat16)
+  }
+  if (type === 'bfloat16' && data instanceof Uint16Array) {
+    return dtype === 'bfloat16' ? data : Float32Array.from(data, fromBfloat16)
+  }
+  throw new TypeError(`${name}: type is ${quote(type)} with ${data.constructor.name}; expected float32 with Float32Array or bfloat16 with Uint16Array`)
+}
+
+/** Without the replacement characters at the end, which stand for the beginning of a character yet to come. */
+const completeText = (text: string): string => text.replace(/\uFFFD+$/, '')

@@ -1,0 +1,93 @@
+import type { Buffer, Device } from '../runtime/device.js'
+import { DTYPE_BYTES, type DType, Tensor } from '../runtime/tensor.js'
+
+/** Elements to which every parameter is padded: 256 bytes in bf16, so that tensors of all dtypes can share a layout. */
+const PADDING = 128
+
+/** A weight and, while training, its gradient. */
+export interface Parameter {
+  readonly name: string
+  readonly value: Tensor
+  /** f32, where the backward pass writes; absent where none is wanted. */
+  grad: Tensor | undefined
+}
+
+/**
+ * All parameters of a model, one after the other in one buffer, padded with zeros. Gradients, optimizer states and
+ * masters use the same layout in buffers of their own, so that one operation updates the whole model.
+ */
+export class Parameters {
+  readonly elements: number
+  readonly buffer: Buffer
+  private readonly byName = new Map<string, Parameter>()
+  private readonly offsets = new Map<string, number>()
+
+  constructor(
+    readonly device: Device,
+    readonly dtype: DType,
+    shapes: readonly { name: string; dims: readonly number[] }[],
+  ) {
+    let at = 0
+    for (const { name, dims } of shapes) {
+      this.offsets.set(name, at)
+      const size = dims.reduce((product, dim) => product * dim, 1)
+      at += Math.ceil(size / PADDING) * PADDING
+    }
+    this.elements = at
+    this.buffer = device.alloc(at * DTYPE_BYTES[dtype], `weights (${dtype})`)
+    for (const { name, dims } of shapes) {
+      this.byName.set(name, { name, value: this.at(this.buffer, dtype, name, dims), grad: undefined })
+    }
+  }
+
+  get(name: string): Parameter {
+    const parameter = this.byName.get(name)
+    if (!parameter) throw new RangeError(`no parameter is called ${name}`)
+    return parameter
+  }
+
+  has(name: string): boolean {
+    return this.byName.has(name)
+  }
+
+  [Symbol.iterator](): IterableIterator<Parameter> {
+    return this.byName.values()
+  }
+
+  /** Number of weights, padding not counted. */
+  get count(): number {
+    let count = 0
+    for (const { value } of this) count += value.size
+    return count
+  }
+
+  /** The whole of a buffer that has this layout, padding included. */
+  flat(buffer: Buffer, dtype: DType): Tensor {
+    return new Tensor(buffer, 0, dtype, [this.elements])
+  }
+
+  /** The part of such a buffer that belongs to a parameter. */
+  in(buffer: Buffer, dtype: DType, name: string): Tensor {
+    return this.at(buffer, dtype, name, this.get(name).value.dims)
+  }
+
+  /** Where the gradients are to be written; undefined ends training. */
+  setGradients(buffer: Buffer | undefined): void {
+    for (const parameter of this) parameter.grad = buffer && this.in(buffer, 'f32', parameter.name)
+  }
+
+  /** Zeros between the parameters, so that norms and updates over the flat buffer see nothing else. */
+  async clearPadding(): Promise<void> {
+    const bytes = DTYPE_BYTES[this.dtype]
+    for (const { name, value } of this) {
+      const gap = Math.ceil(value.size / PADDING) * PADDING - value.size
+      if (gap === 0) continue
+      const at = (this.offsets.get(name)! + value.size) * bytes
+      await this.device.upload(new Tensor(this.buffer, at, this.dtype, [gap]), new Uint8Array(gap * bytes))
+    }
+  }
+
+  private at(buffer: Buffer, dtype: DType, name: string, dims: readonly number[]): Tensor {
+    return new Tensor(buffer, this.offsets.get(name)! * DTYPE_BYTES[dtype], dtype, dims)
+  }
+}

@@ -1,0 +1,95 @@
+import type { Device } from '../runtime/device.js'
+import type { Plan } from '../runtime/plan.js'
+import { Recorder } from '../runtime/recorder.js'
+import type { Tensor } from '../runtime/tensor.js'
+import { allocBatch, type Batch, freeBatch, uploadBatch } from './batch.js'
+import type { LlamaConfig } from './config.js'
+import { type BatchTensors, logits, losses, trunk } from './forward.js'
+import { attention, Tape } from './layers.js'
+import type { Parameters } from './parameters.js'
+
+export type PassKind = 'logits' | 'loss' | 'gradients' | 'accumulate'
+
+/** What a pass computes for batches of `rows` x `time` tokens, recorded once. */
+export interface Pass {
+  kind: PassKind
+  rows: number
+  time: number
+  plan: Plan
+  tensors: BatchTensors
+  /** Logits (N,V), or negative log-likelihoods (N); valid after a run. */
+  output: Tensor
+  /** What the rotation tables hold now. */
+  tables: { key?: string }
+}
+
+/**
+ * Records a pass over batches of `rows` x `time` tokens. `gradients` also writes the parameters' gradients, of the sum
+ * of weight times negative log-likelihood; `accumulate` adds to them.
+ */
+export function recordPass(
+  device: Device,
+  config: LlamaConfig,
+  parameters: Parameters,
+  kind: PassKind,
+  rows: number,
+  time: number,
+): Pass {
+  const tensors = allocBatch(device, config, rows, time)
+  const recorder = new Recorder(device, `${kind} of ${rows} x ${time} tokens`)
+  const training = kind === 'gradients' || kind === 'accumulate'
+  const tape = new Tape(recorder, training, kind === 'accumulate')
+  let output: Tensor
+  if (kind === 'logits') {
+    const attend = (_: number, q: Tensor, k: Tensor, v: Tensor): Tensor => attention(tape, q, k, v, tensors)
+    output = logits(tape, config, parameters, trunk(tape, config, parameters, tensors.ids, rows, attend))
+  } else {
+    output = losses(tape, config, parameters, tensors, rows)
+    tape.rewind()
+  }
+  return { kind, rows, time, plan: recorder.plan({ keep: [output] }), tensors, output, tables: {} }
+}
+
+/** Uploads a batch and runs a pass over it; gives the output's values. */
+export async function runPass(
+  device: Device,
+  config: LlamaConfig,
+  pass: Pass,
+  batch: Batch,
+  weight?: Float32Array,
+): Promise<Float32Array> {
+  pass.plan.load()
+  await uploadBatch(device, config, pass.tensors, batch, pass.tables, weight)
+  await pass.plan.run()
+  return device.downloadFloats(pass.plan.located(pass.output))
+}
+
+export function disposePass(pass: Pass): void {
+  pass.plan.dispose()
+  freeBatch(pass.tensors)
+}
+
+/** The passes used last, so that calls of the same shape record and allocate only once. */
+export class PassCache {
+  private readonly passes = new Map<string, Pass>()
+
+  constructor(private readonly capacity = 4) {}
+
+  get(kind: PassKind, rows: number, time: number, record: () => Pass): Pass {
+    const key = `${kind} ${rows} ${time}`
+    const pass = this.passes.get(key) ?? record()
+    this.passes.delete(key)
+    this.passes.set(key, pass)
+    for (const [oldest, unused] of this.passes) {
+      if (this.passes.size <= this.capacity) break
+      this.passes.delete(oldest)
+      disposePass(unused)
+    }
+    return pass
+  }
+
+  clear(): void {
+    for (const pass of this.passes.values()) disposePass(pass)
+    this.passes.clear()
+  }
+}

@@ -1,0 +1,212 @@
+import { didYouMean, formatBytes, RopewalkError } from '../errors.js'
+import { native } from './native.js'
+import { DTYPE_BYTES, DTYPE_CODE, type DType, type Storage, Tensor } from './tensor.js'
+
+/** Element types of files; integers stay integers, the others are converted to what the tensor holds. */
+export type FileDType = 'F32' | 'BF16' | 'I32' | 'F16' | 'F64'
+const FILE_DTYPE_CODE: Readonly<Record<FileDType, number>> = { F32: 0, BF16: 1, I32: 2, F16: 3, F64: 4 }
+
+/** Bytes in one call across the boundary: bounds the copy that is made on the way. */
+const CHUNK = 16 << 20
+
+export interface DeviceOptions {
+  /** CPU threads; default: one for each core that this process may use. */
+  threads?: number
+}
+
+/** A block of device memory. `dispose()` frees it once no plan uses it any more. */
+export class Buffer implements Storage {
+  private alive = true
+  private readonly id: number | undefined
+
+  constructor(
+    readonly device: Device,
+    readonly bytes: number,
+    readonly name: string,
+    id: number | undefined,
+  ) {
+    this.id = id
+  }
+
+  get handle(): number {
+    if (!this.alive) throw new Error(`${this.name}: this buffer was disposed`)
+    if (this.id === undefined) throw new Error(`${this.name}: the dry device plans, it holds no data`)
+    return this.id
+  }
+
+  dispose(): void {
+    if (!this.alive) return
+    this.alive = false
+    this.device.freed(this, this.id)
+  }
+}
+
+/**
+ * Where plans run: `cpu`; `cuda` or `cuda:1` (not in this version); `simt`, the CUDA kernels on the CPU, for tests;
+ * `auto`, the best that is there; `dry`, which records and plans but allocates and computes nothing.
+ */
+export class Device {
+  /** Sum of the bytes allocated now, and the largest it has been. */
+  allocatedBytes = 0
+  peakAllocatedBytes = 0
+  private disposed = false
+
+  private constructor(
+    readonly name: string,
+    /** One line for people. */
+    readonly description: string,
+    private readonly id: number | undefined,
+  ) {}
+
+  /** Dtype in which activations are kept: the CPU computes in f32 and stores them so. */
+  get activations(): DType {
+    return 'f32'
+  }
+
+  get dry(): boolean {
+    return this.id === undefined
+  }
+
+  /** Opens a device; throws an error with the reason and the remedy where it is not available. */
+  static open(name = 'auto', options: DeviceOptions = {}): Device {
+    if (typeof name !== 'string') throw new TypeError(`device must be a string, is ${typeof name}`)
+    const { threads = 0 } = options
+    if (!Number.isInteger(threads) || threads < 0 || threads > 1024) {
+      throw new RangeError(`threads is ${String(threads)}, but must be a whole number from 1 to 1024`)
+    }
+    if (name === 'dry') return new Device('dry', 'records and plans, allocates nothing', undefined)
+    const [, backend, index = '0'] = /^(auto|cpu|cuda|simt)(?::(\d{1,3}))?$/.exec(name) ?? []
+    if (!backend || (backend === 'auto' && name !== 'auto')) {
+      const known = ['auto', 'cpu', 'cuda', 'cuda:1', 'simt', 'dry']
+      throw new RangeError(`unknown device "${name}"${didYouMean(name, known)}; known are ${known.join(', ')}`)
+    }
+    const addon = native()
+    // 'auto' is the CPU until there is a backend for a GPU; `ropewalk doctor` says why.
+    const chosen = backend === 'auto' ? 'cpu' : backend
+    try {
+      const id = addon.openDevice(chosen, Number(index), threads)
+      return new Device(chosen, addon.describe(id), id)
+    } catch (error) {
+      throw new RopewalkError('ERR_DEVICE_UNAVAILABLE', `device "${name}": ${(error as Error).message}`)
+    }
+  }
+
+  alloc(bytes: number, name: string): Buffer {
+    this.check()
+    if (!Number.isSafeInteger(bytes) || bytes < 1) throw new RangeError(`${name}: cannot allocate ${bytes} bytes`)
+    let id: number | undefined
+    if (this.id !== undefined) {
+      try {
+        id = native().alloc(this.id, bytes)
+      } catch (error) {
+        throw new RopewalkError(
+          'ERR_OUT_OF_MEMORY',
+          `${name}: ${this.name} could not allocate ${formatBytes(bytes)} (${formatBytes(this.allocatedBytes)} are ` +
+            `in use by this model): ${(error as Error).message}. Use a shorter context, a smaller batch, or dtype bfloat16`,
+        )
+      }
+    }
+    this.allocatedBytes += bytes
+    this.peakAllocatedBytes = Math.max(this.peakAllocatedBytes, this.allocatedBytes)
+    return new Buffer(this, bytes, name, id)
+  }
+
+  /** A tensor in a buffer of its own. */
+  tensor(dtype: DType, dims: readonly number[], name: string): Tensor {
+    const bytes = dims.reduce((product, dim) => product * dim, DTYPE_BYTES[dtype])
+    return new Tensor(this.alloc(bytes, name), 0, dtype, dims)
+  }
+
+  /** Copies host data to a tensor; the array may be reused as soon as this returns its promise. */
+  async upload(tensor: Tensor, data: ArrayBufferView): Promise<void> {
+    this.check()
+    if (data.byteLength !== tensor.bytes) {
+      throw new RangeError(`${tensor.describe()}: ${data.byteLength} bytes were given, expected ${tensor.bytes}`)
+    }
+    const bytes = new Uint8Array(data.buffer, data.byteOffset, data.byteLength)
+    const { handle } = tensor.storage as Buffer
+    const parts: Promise<void>[] = []
+    for (let at = 0; at < bytes.length; at += CHUNK) {
+      parts.push(native().upload(handle, tensor.offset + at, bytes.subarray(at, at + CHUNK)))
+    }
+    await Promise.all(parts)
+  }
+
+  /** The tensor's bytes, in pieces of at most 16 MB. */
+  async *downloadChunks(tensor: Tensor): AsyncGenerator<Uint8Array> {
+    this.check()
+    const { handle } = tensor.storage as Buffer
+    for (let at = 0; at < tensor.bytes; at += CHUNK) {
+      yield await native().download(handle, tensor.offset + at, Math.min(CHUNK, tensor.bytes - at))
+    }
+  }
+
+  /** The tensor's bytes in one array. */
+  async download(tensor: Tensor): Promise<Uint8Array> {
+    const result = new Uint8Array(tensor.bytes)
+    let at = 0
+    for await (const chunk of this.downloadChunks(tensor)) {
+      result.set(chunk, at)
+      at += chunk.length
+    }
+    return result
+  }
+
+  /** An f32 tensor's values. */
+  async downloadFloats(tensor: Tensor): Promise<Float32Array> {
+    if (tensor.dtype !== 'f32') throw new TypeError(`${tensor.describe()} is not f32`)
+    return new Float32Array((await this.download(tensor)).buffer)
+  }
+
+  /** Reads a tensor from an open file straight into device memory, converting its dtype where it differs. */
+  async read(tensor: Tensor, fd: number, fileOffset: number, fileDtype: FileDType): Promise<void> {
+    this.check()
+    const { handle } = tensor.storage as Buffer
+    const code = FILE_DTYPE_CODE[fileDtype]
+    await native().read(handle, tensor.offset, DTYPE_CODE[tensor.dtype], fd, fileOffset, code, tensor.size)
+  }
+
+  /** Ends the plan that is running between two of its operations; its promise rejects with code ERR_CANCELLED. */
+  cancel(): void {
+    if (this.id !== undefined && !this.disposed) native().cancel(this.id)
+  }
+
+  /** Stops the device's thread and frees its memory. All of its promises must have settled. */
+  dispose(): void {
+    if (this.disposed) return
+    if (this.id !== undefined) native().closeDevice(this.id)
+    this.disposed = true
+  }
+
+  [Symbol.dispose](): void {
+    this.dispose()
+  }
+
+  /** @internal */
+  loadPlan(name: string, words: Float64Array, buffers: Uint32Array): number {
+    this.check()
+    if (this.id === undefined) throw new Error(`plan "${name}": the dry device plans, it does not run`)
+    return native().loadPlan(this.id, name, words, buffers)
+  }
+
+  /** @internal */
+  async runPlan(handle: number): Promise<void> {
+    this.check()
+    await native().run(handle)
+  }
+
+  /** @internal */
+  freePlan(handle: number): void {
+    if (!this.disposed) native().freePlan(handle)
+  }
+
+  /** @internal */
+  freed(buffer: Buffer, id: number | undefined): void {
+    this.allocatedBytes -= buffer.bytes
+    if (id !== undefined && !this.disposed) native().free(id)
+  }
+
+  private check(): void {
+    if (this.disposed) throw new Error(`device ${this.name} was disposed`)
+  }
+}

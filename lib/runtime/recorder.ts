@@ -1,0 +1,185 @@
+import type { Buffer, Device } from './device.js'
+import { Plan } from './plan.js'
+import { DTYPE_BYTES, type DType, Scratch, Tensor } from './tensor.js'
+
+export type FieldKind = 'IN' | 'OUT' | 'INOUT' | 'OPT' | 'OPT_INOUT' | 'TMP' | 'INT' | 'FLT'
+
+export interface OpField {
+  readonly kind: FieldKind
+  readonly name: string
+  /** f32, bf16, i32 or a letter bound by its first use (tensors only). */
+  readonly dtype?: string
+  /** Symbols, numbers, quotients such as D/2, or the name of an INT (tensors only). */
+  readonly dims?: readonly string[]
+}
+
+/** A row of csrc/ops.def. */
+export interface OpRow {
+  readonly name: string
+  readonly opcode: number
+  readonly fields: readonly OpField[]
+  readonly flops: (dims: Record<string, number>) => number
+}
+
+/** One recorded operation: its row and, field by field, a tensor, a number, or undefined where an optional is absent. */
+export interface Command {
+  readonly row: OpRow
+  readonly values: readonly (Tensor | number | undefined)[]
+  readonly flops: number
+  /** Bytes read and written, each tensor counted once for each direction. */
+  readonly traffic: number
+}
+
+type Args = { readonly [name: string]: Tensor | number | undefined }
+
+const READS = new Set<FieldKind>(['IN', 'INOUT', 'OPT', 'OPT_INOUT'])
+const WRITES = new Set<FieldKind>(['OUT', 'INOUT', 'OPT_INOUT'])
+
+/**
+ * Writes operations down without running them. The emitters of ops.gen.ts check every operation against the op table
+ * here, at record time, and give back its outputs; `plan()` then turns the record into something that runs.
+ */
+export class Recorder {
+  readonly commands: Command[] = []
+  private readonly written = new Set<Scratch>()
+
+  /** `activations` is the dtype of outputs that no argument determines. */
+  constructor(
+    readonly device: Device,
+    readonly name: string,
+    readonly activations: DType = device.activations,
+  ) {}
+
+  /** A tensor in the plan's arena; it holds garbage until an operation writes it. */
+  scratch(dtype: DType, dims: readonly number[], name: string): Tensor {
+    const size = dims.reduce((product, dim) => product * dim, 1)
+    if (!Number.isSafeInteger(size) || size < 1 || dims.some((dim) => !Number.isInteger(dim) || dim < 1)) {
+      throw new RangeError(`${name}: dims (${dims.join(',')}) must be positive whole numbers`)
+    }
+    return new Tensor(new Scratch(size * DTYPE_BYTES[dtype], name), 0, dtype, dims)
+  }
+
+  /** Checks and appends one operation; allocates what it writes and was not given. Called by the emitters. */
+  emit(row: OpRow, given: object): Record<string, Tensor> {
+    const args = given as Args
+    const symbols: Record<string, number> = {}
+    const dtypes: Record<string, DType> = {}
+    for (const field of row.fields) if (field.kind === 'INT') symbols[field.name] = this.integer(row, field, args)
+
+    // First what is given, so that it binds the symbols; then what has to be allocated from them.
+    for (const field of row.fields) {
+      const tensor = args[field.name]
+      if (!field.dims || field.kind === 'TMP') continue
+      if (tensor === undefined) {
+        if (field.kind === 'IN' || field.kind === 'INOUT') throw new TypeError(`${row.name}: ${field.name} is missing`)
+        continue
+      }
+      if (!(tensor instanceof Tensor)) throw new TypeError(`${row.name}: ${field.name} must be a Tensor`)
+      this.unify(row, field, tensor, symbols, dtypes)
+    }
+    const outputs: Record<string, Tensor> = {}
+    const values = row.fields.map((field) => {
+      if (!field.dims) return field.kind === 'INT' ? symbols[field.name] : this.real(row, field, args)
+      let tensor = field.kind === 'TMP' ? undefined : (args[field.name] as Tensor | undefined)
+      if (!tensor && (field.kind === 'OUT' || field.kind === 'TMP')) {
+        const dims = field.dims.map((dim) => this.resolve(row, field, dim, symbols))
+        const dtype = dtypeOf(field.dtype!, dtypes) ?? this.activations
+        tensor = this.scratch(dtype, dims, `${row.name}.${field.name}`)
+      }
+      if (tensor && field.kind === 'OUT') outputs[field.name] = tensor
+      return tensor
+    })
+
+    let traffic = 0
+    row.fields.forEach((field, i) => {
+      const value = values[i]
+      if (!(value instanceof Tensor)) return
+      if (READS.has(field.kind)) {
+        traffic += value.bytes
+        if (value.storage instanceof Scratch && !this.written.has(value.storage)) {
+          throw new Error(`${row.name}: ${field.name} (${value.describe()}) is read before anything wrote it`)
+        }
+      }
+      if (WRITES.has(field.kind)) traffic += value.bytes
+    })
+    row.fields.forEach((field, i) => {
+      const value = values[i]
+      if (WRITES.has(field.kind) && value instanceof Tensor && value.storage instanceof Scratch) {
+        this.written.add(value.storage)
+      }
+    })
+    this.commands.push({ row, values, flops: row.flops(symbols), traffic })
+    return outputs
+  }
+
+  /**
+   * Ends the record. Tensors in `keep` stay valid after a run (they are read back by the caller); all other scratch
+   * tensors share memory as their lifetimes allow. `arena` lends the arena of another plan, grown if need be.
+   */
+  plan(options: { keep?: readonly Tensor[]; arena?: Buffer } = {}): Plan {
+    return new Plan(this.device, this.name, this.commands, options)
+  }
+
+  private integer(row: OpRow, field: OpField, args: Args): number {
+    const value = args[field.name]
+    if (typeof value !== 'number' || !Number.isInteger(value) || value < 1) {
+      throw new RangeError(`${row.name}: ${field.name} is ${String(value)}, but must be a whole number >= 1`)
+    }
+    return value
+  }
+
+  private real(row: OpRow, field: OpField, args: Args): number {
+    const value = args[field.name]
+    if (typeof value !== 'number' || Number.isNaN(value)) {
+      throw new TypeError(`${row.name}: ${field.name} is ${String(value)}, but must be a number`)
+    }
+    return value
+  }
+
+  /** Binds the symbols of a field's dims and dtype to those of the tensor, or checks them. */
+  private unify(row: OpRow, field: OpField, tensor: Tensor, symbols: Record<string, number>, dtypes: Record<string, DType>) {
+    const dims = field.dims!
+    const flat = dims.length === 1 && dims[0] === 'N' && tensor.dims.length !== 1
+    const actual = flat ? [tensor.size] : tensor.dims
+    const where = `${row.name}: ${field.name} [${dims.join(' ')}]`
+    const expected = dtypeOf(field.dtype!, dtypes)
+    if (expected && expected !== tensor.dtype) {
+      throw new TypeError(`${where}: dtype is ${tensor.dtype}, expected ${expected} (${tensor.describe()})`)
+    }
+    if (/^[A-Z]$/.test(field.dtype!)) {
+      if (tensor.dtype === 'i32') throw new TypeError(`${where}: dtype is i32, expected f32 or bf16`)
+      dtypes[field.dtype!] = tensor.dtype
+    }
+    if (actual.length !== dims.length) {
+      throw new RangeError(`${where}: has ${actual.length} dims, expected ${dims.length} (${tensor.describe()})`)
+    }
+    dims.forEach((dim, i) => {
+      const size = actual[i]!
+      if (/^[A-Z]$/.test(dim) && !(dim in symbols)) {
+        symbols[dim] = size
+        return
+      }
+      const wanted = this.resolve(row, field, dim, symbols)
+      if (wanted !== size) throw new RangeError(`${where}: ${dim} is ${size}, expected ${wanted} (${tensor.describe()})`)
+    })
+  }
+
+  private resolve(row: OpRow, field: OpField, dim: string, symbols: Record<string, number>): number {
+    if (/^\d+$/.test(dim)) return Number(dim)
+    const [symbol, divisor = '1'] = dim.split('/') as [string, string?]
+    const value = symbols[symbol]
+    if (value === undefined) throw new Error(`${row.name}: ${field.name} [${dim}] is not determined by any argument`)
+    if (value % Number(divisor) !== 0) {
+      throw new RangeError(`${row.name}: ${symbol} is ${value}, but must be divisible by ${divisor}`)
+    }
+    return value / Number(divisor)
+  }
+}
+
+function dtypeOf(name: string, bound: Record<string, DType>): DType | undefined {
+  return /^[A-Z]$/.test(name) ? bound[name] : (name as DType)
+}
+
+/** Whether a field of this kind is read, and whether it is written. */
+export const reads = (kind: FieldKind): boolean => READS.has(kind)
+export const writes = (kind: FieldKind): boolean => WRITES.has(kind)

@@ -1,0 +1,61 @@
+/** Element types of device tensors. Activations and weights are f32 or bf16; token ids and positions are i32. */
+export type DType = 'f32' | 'bf16' | 'i32'
+
+export const DTYPE_BYTES: Readonly<Record<DType, number>> = { f32: 4, bf16: 2, i32: 4 }
+export const DTYPE_CODE: Readonly<Record<DType, number>> = { f32: 0, bf16: 1, i32: 2 }
+
+/** Where a tensor's bytes are: a buffer that a device allocated, or a place in a plan's arena that the planner chooses. */
+export interface Storage {
+  readonly bytes: number
+  readonly name: string
+}
+
+/** A place in the arena of the plan being recorded. It lives from the first to the last operation that names it. */
+export class Scratch implements Storage {
+  constructor(
+    readonly bytes: number,
+    readonly name: string,
+  ) {}
+}
+
+/** A dense, row-major tensor on a device: a view of `dims` elements from byte `offset` of a storage. */
+export class Tensor {
+  readonly size: number
+
+  constructor(
+    readonly storage: Storage,
+    readonly offset: number,
+    readonly dtype: DType,
+    readonly dims: readonly number[],
+  ) {
+    this.size = dims.reduce((product, dim) => product * dim, 1)
+    if (offset + this.bytes > storage.bytes) {
+      throw new RangeError(`${storage.name}: ${this.describe()} at byte ${offset} exceeds ${storage.bytes} bytes`)
+    }
+  }
+
+  get bytes(): number {
+    return this.size * DTYPE_BYTES[this.dtype]
+  }
+
+  /** The same elements under other dims. */
+  view(...dims: number[]): Tensor {
+    const size = dims.reduce((product, dim) => product * dim, 1)
+    if (size !== this.size) throw new RangeError(`${this.describe()} cannot be viewed as (${dims.join(',')})`)
+    return new Tensor(this.storage, this.offset, this.dtype, dims)
+  }
+
+  /** Rows `start` .. `start + count` of the first dimension. */
+  rows(start: number, count: number): Tensor {
+    const [rows = 1, ...rest] = this.dims
+    if (start < 0 || count < 1 || start + count > rows) {
+      throw new RangeError(`rows ${start}..${start + count} do not lie inside ${this.describe()}`)
+    }
+    const stride = (this.size / rows) * DTYPE_BYTES[this.dtype]
+    return new Tensor(this.storage, this.offset + start * stride, this.dtype, [count, ...rest])
+  }
+
+  describe(): string {
+    return `${this.storage.name} ${this.dtype} (${this.dims.join(',')})`
+  }
+}

@@ -1,0 +1,140 @@
+// Generates lib/runtime/ops.gen.ts, the typed emitters, from csrc/ops.def. No dependencies: `npm run build:ops`.
+// With --check it writes nothing and fails where the committed file is stale.
+import { readFileSync, writeFileSync } from 'node:fs'
+import { fileURLToPath } from 'node:url'
+
+const path = (relative) => fileURLToPath(new URL(relative, import.meta.url))
+const source = readFileSync(path('../csrc/ops.def'), 'utf8')
+
+/** Splits the table into rows; a parenthesis inside a row is always balanced. */
+function parse(text) {
+  const rows = []
+  const withoutComments = text.replace(/^\s*\/\/.*$/gm, '')
+  for (let at = withoutComments.indexOf('OP('); at >= 0; at = withoutComments.indexOf('OP(', at + 1)) {
+    let depth = 0
+    let end = at + 2
+    do {
+      if (withoutComments[end] === '(') depth++
+      if (withoutComments[end] === ')') depth--
+      end++
+    } while (depth > 0)
+    const [, name, body] = /^OP\((\w+),([\s\S]*)\)$/.exec(withoutComments.slice(at, end))
+    const fields = []
+    let flops = '0'
+    for (const [, kind, inside] of body.matchAll(/(\w+)\(((?:[^()"]|"[^"]*")*)\)/g)) {
+      const parts = inside.match(/"[^"]*"|[^,\s]+/g)
+      if (kind === 'FLOPS') flops = parts[0].slice(1, -1)
+      else if (kind === 'INT' || kind === 'FLT') fields.push({ kind, name: parts[0] })
+      else fields.push({ kind, name: parts[0], dtype: parts[1], dims: parts[2].slice(1, -1).split(' ') })
+    }
+    rows.push({ name, fields, flops })
+  }
+  return rows
+}
+
+/** The comment above a row becomes the docstring of its emitter. */
+function comments(text) {
+  const found = new Map()
+  let pending = []
+  for (const line of text.split('\n')) {
+    const comment = /^\/\/ ?(.*)$/.exec(line)
+    const row = /^OP\((\w+),/.exec(line)
+    if (comment) pending.push(comment[1])
+    else if (row) found.set(row[1], pending)
+    if (!comment && line.trim() !== '' && !/^ {2,}/.test(line) && !row) pending = []
+    if (row || line.trim() === '') pending = []
+  }
+  return found
+}
+
+const camel = (name) => name.replace(/_(\w)/g, (_, letter) => letter.toUpperCase())
+const pascal = (name) => camel(`_${name}`)
+
+function flopsFunction(expression) {
+  const dims = [...new Set(expression.match(/[A-Z]/g) ?? [])]
+  return dims.length ? `({ ${dims.join(', ')} }) => ${expression.replace(/([*+])/g, ' $1 ').replace(/\s+/g, ' ')}` : '() => 0'
+}
+
+function generate() {
+  const rows = parse(source)
+  const docs = comments(source)
+  const out = []
+  out.push('// Generated from csrc/ops.def by scripts/ops.js (`npm run build:ops`). Edit the table, not this file.')
+  out.push("import type { OpRow, Recorder } from './recorder.js'")
+  out.push("import type { Tensor } from './tensor.js'")
+  out.push('')
+  out.push('export const OPS = [')
+  rows.forEach((row, opcode) => {
+    out.push('  {')
+    out.push(`    name: '${row.name}',`)
+    out.push(`    opcode: ${opcode},`)
+    out.push('    fields: [')
+    for (const field of row.fields) {
+      out.push(
+        field.dims
+          ? `      { kind: '${field.kind}', name: '${field.name}', dtype: '${field.dtype}', dims: [${field.dims.map((dim) => `'${dim}'`).join(', ')}] },`
+          : `      { kind: '${field.kind}', name: '${field.name}' },`,
+      )
+    }
+    out.push('    ],')
+    out.push(`    flops: ${flopsFunction(row.flops)},`)
+    out.push('  },')
+  })
+  out.push('] as const satisfies readonly OpRow[]')
+  for (const [opcode, row] of rows.entries()) {
+    const outputs = row.fields.filter((field) => field.kind === 'OUT')
+    const inputs = row.fields.filter((field) => field.kind !== 'TMP')
+    out.push('')
+    out.push(`export interface ${pascal(row.name)} {`)
+    for (const field of inputs) {
+      const optional = ['OPT', 'OPT_INOUT', 'OUT'].includes(field.kind)
+      const type = field.dims ? 'Tensor' : 'number'
+      const shape = field.dims ? ` // ${field.dtype} (${field.dims.join(',')})` : ''
+      out.push(`  ${field.name}${optional ? '?' : ''}: ${type}${optional ? ' | undefined' : ''}${shape}`)
+    }
+    out.push('}')
+    out.push('')
+    const doc = docs.get(row.name) ?? []
+    if (doc.length === 1) out.push(`/** ${doc[0]} */`)
+    if (doc.length > 1) out.push('/**', ...doc.map((line) => ` * ${line}`), ' */')
+    const result = outputs.length ? `{ ${outputs.map((field) => `${field.name}: Tensor`).join('; ')} }` : 'void'
+    out.push(`export function ${camel(row.name)}(recorder: Recorder, args: ${pascal(row.name)}): ${result} {`)
+    out.push(outputs.length ? `  return recorder.emit(OPS[${opcode}], args) as ${result}` : `  recorder.emit(OPS[${opcode}], args)`)
+    out.push('}')
+  }
+  // The same FNV-1a as csrc/ops.h, over the same text, so that a stale addon is recognised.
+  let hash = 0xcbf29ce484222325n
+  for (const byte of Buffer.from(tableText(source))) hash = BigInt.asUintN(64, (hash ^ BigInt(byte)) * 0x100000001b3n)
+  out.push('')
+  out.push('/** Of the table; the addon and every backend must have been built from the same one. */')
+  out.push(`export const TABLE_HASH = '${hash.toString(16).padStart(16, '0')}'`)
+  return out.join('\n') + '\n'
+}
+
+/** What the preprocessor makes of `#name " " #row "\n"` for every row: comments gone, white space folded to one space. */
+function tableText(text) {
+  let result = ''
+  const clean = text.replace(/\/\/.*$/gm, '')
+  for (const row of parse(text)) {
+    const start = clean.indexOf(`OP(${row.name},`)
+    let depth = 0
+    let end = start + 2
+    do {
+      if (clean[end] === '(') depth++
+      if (clean[end] === ')') depth--
+      end++
+    } while (depth > 0)
+    const body = clean.slice(start + `OP(${row.name},`.length, end - 1).replace(/\s+/g, ' ').trim()
+    result += `${row.name} ${body}\n`
+  }
+  return result
+}
+
+const target = path('../lib/runtime/ops.gen.ts')
+const generated = generate()
+if (process.argv.includes('--check')) {
+  if (readFileSync(target, 'utf8') !== generated) {
+    console.error('lib/runtime/ops.gen.ts is stale: run `npm run build:ops` after a change of csrc/ops.def')
+    process.exit(1)
+  }
+} else writeFileSync(target, generated)
