@@ -328,7 +328,7 @@ Napi::Value backends(const Napi::CallbackInfo& info) {
   return result;
 }
 
-Napi::Object init(Napi::Env env, Napi::Object exports) {
+Napi::Object export_all(Napi::Env env, Napi::Object exports) {
   env.SetInstanceData(new Addon());
   char hash[17];
   std::snprintf(hash, sizeof(hash), "%016llx", static_cast<unsigned long long>(table_hash));
@@ -352,4 +352,6 @@ Napi::Object init(Napi::Env env, Napi::Object exports) {
 }  // namespace
 }  // namespace rw
 
-NODE_API_MODULE(ropewalk, rw::init)
+static Napi::Object init(Napi::Env env, Napi::Object exports) { return rw::export_all(env, exports); }
+
+NODE_API_MODULE(ropewalk, init)

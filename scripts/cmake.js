@@ -14,7 +14,9 @@ const cmakeJs = join(root, 'node_modules', 'cmake-js', 'bin', 'cmake-js')
 function run(command, args) {
   const { status, error } = spawnSync(command, args, { cwd: root, stdio: 'inherit' })
   if (error?.code === 'ENOENT') {
-    console.error(`ropewalk: \`${command}\` is not on PATH; building from source needs CMake >= 3.18 and a C++17 compiler`)
+    console.error(
+      `ropewalk: \`${command}\` is not on PATH; building from source needs CMake >= 3.18 and a C++17 compiler`,
+    )
     process.exit(1)
   }
   if (status !== 0) process.exit(status ?? 1)

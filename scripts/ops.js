@@ -52,7 +52,9 @@ const pascal = (name) => camel(`_${name}`)
 
 function flopsFunction(expression) {
   const dims = [...new Set(expression.match(/[A-Z]/g) ?? [])]
-  return dims.length ? `({ ${dims.join(', ')} }) => ${expression.replace(/([*+])/g, ' $1 ').replace(/\s+/g, ' ')}` : '() => 0'
+  return dims.length
+    ? `({ ${dims.join(', ')} }) => ${expression.replace(/([*+])/g, ' $1 ').replace(/\s+/g, ' ')}`
+    : '() => 0'
 }
 
 function generate() {
@@ -99,7 +101,11 @@ function generate() {
     if (doc.length > 1) out.push('/**', ...doc.map((line) => ` * ${line}`), ' */')
     const result = outputs.length ? `{ ${outputs.map((field) => `${field.name}: Tensor`).join('; ')} }` : 'void'
     out.push(`export function ${camel(row.name)}(recorder: Recorder, args: ${pascal(row.name)}): ${result} {`)
-    out.push(outputs.length ? `  return recorder.emit(OPS[${opcode}], args) as ${result}` : `  recorder.emit(OPS[${opcode}], args)`)
+    out.push(
+      outputs.length
+        ? `  return recorder.emit(OPS[${opcode}], args) as ${result}`
+        : `  recorder.emit(OPS[${opcode}], args)`,
+    )
     out.push('}')
   }
   // The same FNV-1a as csrc/ops.h, over the same text, so that a stale addon is recognised.
@@ -124,7 +130,10 @@ function tableText(text) {
       if (clean[end] === ')') depth--
       end++
     } while (depth > 0)
-    const body = clean.slice(start + `OP(${row.name},`.length, end - 1).replace(/\s+/g, ' ').trim()
+    const body = clean
+      .slice(start + `OP(${row.name},`.length, end - 1)
+      .replace(/\s+/g, ' ')
+      .trim()
     result += `${row.name} ${body}\n`
   }
   return result

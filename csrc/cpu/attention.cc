@@ -7,9 +7,9 @@ template <typename F>
 static void forward(Context& context, const attention_fwd_args& a) {
   int64_t B = a.q.dims[0], T = a.q.dims[1], H = a.q.dims[2], D = a.q.dims[3], K = a.k.dims[2], G = H / K;
   rotate_keys<F>(context, a.k, a.cos, a.sin, a.pos, a.kr);
-  int64_t tiles = round_up(T, query_tile) / query_tile;
+  int64_t step = query_tile(G), tiles = round_up(T, step) / step;
   parallel(context, B * K * tiles, [&](int64_t task, int thread) {
-    int64_t tile = tiles - 1 - task / (B * K), b = task % (B * K) / K, head = task % K, t0 = tile * query_tile;
+    int64_t tile = tiles - 1 - task / (B * K), b = task % (B * K) / K, head = task % K, t0 = tile * step;
     Attend<F> part = {};
     part.q = a.q.as<F>() + ((b * T + t0) * H + head * G) * D;
     part.k = a.kr.as<F>() + (b * K + head) * T * D;
@@ -21,7 +21,7 @@ static void forward(Context& context, const attention_fwd_args& a) {
     part.pos = a.pos.as<int32_t>() + b * T + t0;
     part.first = a.first.as<int32_t>() + b * T + t0;
     part.t0 = t0;
-    part.tokens = min_of(query_tile, T - t0);
+    part.tokens = min_of(step, T - t0);
     part.group = G;
     part.head_dim = D;
     part.q_stride = H * D;

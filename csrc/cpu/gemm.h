@@ -157,7 +157,10 @@ void pack_copied(const T* source, int64_t ld, int64_t count, int64_t depth, floa
     int64_t i = 0;
     // a vector may read past the panel's width only where another row of the matrix follows
     for (; i + W <= count && (W % VL == 0 || i + VL <= count || k + 1 < depth); i += W, to += stride)
-      for (int64_t v = 0; v < W; v += VL) store(to + v, load(from + i + v));
+      for (int64_t v = 0; v < W; v += VL) {
+        __builtin_prefetch(from + 8 * ld + i + v);
+        store(to + v, load(from + i + v));
+      }
     for (; i < count; i += W, to += stride)
       for (int64_t v = 0; v < W; v++) to[v] = i + v < count ? to_float(from[i + v]) : 0;
   }

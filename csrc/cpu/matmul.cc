@@ -6,7 +6,7 @@ namespace rw::cpu::RW_ISA {
 namespace {
 
 constexpr int64_t KC = 256;
-constexpr int64_t MC = MR * 16;
+constexpr int64_t MC = 336 / MR * MR;
 constexpr int64_t NC = 1024;
 constexpr int64_t PANEL_FLOATS = 4 << 20;
 constexpr int64_t GROUP = 4 * NR;
@@ -163,6 +163,10 @@ void multiply_few_rows(Context& context, const Problem& p) {
       for (int64_t j = 0; j < columns; j += NR) {
         const T* b = at<T>(p.b, k, j0 + j);
         const bool full = columns - j >= NR;
+        for (int64_t next = k + STEP; next < min(k + 2 * STEP, p.k); next++) {
+          __builtin_prefetch(at<T>(p.b, next, j0 + j));
+          __builtin_prefetch(at<T>(p.b, next, j0 + j) + VL);
+        }
         if (!full) pack_copied<NR>(b, p.b.row, columns - j, depth, edge, 0);
         for (int64_t i = 0; i < p.m; i += MR) {
           const int rows = static_cast<int>(min(p.m - i, MR));

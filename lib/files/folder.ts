@@ -168,12 +168,13 @@ async function openShards(
   }
   for (const [shard, members] of shards) {
     const path = join(dir, shard)
-    const file = await openSafetensors(await containedFile(root, shard, path), path).catch((cause) => {
+    const real = await containedFile(root, shard, path).catch((cause) => {
       if (cause.code !== 'ERR_NOT_FOUND') throw cause
       throw new RopewalkError('ERR_NOT_FOUND', `${path}: missing, but ${indexName} names it: download the shard`, {
         cause,
       })
     })
+    const file = await openSafetensors(real, path)
     files.push(file)
     for (const tensor of file.tensors.values()) {
       if (!members.has(tensor.name)) {

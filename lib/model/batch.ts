@@ -108,7 +108,9 @@ export function readBatch(tokens: Tokens, config: LlamaConfig, options: BatchOpt
   for (let n = 0; n < size; n++) {
     if (positions[n]! < 0) throw new RangeError(`positions[${Math.floor(n / time)}][${n % time}] is ${positions[n]}`)
     if (first[n]! < 0 || first[n]! > n % time) {
-      throw new RangeError(`first[${Math.floor(n / time)}][${n % time}] is ${first[n]}, but must lie in 0 .. ${n % time}`)
+      throw new RangeError(
+        `first[${Math.floor(n / time)}][${n % time}] is ${first[n]}, but must lie in 0 .. ${n % time}`,
+      )
     }
   }
   return { rows, time, ids, labels, positions, first, targets }

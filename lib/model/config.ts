@@ -69,7 +69,8 @@ export function readConfig(raw: Record<string, unknown>, path: string): LlamaCon
     fail(`num_attention_heads (${heads}) is not a multiple of num_key_value_heads (${kvHeads})`)
   }
   for (const bias of ['attention_bias', 'mlp_bias']) {
-    if (raw[bias]) fail(`${bias} is ${quote(raw[bias])}: models with biases are not supported, and would be wrong without`)
+    if (raw[bias])
+      fail(`${bias} is ${quote(raw[bias])}: models with biases are not supported, and would be wrong without`)
   }
   if (raw.hidden_act !== undefined && raw.hidden_act !== 'silu' && raw.hidden_act !== 'swish') {
     fail(`hidden_act is ${quote(raw.hidden_act)}, but LLaMA's MLP is computed with silu only`)
@@ -129,6 +130,16 @@ export function extendConfig(config: LlamaConfig, extension: RopeExtension): Lla
     rope,
     maxPositionEmbeddings: Math.round(window),
     originalMaxPositionEmbeddings: rope.originalMaxPositionEmbeddings ?? config.originalMaxPositionEmbeddings,
+  }
+}
+
+/** The config without any scaling: the plain baseline of an evaluation. Its window is the original one. */
+export function unscaled(config: LlamaConfig): LlamaConfig {
+  const { rope, originalMaxPositionEmbeddings } = config
+  return {
+    ...config,
+    rope: { type: 'default', theta: rope.theta, originalMaxPositionEmbeddings },
+    maxPositionEmbeddings: originalMaxPositionEmbeddings,
   }
 }
 

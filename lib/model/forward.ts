@@ -2,7 +2,17 @@
 import { embeddingFwd } from '../runtime/ops.gen.js'
 import type { Tensor } from '../runtime/tensor.js'
 import type { LlamaConfig } from './config.js'
-import { attention, crossEntropy, embedding, linear, type Positions, rmsnorm, swiglu, type Tape, view } from './layers.js'
+import {
+  attention,
+  crossEntropy,
+  embedding,
+  linear,
+  type Positions,
+  rmsnorm,
+  swiglu,
+  type Tape,
+  view,
+} from './layers.js'
 import type { Parameter, Parameters } from './parameters.js'
 
 /** Device tensors of one batch of B rows of T tokens, N = B T. */
@@ -31,7 +41,15 @@ interface BlockWeights {
 export type Attend = (layer: number, q: Tensor, k: Tensor, v: Tensor) => Tensor
 
 /** x (N,C) -> (N,C): x + attention(norm(x)), then y + mlp(norm(y)). */
-function block(tape: Tape, config: LlamaConfig, layer: number, w: BlockWeights, x: Tensor, batch: number, attend: Attend) {
+function block(
+  tape: Tape,
+  config: LlamaConfig,
+  layer: number,
+  w: BlockWeights,
+  x: Tensor,
+  batch: number,
+  attend: Attend,
+) {
   const { heads, kvHeads, headDim, rmsNormEps } = config
   const time = x.dims[0]! / batch
 

@@ -118,10 +118,8 @@ export class Continuation {
     const attend: Attend = (layer, q, k, v) => {
       const { k: k_cache, v: v_cache } = this.cache[layer]!
       kvAppend(recorder, { k, v, ...pick(inputs, 'cos', 'sin', 'pos', 'slot'), k_cache, v_cache })
-      return attentionCached(recorder, {
-        ...{ q, k_cache, v_cache, scale },
-        ...pick(inputs, 'cos', 'sin', 'pos', 'first', 'last'),
-      }).o
+      const where = pick(inputs, 'cos', 'sin', 'pos', 'first', 'last')
+      return attentionCached(recorder, { q, k_cache, v_cache, scale, ...where }).o
     }
     const x = trunk(tape, config, parameters, inputs.ids, 1, attend)
     const logits = recordLogits(tape, config, parameters, x, inputs.row)
@@ -156,7 +154,10 @@ export function sampler(options: SamplingOptions): (logits: Float32Array) => num
     let best = 0
     for (let id = 0; id < logits.length; id++) {
       if (Number.isNaN(logits[id])) {
-        throw new RopewalkError('ERR_NOT_FINITE', `the logit of token ${id} is NaN: the weights or the input are damaged`)
+        throw new RopewalkError(
+          'ERR_NOT_FINITE',
+          `the logit of token ${id} is NaN: the weights or the input are damaged`,
+        )
       }
       if (logits[id]! > logits[best]!) best = id
     }

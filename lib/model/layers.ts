@@ -67,8 +67,7 @@ export class Tape {
 
   /** Records the backward pass. */
   rewind(): void {
-    for (const step of this.steps.reverse()) step()
-    this.steps.length = 0
+    while (this.steps.length > 0) this.steps.pop()!()
   }
 }
 
@@ -160,10 +159,8 @@ export function crossEntropy(tape: Tape, x: Tensor, w: Parameter, labels: Tensor
   const rows = Math.floor(LOGITS_BYTES / (4 * w.value.dims[0]!))
   const chunk = Math.min(x.dims[0]!, Math.max(64, rows))
   if (!tape.training) return linearCrossEntropyFwd(tape.recorder, { x, w: w.value, labels, chunk }).nll
-  const { nll, dx } = linearCrossEntropyBwd(tape.recorder, {
-    ...{ x, w: w.value, labels, weight, chunk },
-    ...(w.grad && { dw_add: tape.partial(w), dw: w.grad }),
-  })
+  const dw = w.grad && { dw_add: tape.partial(w), dw: w.grad }
+  const { nll, dx } = linearCrossEntropyBwd(tape.recorder, { x, w: w.value, labels, weight, chunk, ...dw })
   tape.setGradient(x, dx)
   return nll
 }

@@ -1,14 +1,23 @@
 import { type FileHandle, open } from 'node:fs/promises'
 import { quote, RopewalkError } from '../errors.js'
-import { type ModelFolder, openModelFolder, saveModelFolder } from '../files/folder.js'
+import { type ModelFolder, openModelFolder } from '../files/folder.js'
+import { saveModelFolder } from '../files/save.js'
 import { loadTokenizer, type Tokenizer } from '../files/tokenizer.js'
 import type { RopeExtension } from '../rope.js'
+import { fromBfloat16, toBfloat16 } from '../runtime/bfloat16.js'
 import { Device, type FileDType } from '../runtime/device.js'
-import { sumSquares } from '../runtime/ops.gen.js'
-import { Recorder } from '../runtime/recorder.js'
-import type { DType, Tensor } from '../runtime/tensor.js'
+import type { DType } from '../runtime/tensor.js'
 import { type Batch, type BatchOptions, type HostTensor, readBatch, type Tokens } from './batch.js'
-import { contextWindow, extendConfig, type LlamaConfig, parameterShapes, readConfig, writeConfig } from './config.js'
+import {
+  contextWindow,
+  extendConfig,
+  type LlamaConfig,
+  parameterShapes,
+  readConfig,
+  unscaled,
+  writeConfig,
+} from './config.js'
+import { requireFinite } from './finite.js'
 import { Continuation, sampler, type SamplingOptions } from './generate.js'
 import { Parameters } from './parameters.js'
 import { disposePass, type Pass, PassCache, type PassKind, recordPass, runPass } from './passes.js'
@@ -18,8 +27,8 @@ export interface LoadOptions {
   device?: string
   /** How weights are kept; default: as in the checkpoint (float16 becomes float32). Arithmetic is float32 on the CPU. */
   dtype?: 'float32' | 'bfloat16'
-  /** Stretches the context: relative to what the checkpoint already says. */
-  rope?: RopeExtension
+  /** Stretches the context, relative to what the checkpoint already says; 'none' drops the checkpoint's scaling. */
+  rope?: RopeExtension | 'none'
   /** CPU threads; default: one for each core that this process may use. */
   threads?: number
   /** Called while weights are read. */
@@ -84,7 +93,7 @@ export class Llama {
     let device: Device | undefined
     try {
       let config = readConfig(folder.config, `${path}/config.json`)
-      if (options.rope) config = extendConfig(config, options.rope)
+      if (options.rope) config = options.rope === 'none' ? unscaled(config) : extendConfig(config, options.rope)
       const warnings = [...folder.warnings]
       checkTensors(folder, config, path, warnings)
       const dtype = options.dtype ?? checkpointDtype(folder)
@@ -289,21 +298,8 @@ export class Llama {
   }
 
   /** @internal Throws, naming the first, where a weight is NaN or infinite. */
-  async requireFinite(): Promise<void> {
-    const { weights, device } = this
-    const whole = weights.flat(weights.buffer, weights.dtype)
-    if (Number.isFinite(await sumOfSquares(device, whole))) return
-    for (const { name, value } of weights) {
-      if (Number.isFinite(await sumOfSquares(device, value))) continue
-      const bytes = await device.download(value)
-      const bad = firstNonFinite(bytes, weights.dtype)
-      if (bad === undefined) continue // finite, but its square is not
-      throw new RopewalkError(
-        'ERR_NOT_FINITE',
-        `${this.path}: ${name} has ${bad.value} at element ${bad.index}: the weights are damaged. Use an earlier ` +
-          'checkpoint, or download the model again',
-      )
-    }
+  requireFinite(): Promise<void> {
+    return requireFinite(this.weights, this.path)
   }
 
   private async readWeights(folder: ModelFolder, onProgress: LoadOptions['onProgress']): Promise<void> {
@@ -370,7 +366,10 @@ function checkTensors(folder: ModelFolder, config: LlamaConfig, path: string, wa
   const shapes = parameterShapes(config)
   for (const { name, dims } of shapes) {
     const tensor = folder.tensors.get(name)
-    if (!tensor) fail(`${path}: ${name} (${dims.join(',')}) is missing: the checkpoint is incomplete, or config.json is another model's`)
+    if (!tensor)
+      fail(
+        `${path}: ${name} (${dims.join(',')}) is missing: the checkpoint is incomplete, or config.json is another model's`,
+      )
     else if (tensor.dims.join() !== dims.join()) {
       fail(`${tensor.path}: ${name} is (${tensor.dims.join(',')}), but config.json makes it (${dims.join(',')})`)
     } else if (!['F32', 'BF16', 'F16', 'F64'].includes(tensor.dtype)) {
@@ -395,7 +394,9 @@ function checkpointDtype(folder: ModelFolder): 'float32' | 'bfloat16' {
 
 function requireTargets(batch: Batch): void {
   if (batch.targets === 0) {
-    throw new RangeError('no label counts: every row needs at least two tokens, and a label that is not -100 after the first')
+    throw new RangeError(
+      'no label counts: every row needs at least two tokens, and a label that is not -100 after the first',
+    )
   }
 }
 
@@ -403,42 +404,6 @@ function mean(nll: Float32Array, { targets }: Batch): number {
   let sum = 0
   for (const value of nll) sum += value
   return sum / targets
-}
-
-async function sumOfSquares(device: Device, x: Tensor): Promise<number> {
-  const recorder = new Recorder(device, 'finite check')
-  const { y } = sumSquares(recorder, { x })
-  const plan = recorder.plan({ keep: [y] })
-  try {
-    await plan.run()
-    return (await device.downloadFloats(plan.located(y)))[0]!
-  } finally {
-    plan.dispose()
-  }
-}
-
-function firstNonFinite(bytes: Uint8Array, dtype: DType): { index: number; value: number } | undefined {
-  const data = dtype === 'bf16' ? new Uint16Array(bytes.buffer) : new Float32Array(bytes.buffer)
-  for (let index = 0; index < data.length; index++) {
-    const value = dtype === 'bf16' ? fromBfloat16(data[index]!) : data[index]!
-    if (!Number.isFinite(value)) return { index, value }
-  }
-  return undefined
-}
-
-const bits = new DataView(new ArrayBuffer(4))
-
-export function fromBfloat16(half: number): number {
-  bits.setUint32(0, half << 16)
-  return bits.getFloat32(0)
-}
-
-/** Rounds to nearest, ties to even. */
-export function toBfloat16(value: number): number {
-  bits.setFloat32(0, value)
-  const word = bits.getUint32(0)
-  if (Number.isNaN(value)) return (word >>> 16) | 0x40
-  return ((word + 0x7fff + ((word >>> 16) & 1)) >>> 16) & 0xffff
 }
 
 function convert(name: string, tensor: HostTensor, dtype: 'float32' | 'bfloat16'): ArrayBufferView {
@@ -449,7 +414,9 @@ function convert(name: string, tensor: HostTensor, dtype: 'float32' | 'bfloat16'
   if (type === 'bfloat16' && data instanceof Uint16Array) {
     return dtype === 'bfloat16' ? data : Float32Array.from(data, fromBfloat16)
   }
-  throw new TypeError(`${name}: type is ${quote(type)} with ${data.constructor.name}; expected float32 with Float32Array or bfloat16 with Uint16Array`)
+  throw new TypeError(
+    `${name}: type is ${quote(type)} with ${data.constructor.name}; expected float32 with Float32Array or bfloat16 with Uint16Array`,
+  )
 }
 
 /** Without the replacement characters at the end, which stand for the beginning of a character yet to come. */

@@ -28,7 +28,7 @@ const aligned = (bytes: number): number => Math.ceil(bytes / ALIGNMENT) * ALIGNM
 export function planArena(lifetimes: readonly Lifetime[]): Arena {
   const order = lifetimes.map((_, i) => i)
   order.sort((a, b) => lifetimes[b]!.bytes - lifetimes[a]!.bytes || lifetimes[a]!.first - lifetimes[b]!.first || a - b)
-  const offsets = new Array<number>(lifetimes.length).fill(0)
+  const offsets = lifetimes.map(() => 0)
   const placed: number[] = [] // sorted by offset
   let total = 0
   for (const i of order) {
@@ -44,7 +44,7 @@ export function planArena(lifetimes: readonly Lifetime[]): Arena {
     offsets[i] = offset
     total = Math.max(total, offset + size)
     let low = 0
-    for (let high = placed.length; low < high; ) {
+    for (let high = placed.length; low < high;) {
       const middle = (low + high) >> 1
       if (offsets[placed[middle]!]! <= offset) low = middle + 1
       else high = middle

@@ -137,7 +137,13 @@ export class Recorder {
   }
 
   /** Binds the symbols of a field's dims and dtype to those of the tensor, or checks them. */
-  private unify(row: OpRow, field: OpField, tensor: Tensor, symbols: Record<string, number>, dtypes: Record<string, DType>) {
+  private unify(
+    row: OpRow,
+    field: OpField,
+    tensor: Tensor,
+    symbols: Record<string, number>,
+    dtypes: Record<string, DType>,
+  ) {
     const dims = field.dims!
     const flat = dims.length === 1 && dims[0] === 'N' && tensor.dims.length !== 1
     const actual = flat ? [tensor.size] : tensor.dims
@@ -160,7 +166,8 @@ export class Recorder {
         return
       }
       const wanted = this.resolve(row, field, dim, symbols)
-      if (wanted !== size) throw new RangeError(`${where}: ${dim} is ${size}, expected ${wanted} (${tensor.describe()})`)
+      if (wanted !== size)
+        throw new RangeError(`${where}: ${dim} is ${size}, expected ${wanted} (${tensor.describe()})`)
     })
   }
 

@@ -1,0 +1,156 @@
+import { createReadStream } from 'node:fs'
+import { open, readdir, stat } from 'node:fs/promises'
+import { extname, join } from 'node:path'
+import { didYouMean, formatBytes, quote, RopewalkError } from '../errors.js'
+import { decodeUtf8, readSmallFile } from './bytes.js'
+import { isObject, parseJson } from './json.js'
+import { readParquet } from './parquet.js'
+
+/** One text to train on or to measure; `source` is file, file:line or file#row. */
+export type TextDocument = { text: string; source: string }
+
+const readers: Record<string, (path: string, field: string) => AsyncIterable<TextDocument>> = {
+  '.txt': readText,
+  '.jsonl': readLines,
+  '.ndjson': readLines,
+  '.parquet': readTable,
+}
+const known = Object.keys(readers).join(', ')
+
+/** V8 holds strings of up to 2^29 - 24 characters. */
+const maxTextBytes = 500_000_000
+const maxLineBytes = 256 << 20
+
+/**
+ * The documents of files and folders, in the order of `paths`; folders are read recursively, sorted by name, and only
+ * their .txt, .jsonl, .ndjson and .parquet files. A .txt file is one document; the others have one in `field` of every
+ * line or row. Throws RopewalkError (ERR_NOT_FOUND, ERR_EMPTY, ERR_FORMAT, ERR_FIELD, ERR_UTF8, ERR_JSON, ...).
+ */
+export async function* readDocuments(
+  paths: readonly string[],
+  { field = 'text' }: { field?: string } = {},
+): AsyncGenerator<TextDocument> {
+  if (!Array.isArray(paths) || paths.length === 0) throw new TypeError(`paths: ${quote(paths)}, but a list of paths is expected`)
+  for (const path of paths) {
+    const info = await stat(path).catch((cause: NodeJS.ErrnoException) => {
+      if (cause.code === 'ENOENT') throw new RopewalkError('ERR_NOT_FOUND', `${path}: does not exist: check the path`, { cause })
+      throw new RopewalkError('ERR_READ', `${path}: cannot be read (${cause.message})`, { cause })
+    })
+    if (info.isDirectory()) {
+      const files = await listFiles(path)
+      if (files.length === 0) {
+        throw new RopewalkError('ERR_EMPTY', `${path}: no document in this folder: files that end in ${known} are read`)
+      }
+      for (const file of files) yield* readFile(file, field)
+    } else if (info.isFile()) yield* readFile(path, field)
+    else throw new RopewalkError('ERR_NOT_A_FILE', `${path}: neither a regular file nor a folder`)
+  }
+}
+
+async function listFiles(dir: string): Promise<string[]> {
+  const found: string[] = []
+  const entries = await readdir(dir, { withFileTypes: true })
+  entries.sort((a, b) => (a.name < b.name ? -1 : 1))
+  for (const entry of entries) {
+    const path = join(dir, entry.name)
+    if (entry.isDirectory()) found.push(...(await listFiles(path)))
+    else if (entry.isFile() && extname(entry.name).toLowerCase() in readers) found.push(path)
+  }
+  return found
+}
+
+async function* readFile(path: string, field: string): AsyncGenerator<TextDocument> {
+  const extension = extname(path).toLowerCase()
+  if (!Object.hasOwn(readers, extension)) {
+    const remedy =
+      extension === '.json'
+        ? 'write one object a line and call it .jsonl (jq -c ".[]" in.json > out.jsonl)'
+        : `files that end in ${known} are read${didYouMean(extension, Object.keys(readers))}`
+    throw new RopewalkError('ERR_FORMAT', `${path}: ${quote(extension)} is not a document format: ${remedy}`)
+  }
+  const { size } = await stat(path)
+  if (size === 0) throw new RopewalkError('ERR_EMPTY', `${path}: the file is empty: remove it, or write it again`)
+  yield* readers[extension](path, field)
+}
+
+async function* readText(path: string): AsyncGenerator<TextDocument> {
+  yield { text: decodeText(await readSmallFile(path, maxTextBytes), path), source: path }
+}
+
+async function* readLines(path: string, field: string): AsyncGenerator<TextDocument> {
+  let line = 0
+  let found = 0
+  for await (const bytes of splitLines(path)) {
+    line++
+    const source = `${path}:${line}`
+    const text = decodeText(bytes, source)
+    if (text.trim() === '') continue
+    // Python writes NaN and huge integers into lines, too; they are not what is read here
+    const row = parseJson(text, source, { python: true })
+    if (!isObject(row)) throw new RopewalkError('ERR_FORMAT', `${source}: ${quote(row)}, but a line must be an object {...}`)
+    yield { text: fieldOf(row, field, source), source }
+    found++
+  }
+  if (found === 0) throw new RopewalkError('ERR_EMPTY', `${path}: no line with a document: remove it, or write it again`)
+}
+
+async function* readTable(path: string, field: string): AsyncGenerator<TextDocument> {
+  const handle = await open(path, 'r')
+  try {
+    let row = 0
+    for await (const value of readParquet(handle, path, field)) {
+      const source = `${path}#${row++}`
+      yield { text: checkText(value, field, source), source }
+    }
+    if (row === 0) throw new RopewalkError('ERR_EMPTY', `${path}: no row: remove it, or write it again`)
+  } finally {
+    await handle.close()
+  }
+}
+
+/** The lines of a file as bytes, so that a character is never cut between two reads. */
+async function* splitLines(path: string): AsyncGenerator<Uint8Array> {
+  let rest: Buffer[] = []
+  let length = 0
+  for await (const chunk of createReadStream(path, { highWaterMark: 1 << 20 }) as AsyncIterable<Buffer>) {
+    let from = 0
+    for (let end = chunk.indexOf(10); end >= 0; end = chunk.indexOf(10, from)) {
+      yield Buffer.concat([...rest, chunk.subarray(from, end)])
+      rest = []
+      length = 0
+      from = end + 1
+    }
+    rest.push(chunk.subarray(from))
+    length += chunk.length - from
+    if (length > maxLineBytes) {
+      throw new RopewalkError('ERR_TOO_LARGE', `${path}: a line of more than ${formatBytes(maxLineBytes)}: is it JSON Lines?`)
+    }
+  }
+  if (length > 0) yield Buffer.concat(rest)
+}
+
+function decodeText(bytes: Uint8Array, source: string): string {
+  const nul = bytes.indexOf(0)
+  if (nul >= 0) {
+    throw new RopewalkError('ERR_BINARY', `${source}: a NUL byte at offset ${nul}: binary data, or UTF-16; convert it to UTF-8`)
+  }
+  const text = decodeUtf8(bytes, source)
+  return text.startsWith('\ufeff') ? text.slice(1) : text
+}
+
+function fieldOf(row: Record<string, unknown>, field: string, source: string): string {
+  if (!(field in row)) {
+    const names = Object.keys(row)
+    throw new RopewalkError(
+      'ERR_FIELD',
+      `${source}: no field ${quote(field)}; there are ${names.map((name) => quote(name)).join(', ') || 'none'}` +
+        didYouMean(field, names),
+    )
+  }
+  return checkText(row[field], field, source)
+}
+
+function checkText(value: unknown, field: string, source: string): string {
+  if (typeof value === 'string') return value
+  throw new RopewalkError('ERR_FIELD', `${source}: ${quote(field)} is ${quote(value)}, but it must be a string`)
+}
