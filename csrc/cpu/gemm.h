@@ -31,60 +31,54 @@ constexpr int NR = 2 * VL;
 
 namespace {
 
-// c = init + a b for R rows and NR columns. a is a packed panel, a[k * MR + i]; b has rows ldb apart; a null init is 0.
-template <int R, typename T>
-void micro_kernel(int64_t depth, const float* a, const T* b, int64_t ldb, const float* init, int64_t ldi, float* c,
+// c = init + a b for R rows and NR columns, of packed panels a[k * MR + i] and b[k * NR + j]; a null init is 0.
+template <int R>
+void micro_kernel(int64_t depth, const float* a, const float* b, const float* init, int64_t ldi, float* c,
                   int64_t ldc) {
+  constexpr int64_t lead = 64;  // steps between asking for c and needing it: enough for the L3, see matmul.cc
   vf acc[R][2];
 #pragma GCC unroll 16
-  for (int i = 0; i < R; i++) {
-    acc[i][0] = acc[i][1] = vf{};
-  }
-  auto loop = [&](int64_t steps) __attribute__((always_inline)) {
-  for (int64_t k = 0; k < steps; k++) {
-      vf b0 = load(b), b1 = load(b + VL);
-  #pragma GCC unroll 16
+  for (int i = 0; i < R; i++) acc[i][0] = acc[i][1] = vf{};
+  const auto multiply = [&](int64_t steps) __attribute__((always_inline)) {
+    for (int64_t k = 0; k < steps; k++, a += MR, b += NR) {
+      const vf b0 = load(b), b1 = load(b + VL);
+#pragma GCC unroll 16
       for (int i = 0; i < R; i++) {
         acc[i][0] += a[i] * b0;
         acc[i][1] += a[i] * b1;
       }
-      a += MR;
-      b += ldb;
     }
   };
-  int64_t tail = depth < 64 ? depth : 64;
-  loop(depth - tail);
+  multiply(depth - lead);
 #pragma GCC unroll 16
   for (int i = 0; i < R; i++) {
     __builtin_prefetch(c + i * ldc, 1);
     __builtin_prefetch(c + i * ldc + NR - 1, 1);
   }
-  loop(tail);
+  multiply(depth < lead ? depth : lead);
   if (init) {
 #pragma GCC unroll 16
     for (int i = 0; i < R; i++) {
-      store(c + i * ldc, acc[i][0] + load(init + i * ldi));
-      store(c + i * ldc + VL, acc[i][1] + load(init + i * ldi + VL));
+      acc[i][0] += load(init + i * ldi);
+      acc[i][1] += load(init + i * ldi + VL);
     }
-  } else {
+  }
 #pragma GCC unroll 16
-    for (int i = 0; i < R; i++) {
-      store(c + i * ldc, acc[i][0]);
-      store(c + i * ldc + VL, acc[i][1]);
-    }
+  for (int i = 0; i < R; i++) {
+    store(c + i * ldc, acc[i][0]);
+    store(c + i * ldc + VL, acc[i][1]);
   }
 }
 
-template <typename T>
-using MicroKernel = void (*)(int64_t, const float*, const T*, int64_t, const float*, int64_t, float*, int64_t);
+using MicroKernel = void (*)(int64_t, const float*, const float*, const float*, int64_t, float*, int64_t);
 
 // The micro-kernel for 1 .. MR rows, so that a last panel with few rows costs only those.
-template <typename T, int R = MR>
-MicroKernel<T> micro_kernel_for(int rows) {
+template <int R = MR>
+MicroKernel micro_kernel_for(int64_t rows) {
   if constexpr (R == 1)
-    return micro_kernel<1, T>;
+    return micro_kernel<1>;
   else
-    return rows == R ? micro_kernel<R, T> : micro_kernel_for<T, R - 1>(rows);
+    return rows == R ? micro_kernel<R> : micro_kernel_for<R - 1>(rows);
 }
 
 // Transposes a square of vectors: log2(VL) rounds that each interleave the upper with the lower half of the rows.

@@ -1,4 +1,25 @@
-// c = a b (+ add)
+// c = a b (+ add), with a (M,K), b (K,N) and c (M,N) stored as the op's suffix says: n as is, t transposed. a, b, add and
+// c are f32 or bf16 each; bf16 is widened while packing, sums are f32, and c is rounded once, at its store.
+//
+// Three ways, chosen by the shape alone (GFLOP/s: one core of a Zen 5 at 4.0 GHz, 255 at best, bench/LOG.md):
+//
+// M > 128: the five loops of BLIS. For NC columns, b is packed once for all threads (16 MB at most, in the L3 or in
+//   memory: each element serves MC rows). Tasks are blocks of c, MC rows by the NC columns; each packs its MC x KC piece of
+//   a (344 KB, a third of a 1 MB L2), then the micro-kernel (gemm.h) walks the micro-tiles. A panel of b, KC x NR, is 32 KB
+//   of a 48 KB L1 and is asked for while the one before is used: 1 to 3 %. The rows of a c tile are asked for 64 steps
+//   before they are needed rather than at the start: 2 to 4 %, for with N a power of two they all fall into two sets of the
+//   L1 and are evicted at once (such N still lose 5 %). KC from 192 to 512 and MC from 112 to 448 differ by less than the
+//   noise of 3 %. f32 c is summed in place over the blocks of K; otherwise the sums wait in the thread's scratch.
+// M <= 128: writing b packed to memory and reading it again would take longer than the products (M = 24, N = K = 4096:
+//   126 against 78). a is packed once, and each task packs its own 4 NR columns of b, KC rows at a time, in its L2.
+// M <= 16 with b transposed (decoding: y = x w^T): dot products straight from b, which is read once: 41 GB/s of 18 when
+//   packed first. Not for b as stored, where packing is no slower than reading in place.
+//
+// Each c is a sum over k in an order that the shape fixes, by one thread: bits do not depend on the number of threads.
+// Traffic: a is read N / NC times, b once; f32 c is read and written K / KC times, bf16 c written once.
+//
+// Van Zee, van de Geijn, BLIS: A Framework for Rapidly Instantiating BLAS Functionality, ACM TOMS 41(3), 2015;
+// Goto, van de Geijn, Anatomy of High-Performance Matrix Multiplication, ACM TOMS 34(3), 2008.
 #include "gemm.h"
 
 namespace rw::cpu::RW_ISA {
@@ -8,12 +29,11 @@ namespace {
 constexpr int64_t KC = 256;
 constexpr int64_t MC = 336 / MR * MR;
 constexpr int64_t NC = 1024;
-constexpr int64_t PANEL_FLOATS = 4 << 20;
-constexpr int64_t GROUP = 4 * NR;
+constexpr int64_t PANEL_FLOATS = 4 << 20;  // the packed part of b: 16 MB, or 8 NR columns where k is huge
+constexpr int64_t GROUP = 4 * NR;          // columns of a packing task: pieces of rows worth reading
 constexpr int64_t FEW_ROWS = 16;
-constexpr int64_t STEP = 16;
-constexpr int64_t CHUNK = 256;
-constexpr int64_t SMALL = 64 * 64 * 64;
+constexpr int64_t SOME_ROWS = 128;
+constexpr int64_t SMALL = 64 * 64 * 64;  // multiplications: 2 microseconds, less than waking a thread up
 
 int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -99,16 +119,16 @@ void multiply_block(const Problem& p, int64_t i0, int64_t i1, int64_t j0, int64_
       const float* next = j + NR < j1 ? b_panel + p.k * NR : b + min(k0 + KC, p.k - depth) * NR;
       const int64_t share = depth * NR / ceil_div(i1 - i0, MR);
       for (int64_t i = i0, at_panel = 0; i < i1; i += MR, at_panel += panel, tile += tile_step) {
-        const int rows = static_cast<int>(min(i1 - i, MR));
-        const auto kernel = micro_kernel_for<float>(rows);
+        const int64_t rows = min(i1 - i, MR);
+        const MicroKernel kernel = micro_kernel_for(rows);
         for (const float* line = next; line < next + share; line += 16) __builtin_prefetch(line, 0, 2);
         next += share;
         if (direct) {
           float* c = at<float>(p.c, i, j);
           const Matrix& init = k0 == 0 ? p.add : p.c;
-          kernel(depth, own + at_panel, b_panel, NR, at<float>(init, i, j), init.row, c, p.c.row);
+          kernel(depth, own + at_panel, b_panel, at<float>(init, i, j), init.row, c, p.c.row);
         } else {
-          kernel(depth, own + at_panel, b_panel, NR, k0 == 0 ? nullptr : tile, NR, tile, NR);
+          kernel(depth, own + at_panel, b_panel, k0 == 0 ? nullptr : tile, NR, tile, NR);
           if (last) finish(p, i, j, rows, columns, tile, NR);
         }
       }
@@ -148,86 +168,83 @@ void multiply_packed(Context& context, const Problem& p) {
   }
 }
 
-// Few rows, b with rows contiguous along n: b is read where it lies, STEP rows at a time, c is summed in the cache.
-template <typename T>
-void multiply_few_rows(Context& context, const Problem& p) {
-  const int64_t panels = ceil_div(p.m, MR), panel = p.k * MR + VL, ld = CHUNK;
-  Workspace work(context, panels * panel, round_up(p.m, MR) * ld + STEP * NR);
+// Few rows: a is packed once for all, b by each task for its own columns, into a buffer that stays in the cache.
+void multiply_some_rows(Context& context, const Problem& p) {
+  const int64_t panels = ceil_div(p.m, MR), panel = p.k * MR + VL, b_step = min(p.k, KC) * NR;
+  Workspace work(context, panels * panel, GROUP / NR * b_step + panels * MR * GROUP);
   pack<MR>(p.a.dtype, p.a.data, 0, p.a.row, p.a.column, p.m, p.k, work.shared, panel);
-  for_tasks(context, p, ceil_div(p.n, CHUNK), [&](int64_t task, int thread) {
-    float* sum = work.own(thread);
-    float* edge = sum + round_up(p.m, MR) * ld;
-    const int64_t j0 = task * CHUNK, columns = min(p.n - j0, CHUNK);
-    for (int64_t k = 0; k < p.k; k += STEP) {
-      const int64_t depth = min(p.k - k, STEP);
-      for (int64_t j = 0; j < columns; j += NR) {
-        const T* b = at<T>(p.b, k, j0 + j);
-        const bool full = columns - j >= NR;
-        for (int64_t next = k + STEP; next < min(k + 2 * STEP, p.k); next++) {
-          __builtin_prefetch(at<T>(p.b, next, j0 + j));
-          __builtin_prefetch(at<T>(p.b, next, j0 + j) + VL);
-        }
-        if (!full) pack_copied<NR>(b, p.b.row, columns - j, depth, edge, 0);
+  for_tasks(context, p, ceil_div(p.n, GROUP), [&](int64_t task, int thread) {
+    float* b = work.own(thread);
+    float* sums = b + GROUP / NR * b_step;
+    const int64_t j0 = task * GROUP, columns = min(p.n - j0, GROUP);
+    for (int64_t k = 0; k < p.k; k += KC) {
+      const int64_t depth = min(p.k - k, KC);
+      pack<NR>(p.b.dtype, p.b.data, j0 * p.b.column + k * p.b.row, p.b.column, p.b.row, columns, depth, b, b_step);
+      for (int64_t j = 0; j < columns; j += NR)
         for (int64_t i = 0; i < p.m; i += MR) {
-          const int rows = static_cast<int>(min(p.m - i, MR));
-          const float* a = work.shared + i / MR * panel + k * MR;
-          float* c = sum + i * ld + j;
-          if (full)
-            micro_kernel_for<T>(rows)(depth, a, b, p.b.row, k ? c : nullptr, ld, c, ld);
-          else
-            micro_kernel_for<float>(rows)(depth, a, edge, NR, k ? c : nullptr, ld, c, ld);
+          float* c = sums + i * GROUP + j;
+          micro_kernel_for(min(p.m - i, MR))(
+              depth, work.shared + i / MR * panel + k * MR, b + j / NR * b_step, k ? c : nullptr, GROUP, c, GROUP);
         }
-      }
     }
-    finish(p, 0, j0, p.m, columns, sum, ld);
+    finish(p, 0, j0, p.m, columns, sums, GROUP);
   });
 }
 
-// Dot products of R rows of a (f32, padded with zeros to whole vectors) with S rows of b.
-template <int R, int S, typename T>
-void dots(int64_t depth, const float* a, int64_t lda, const T* b, int64_t ldb, float* sums, int64_t ld) {
-  vf acc[R][S];
+// R x VL/R dot products of rows of a (f32, padded with zeros to whole vectors) and of b. VL of them, because transposing
+// their VL vectors of partial sums leaves one vector of results. Rows beyond the given counts repeat the last one.
+template <int R, typename T>
+void dots(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda, const T* b, int64_t ldb,
+          float* sums, int64_t ld) {
+  constexpr int S = VL / R;
+  const float* x[R];
+  const T* y[S];
+  for (int r = 0; r < R; r++) x[r] = a + (r < rows ? r : rows - 1) * lda;
+  for (int s = 0; s < S; s++) y[s] = b + (s < columns ? s : columns - 1) * ldb;
+  vf acc[VL];
 #pragma GCC unroll 16
-  for (int r = 0; r < R; r++)
-#pragma GCC unroll 16
-    for (int s = 0; s < S; s++) acc[r][s] = vf{};
+  for (int i = 0; i < VL; i++) acc[i] = vf{};
   int64_t k = 0;
   for (; k + VL <= depth; k += VL) {
-    vf x[R];
-#pragma GCC unroll 16
-    for (int r = 0; r < R; r++) x[r] = load(a + r * lda + k);
 #pragma GCC unroll 16
     for (int s = 0; s < S; s++) {
-      vf y = load(b + s * ldb + k);
-#pragma GCC unroll 16
-      for (int r = 0; r < R; r++) acc[r][s] += x[r] * y;
+      const vf part = load(y[s] + k);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) acc[r * S + s] += load(x[r] + k) * part;
     }
   }
   if (k < depth) {
+#pragma GCC unroll 16
     for (int s = 0; s < S; s++) {
-      vf y = load_some(b + s * ldb + k, depth - k);
-      for (int r = 0; r < R; r++) acc[r][s] += load(a + r * lda + k) * y;
+      const vf part = load_some(y[s] + k, depth - k);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) acc[r * S + s] += load(x[r] + k) * part;
     }
   }
-  for (int r = 0; r < R; r++)
-    for (int s = 0; s < S; s++) sums[r * ld + s] = sum(acc[r][s]);
+  transpose(acc);
+#pragma GCC unroll 4
+  for (int64_t half = VL / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < half; i++) acc[i] += acc[i + half];
+  for (int64_t r = 0; r < min(rows, R); r++)
+    for (int64_t s = 0; s < min(columns, S); s++) sums[r * ld + s] = acc[0][r * S + s];
 }
 
-constexpr int DOT_ROWS = RW_VECTOR_BYTES == 64 ? 4 : 2;
-constexpr int DOT_COLUMNS = 4;
-
-template <int S, typename T>
-void dots_for(int64_t rows, int64_t depth, const float* a, int64_t lda, const T* b, int64_t ldb, float* sums,
-              int64_t ld) {
-  int64_t i = 0;
-  for (; i + DOT_ROWS <= rows; i += DOT_ROWS) dots<DOT_ROWS, S>(depth, a + i * lda, lda, b, ldb, sums + i * ld, ld);
-  for (; i + 2 <= rows; i += 2) dots<2, S>(depth, a + i * lda, lda, b, ldb, sums + i * ld, ld);
-  if (i < rows) dots<1, S>(depth, a + i * lda, lda, b, ldb, sums + i * ld, ld);
+// Rows a, a + lda, ... with R of them at a time, and fewer for fewer rows.
+template <int R, typename T>
+void all_dots(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda, const T* b, int64_t ldb,
+              float* sums, int64_t ld) {
+  if constexpr (R > 1)
+    if (rows <= R / 2) return all_dots<R / 2>(rows, columns, depth, a, lda, b, ldb, sums, ld);
+  for (int64_t j = 0; j < columns; j += VL / R)
+    for (int64_t i = 0; i < rows; i += R)
+      dots<R>(rows - i, columns - j, depth, a + i * lda, lda, b + j * ldb, ldb, sums + i * ld + j, ld);
 }
 
-// Few rows, b with columns contiguous along k (y = x w^T of one token): dot products, so that b is read once and whole.
+// Very few rows, b with columns contiguous along k (y = x w^T of one token): b is read once, as whole rows.
 template <typename T>
-void multiply_few_rows_dots(Context& context, const Problem& p) {
+void multiply_few_rows(Context& context, const Problem& p) {
+  constexpr int R = RW_VECTOR_BYTES == 64 ? 4 : 2;
   constexpr int64_t chunk = 32;
   const int64_t lda = round_up(p.k, VL);
   Workspace work(context, p.m * lda, p.m * chunk);
@@ -237,13 +254,9 @@ void multiply_few_rows_dots(Context& context, const Problem& p) {
   }
   for_tasks(context, p, ceil_div(p.n, chunk), [&](int64_t task, int thread) {
     float* sums = work.own(thread);
-    const int64_t j0 = task * chunk, columns = min(p.n - j0, chunk);
-    int64_t j = 0;
-    for (; j + DOT_COLUMNS <= columns; j += DOT_COLUMNS)
-      dots_for<DOT_COLUMNS>(p.m, p.k, work.shared, lda, at<T>(p.b, 0, j0 + j), p.b.column, sums + j, chunk);
-    for (; j < columns; j++)
-      dots_for<1>(p.m, p.k, work.shared, lda, at<T>(p.b, 0, j0 + j), p.b.column, sums + j, chunk);
-    finish(p, 0, j0, p.m, columns, sums, chunk);
+    const int64_t j = task * chunk, columns = min(p.n - j, chunk);
+    all_dots<R>(p.m, columns, p.k, work.shared, lda, at<T>(p.b, 0, j), p.b.column, sums, chunk);
+    finish(p, 0, j, p.m, columns, sums, chunk);
   });
 }
 
@@ -251,13 +264,14 @@ void multiply_few_rows_dots(Context& context, const Problem& p) {
 
 void gemm(Context& context, int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, Matrix add, Matrix c) {
   const Problem p = {m, n, k, a, b, add, c};
-  const bool f32 = b.dtype == DType::f32;
-  if (m > FEW_ROWS)
+  if (m > SOME_ROWS)
     multiply_packed(context, p);
-  else if (b.row == 1)
-    f32 ? multiply_few_rows_dots<float>(context, p) : multiply_few_rows_dots<bf16>(context, p);
+  else if (m > FEW_ROWS || b.row != 1)
+    multiply_some_rows(context, p);
+  else if (b.dtype == DType::f32)
+    multiply_few_rows<float>(context, p);
   else
-    f32 ? multiply_few_rows<float>(context, p) : multiply_few_rows<bf16>(context, p);
+    multiply_few_rows<bf16>(context, p);
 }
 
 namespace {

@@ -1,4 +1,4 @@
-import { formatCount, RopewalkError } from '../errors.js'
+import { RopewalkError } from '../errors.js'
 import { readDocuments } from '../files/text.js'
 import type { Llama } from '../model/llama.js'
 
@@ -104,14 +104,17 @@ export async function perplexity(
   const texts = documents.map(({ source, ids }) => ({ source, ids: ids.slice(0, options.truncate) }))
   const used = texts.filter(({ ids }) => ids.length >= needed)
   if (used.length === 0) throw tooShort(texts, needed, options)
+  const tokens = used.reduce((sum, { ids }) => sum + ids.length, 0)
+  const common = { stride, bos: bosId !== undefined, documents: used.length, skipped: texts.length - used.length, tokens }
   const results: PerplexityResult[] = []
   for (const window of windows) {
     const plans = used.map(({ ids }) => slidingWindows(ids.length, window - room, stride))
     const total = plans.reduce((sum, plan) => sum + plan.length, 0)
     const sums: Sum[] = []
     const means: number[] = []
+    let done = 0
     for (const [d, { ids }] of used.entries()) {
-      const sum = { nll: 0, targets: 0 }
+      const sum: Sum = { nll: 0, targets: 0 }
       sums.push(sum)
       for (const { begin, end, fresh } of plans[d]!) {
         options.signal?.throwIfAborted()
@@ -120,21 +123,99 @@ export async function perplexity(
         const targets = Math.min(fresh, row.length - 1)
         // A last window of one token, with neither BOS nor overlap, predicts nothing.
         if (targets > 0) {
-          const labels = row.map((id, t) => (t < row.length - targets ? -100 : id))
-          const { data } = await model.tokenLosses([row], { labels: [labels] })
-          const nll = data.reduce((a, b) => a + b, 0)
+          const nll = await scoreTail(model, row, targets)
           sum.nll += nll
           sum.targets += targets
           means.push(nll / targets)
         }
-        const { nll, targets: scored } = add(sums)
-        const done = plans.slice(0, d).reduce((n, plan) => n + plan.length, plans[d]!.findIndex((w) => w.begin === begin) + 1)
+        done++
+        const { nll, targets: scored } = totalOf(sums)
         options.onProgress?.({ window, done, total, perplexity: Math.exp(nll / scored) })
       }
     }
-    const tokens = used.reduce((n, { ids }) => n + ids.length, 0)
-    const counts = { documents: used.length, skipped: texts.length - used.length, tokens, windows: total }
-    results.push({ window, stride, bos: bosId !== undefined, ...counts, ...summary(sums, means) })
+    results.push({ window, ...common, windows: total, ...summary(sums, means) })
   }
   return results
+}
+
+/** Negative log-likelihood, in nats, of the last `targets` tokens of a row. */
+async function scoreTail(model: LossModel, row: readonly number[], targets: number): Promise<number> {
+  const labels = row.map((id, t) => (t < row.length - targets ? -100 : id))
+  const { data } = await model.tokenLosses([row], { labels: [labels] })
+  return data.reduce((sum, nll) => sum + nll, 0)
+}
+
+interface Sum {
+  nll: number
+  targets: number
+}
+
+const totalOf = (sums: readonly Sum[]): Sum => ({
+  nll: sums.reduce((total, { nll }) => total + nll, 0),
+  targets: sums.reduce((total, { targets }) => total + targets, 0),
+})
+
+type Summary = Pick<
+  PerplexityResult,
+  'targets' | 'nll' | 'perplexity' | 'perplexityWindowMean' | 'standardError' | 'interval'
+>
+
+function summary(sums: readonly Sum[], means: readonly number[]): Summary {
+  const total = totalOf(sums)
+  const nll = total.nll / total.targets
+  const windowMean = means.reduce((sum, mean) => sum + mean, 0) / means.length
+  let standardError: number | undefined
+  let interval: [number, number] | undefined
+  if (sums.length > 1) {
+    // Documents are independent, tokens and windows are not: the ratio estimator over documents.
+    const squares = sums.reduce((sum, document) => sum + (document.nll - nll * document.targets) ** 2, 0)
+    standardError = Math.sqrt((squares * sums.length) / (sums.length - 1)) / total.targets
+    interval = [Math.exp(nll - 1.96 * standardError), Math.exp(nll + 1.96 * standardError)]
+  }
+  return {
+    targets: total.targets,
+    nll,
+    perplexity: Math.exp(nll),
+    perplexityWindowMean: Math.exp(windowMean),
+    standardError,
+    interval,
+  }
+}
+
+function readOptions(
+  model: LossModel,
+  options: PerplexityOptions,
+): { windows: readonly number[]; stride: number; bosId: number | undefined } {
+  const { windows, stride = 256, bos = model.config.bosId !== undefined, truncate } = options
+  if (!Array.isArray(windows) || windows.length === 0) throw new TypeError('windows must be a list of window lengths')
+  for (const window of windows) {
+    if (!Number.isInteger(window) || window < 2) throw new RangeError(`window is ${window}, must be a whole number >= 2`)
+  }
+  if (bos && model.config.bosId === undefined) {
+    throw new RangeError('bos is true, but config.json has no bos_token_id: set bos to false')
+  }
+  const shortest = Math.min(...windows) - (bos ? 1 : 0)
+  if (!Number.isInteger(stride) || stride < 1 || stride > shortest) {
+    throw new RangeError(
+      `stride is ${stride}, but must be a whole number from 1 to ${shortest}, the text in the smallest window` +
+        (bos ? ' (one token of it is the BOS)' : ''),
+    )
+  }
+  const largest = Math.max(...windows)
+  if (truncate !== undefined && !(Number.isInteger(truncate) && truncate >= largest)) {
+    throw new RangeError(`truncate is ${truncate}, but must be a whole number >= ${largest}, the largest window`)
+  }
+  return { windows, stride, bosId: bos ? model.config.bosId : undefined }
+}
+
+function tooShort(texts: readonly TokenDocument[], needed: number, { windows }: PerplexityOptions): Error {
+  const [first, ...others] = texts
+  if (!first) return new TypeError('documents: the list is empty')
+  const { source, ids } = others.reduce((a, b) => (b.ids.length > a.ids.length ? b : a), first)
+  const longest = texts.length === 1 ? `${source} has` : `the longest of ${texts.length} documents, ${source}, has`
+  return new RopewalkError(
+    'ERR_TEXT_TOO_SHORT',
+    `${longest} ${ids.length} tokens, but a window of ${Math.max(...windows)} needs ${needed}: ` +
+      'give longer documents, or smaller windows',
+  )
 }

@@ -30,10 +30,18 @@ export async function* readDocuments(
   paths: readonly string[],
   { field = 'text' }: { field?: string } = {},
 ): AsyncGenerator<TextDocument> {
-  if (!Array.isArray(paths) || paths.length === 0) throw new TypeError(`paths: ${quote(paths)}, but a list of paths is expected`)
+  for (const file of await documentFiles(paths)) yield* readFile(file, field)
+}
+
+/** The files that readDocuments reads for `paths`, in its order. */
+export async function documentFiles(paths: readonly string[]): Promise<string[]> {
+  if (!Array.isArray(paths) || paths.length === 0)
+    throw new TypeError(`paths: ${quote(paths)}, but a list of paths is expected`)
+  const found: string[] = []
   for (const path of paths) {
     const info = await stat(path).catch((cause: NodeJS.ErrnoException) => {
-      if (cause.code === 'ENOENT') throw new RopewalkError('ERR_NOT_FOUND', `${path}: does not exist: check the path`, { cause })
+      if (cause.code === 'ENOENT')
+        throw new RopewalkError('ERR_NOT_FOUND', `${path}: does not exist: check the path`, { cause })
       throw new RopewalkError('ERR_READ', `${path}: cannot be read (${cause.message})`, { cause })
     })
     if (info.isDirectory()) {
@@ -41,10 +49,11 @@ export async function* readDocuments(
       if (files.length === 0) {
         throw new RopewalkError('ERR_EMPTY', `${path}: no document in this folder: files that end in ${known} are read`)
       }
-      for (const file of files) yield* readFile(file, field)
-    } else if (info.isFile()) yield* readFile(path, field)
+      found.push(...files)
+    } else if (info.isFile()) found.push(path)
     else throw new RopewalkError('ERR_NOT_A_FILE', `${path}: neither a regular file nor a folder`)
   }
+  return found
 }
 
 async function listFiles(dir: string): Promise<string[]> {
@@ -87,11 +96,13 @@ async function* readLines(path: string, field: string): AsyncGenerator<TextDocum
     if (text.trim() === '') continue
     // Python writes NaN and huge integers into lines, too; they are not what is read here
     const row = parseJson(text, source, { python: true })
-    if (!isObject(row)) throw new RopewalkError('ERR_FORMAT', `${source}: ${quote(row)}, but a line must be an object {...}`)
+    if (!isObject(row))
+      throw new RopewalkError('ERR_FORMAT', `${source}: ${quote(row)}, but a line must be an object {...}`)
     yield { text: fieldOf(row, field, source), source }
     found++
   }
-  if (found === 0) throw new RopewalkError('ERR_EMPTY', `${path}: no line with a document: remove it, or write it again`)
+  if (found === 0)
+    throw new RopewalkError('ERR_EMPTY', `${path}: no line with a document: remove it, or write it again`)
 }
 
 async function* readTable(path: string, field: string): AsyncGenerator<TextDocument> {
@@ -100,7 +111,8 @@ async function* readTable(path: string, field: string): AsyncGenerator<TextDocum
     let row = 0
     for await (const value of readParquet(handle, path, field)) {
       const source = `${path}#${row++}`
-      yield { text: checkText(value, field, source), source }
+      if (value === null) checkText(value, field, source)
+      else yield { text: decodeText(value, source), source }
     }
     if (row === 0) throw new RopewalkError('ERR_EMPTY', `${path}: no row: remove it, or write it again`)
   } finally {
@@ -123,7 +135,10 @@ async function* splitLines(path: string): AsyncGenerator<Uint8Array> {
     rest.push(chunk.subarray(from))
     length += chunk.length - from
     if (length > maxLineBytes) {
-      throw new RopewalkError('ERR_TOO_LARGE', `${path}: a line of more than ${formatBytes(maxLineBytes)}: is it JSON Lines?`)
+      throw new RopewalkError(
+        'ERR_TOO_LARGE',
+        `${path}: a line of more than ${formatBytes(maxLineBytes)}: is it JSON Lines?`,
+      )
     }
   }
   if (length > 0) yield Buffer.concat(rest)
@@ -132,7 +147,10 @@ async function* splitLines(path: string): AsyncGenerator<Uint8Array> {
 function decodeText(bytes: Uint8Array, source: string): string {
   const nul = bytes.indexOf(0)
   if (nul >= 0) {
-    throw new RopewalkError('ERR_BINARY', `${source}: a NUL byte at offset ${nul}: binary data, or UTF-16; convert it to UTF-8`)
+    throw new RopewalkError(
+      'ERR_BINARY',
+      `${source}: a NUL byte at offset ${nul}: binary data, or UTF-16; convert it to UTF-8`,
+    )
   }
   const text = decodeUtf8(bytes, source)
   return text.startsWith('\ufeff') ? text.slice(1) : text

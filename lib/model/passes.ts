@@ -1,4 +1,4 @@
-import type { Device } from '../runtime/device.js'
+import type { Buffer, Device } from '../runtime/device.js'
 import type { Plan } from '../runtime/plan.js'
 import { Recorder } from '../runtime/recorder.js'
 import type { Tensor } from '../runtime/tensor.js'
@@ -23,6 +23,15 @@ export interface Pass {
   tables: { key?: string }
 }
 
+export interface PassOptions {
+  /** Batch tensors of another pass of the same shape, with what its rotation tables hold. */
+  share?: Pick<Pass, 'tensors' | 'tables'>
+  /** Memory of other passes that never run at the same time; at least the plan's `peakBytes`. */
+  arena?: Buffer
+  /** Records what is to follow in the same run, such as a sum over the output. */
+  finish?: (recorder: Recorder, output: Tensor, tensors: BatchTensors) => void
+}
+
 /**
  * Records a pass over batches of `rows` x `time` tokens. `gradients` also writes the parameters' gradients, of the sum
  * of weight times negative log-likelihood; `accumulate` adds to them.
@@ -34,8 +43,9 @@ export function recordPass(
   kind: PassKind,
   rows: number,
   time: number,
+  { share, arena, finish }: PassOptions = {},
 ): Pass {
-  const tensors = allocBatch(device, config, rows, time)
+  const tensors = share?.tensors ?? allocBatch(device, config, rows, time)
   const recorder = new Recorder(device, `${kind} of ${rows} x ${time} tokens`)
   const training = kind === 'gradients' || kind === 'accumulate'
   const tape = new Tape(recorder, training, kind === 'accumulate')
@@ -47,7 +57,9 @@ export function recordPass(
     output = losses(tape, config, parameters, tensors, rows)
     tape.rewind()
   }
-  return { kind, rows, time, plan: recorder.plan({ keep: [output] }), tensors, output, tables: {} }
+  finish?.(recorder, output, tensors)
+  const plan = recorder.plan({ keep: [output], arena })
+  return { kind, rows, time, plan, tensors, output, tables: share?.tables ?? {} }
 }
 
 /** Uploads a batch and runs a pass over it; gives the output's values. */

@@ -1,0 +1,200 @@
+import { RopewalkError } from '../errors.js'
+import type { Tokenizer } from '../files/tokenizer.js'
+import { uniform } from '../model/generate.js'
+import type { Llama } from '../model/llama.js'
+
+export interface PasskeyOptions {
+  /** Prompt and answer together, in tokens. */
+  context: number
+  /** Number of distances, spread evenly: context / distances, 2 * context / distances ... context. Default 32. */
+  distances?: number
+  /** Prompts with a key of their own at each distance; default 10. */
+  trials?: number
+  /** Of the keys; the same seed gives the same prompts. Default 0. */
+  seed?: number
+  signal?: AbortSignal
+  /** Called after each prompt. */
+  onProgress?: (done: { done: number; total: number; distance: number; accuracy: number }) => void
+}
+
+export interface PasskeyDistance {
+  /** Nominal distance k of the key from the end of the prompt, in tokens. */
+  distance: number
+  /** Mean of the real distances: filler comes in whole repetitions, and neither end of the prompt can hold the key. */
+  tokens: number
+  trials: number
+  successes: number
+  /** successes / trials */
+  accuracy: number
+}
+
+export interface PasskeyResult {
+  context: number
+  seed: number
+  /** Length of the longest prompt, in tokens. */
+  promptTokens: number
+  distances: PasskeyDistance[]
+  /** The paper's effective context: the largest k such that accuracy is at least 20 % at every k' <= k; 0 for none. */
+  kmax: number
+  /** Of all prompts. */
+  accuracy: number
+}
+
+/** What the evaluation needs of a model. */
+export type PasskeyModel = Pick<Llama, 'config' | 'generate' | 'tokenizer'>
+
+const TASK =
+  'There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you about ' +
+  'the important information there.'
+const FILLER = 'The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again.'
+const QUESTION = 'What is the pass key? The pass key is'
+
+/** Tokens for the answer: five digits, a space before them, and some to spare. */
+const ANSWER = 8
+
+/** The paper's prompt, with the filler `before` and `after` times around the key. */
+export function passkeyPrompt(key: string, before: number, after: number): string {
+  const filler = (times: number): string[] => (times > 0 ? [Array<string>(times).fill(FILLER).join(' ')] : [])
+  const line = `The pass key is ${key}. Remember it. ${key} is the pass key.`
+  return [TASK, ...filler(before), line, ...filler(after), QUESTION].join('\n')
+}
+
+/** The largest distance up to which, and at which, accuracy is at least 20 %; 0 where it is not at the smallest. */
+export function kmax(distances: readonly Pick<PasskeyDistance, 'distance' | 'accuracy'>[]): number {
+  let largest = 0
+  for (const { distance, accuracy } of [...distances].sort((a, b) => a.distance - b.distance)) {
+    if (accuracy < 0.2) break
+    largest = distance
+  }
+  return largest
+}
+
+/** A prompt as token ids, and how far the key's first token is from the end, in tokens. */
+export interface EncodedPrompt {
+  ids: number[]
+  distance: number
+}
+
+/**
+ * `passkeyPrompt` encoded. The filler repeats, and so does its encoding: what one more repetition adds is found on short
+ * prompts and then inserted, since encoding hundreds of long prompts would take longer than the model does.
+ */
+export function encodePasskey(
+  tokenizer: Pick<Tokenizer, 'encode'>,
+  key: string,
+  before: number,
+  after: number,
+): EncodedPrompt {
+  const encode = (digits: string, b: number, a: number): number[] => tokenizer.encode(passkeyPrompt(digits, b, a))
+  const b = Math.min(before, 2)
+  const a = Math.min(after, 2)
+  const short = encode(key, b, a)
+  const left = before > b ? repetition(short, encode(key, b + 1, a)) : undefined
+  const right = after > a ? repetition(short, encode(key, b, a + 1)) : undefined
+  const regular = (before === b || left) && (after === a || right) && (left?.at ?? 0) <= (right?.at ?? Infinity)
+  // The same prompt but for the key's first digit parts from it where the key begins.
+  const other = `${key[0] === '9' ? 1 : Number(key[0]) + 1}${key.slice(1)}`
+  if (!regular) {
+    const ids = encode(key, before, after)
+    return { ids, distance: ids.length - commonPrefix(ids, encode(other, before, after)) }
+  }
+  const ids: number[] = []
+  const add = (part: readonly number[], times = 1): void => {
+    for (let n = 0; n < times; n++) for (const id of part) ids.push(id)
+  }
+  const [first, second] = [left?.at ?? 0, right?.at ?? short.length]
+  add(short.slice(0, first))
+  if (left) add(left.block, before - b)
+  add(short.slice(first, second))
+  if (right) add(right.block, after - a)
+  add(short.slice(second))
+  const tail = short.length - commonPrefix(short, encode(other, b, a))
+  return { ids, distance: tail + (right ? right.block.length * (after - a) : 0) }
+}
+
+/** Where `longer` has a block that `shorter` has not, all else being equal; undefined where more differs. */
+function repetition(shorter: readonly number[], longer: readonly number[]): { at: number; block: number[] } | undefined {
+  const at = commonPrefix(shorter, longer)
+  const size = longer.length - shorter.length
+  if (size <= 0 || !shorter.slice(at).every((id, i) => longer[at + size + i] === id)) return undefined
+  return { at, block: longer.slice(at, at + size) }
+}
+
+function commonPrefix(a: readonly number[], b: readonly number[]): number {
+  let n = 0
+  while (n < a.length && a[n] === b[n]) n++
+  return n
+}
+
+/** The longest prompt of at most `room` tokens whose key is about `distance` tokens from its end. Throws RangeError. */
+export function placePasskey(
+  tokenizer: Pick<Tokenizer, 'encode'>,
+  key: string,
+  distance: number,
+  room: number,
+): EncodedPrompt {
+  const bare = encodePasskey(tokenizer, key, 0, 0)
+  if (bare.ids.length > room) {
+    throw new RangeError(
+      `context is ${room + ANSWER} tokens, but the passkey prompt has ${bare.ids.length} without any filler and its answer ` +
+        `takes ${ANSWER}: use a larger context`,
+    )
+  }
+  const unit = encodePasskey(tokenizer, key, 0, 3).ids.length - encodePasskey(tokenizer, key, 0, 2).ids.length
+  // Estimates of the first repetitions may be off by the tokens at line ends, so the sum is checked on the real prompt.
+  for (let total = Math.floor((room - bare.ids.length) / unit) + 1; total > 0; total--) {
+    const after = Math.min(total, Math.max(0, Math.round((distance - bare.distance) / unit)))
+    const prompt = encodePasskey(tokenizer, key, total - after, after)
+    if (prompt.ids.length <= room) return prompt
+  }
+  return bare
+}
+
+/**
+ * Passkey retrieval as in the paper: a random five-digit key in a long irrelevant text, at evenly spread distances from
+ * the end; greedy generation must begin with the key. Throws RangeError where the context is too short for the prompt.
+ */
+export async function passkey(model: PasskeyModel, options: PasskeyOptions): Promise<PasskeyResult> {
+  const { context, distances = 32, trials = 10, seed = 0, signal } = options
+  const whole = { context, distances, trials }
+  for (const [name, value] of Object.entries(whole)) {
+    if (!Number.isInteger(value) || value < 1) throw new RangeError(`${name} is ${value}, must be a whole number >= 1`)
+  }
+  if (!Number.isInteger(seed) || seed < 0) throw new RangeError(`seed is ${seed}, must be a whole number >= 0`)
+  const tokenizer = await model.tokenizer()
+  const random = uniform(seed)
+  const results: PasskeyDistance[] = []
+  let promptTokens = 0
+  let hits = 0
+  for (let n = 1; n <= distances; n++) {
+    const distance = Math.round((n * context) / distances)
+    const row: PasskeyDistance = { distance, tokens: 0, trials, successes: 0, accuracy: 0 }
+    for (let trial = 0; trial < trials; trial++) {
+      signal?.throwIfAborted()
+      const key = String(10000 + Math.floor(random() * 90000))
+      const prompt = placePasskey(tokenizer, key, distance, context - ANSWER)
+      promptTokens = Math.max(promptTokens, prompt.ids.length)
+      row.tokens += prompt.distance / trials
+      if ((await answer(model, prompt.ids, signal)).startsWith(key)) {
+        row.successes++
+        hits++
+      }
+      row.accuracy = row.successes / (trial + 1)
+      const done = results.length * trials + trial + 1
+      options.onProgress?.({ done, total: distances * trials, distance, accuracy: hits / done })
+    }
+    results.push(row)
+  }
+  const accuracy = hits / (distances * trials)
+  return { context, seed, promptTokens, distances: results, kmax: kmax(results), accuracy }
+}
+
+/** What the model says next, greedily, up to five characters and without spaces before them. */
+async function answer(model: PasskeyModel, prompt: readonly number[], signal?: AbortSignal): Promise<string> {
+  let text = ''
+  for await (const token of model.generate({ prompt, maxTokens: ANSWER, ...(signal ? { signal } : {}) })) {
+    text = (text + token.text).trimStart()
+    if (text.length >= 5) break
+  }
+  return text
+}

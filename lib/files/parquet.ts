@@ -1,0 +1,322 @@
+import type { FileHandle } from 'node:fs/promises'
+import { brotliDecompressSync, gunzipSync } from 'node:zlib'
+import { deltaLengthByteArray } from 'hyparquet/src/delta.js'
+import { decompressLz4, decompressLz4Raw, decompressSnappy, decompressZstd } from 'hyparquet-compressors'
+import { didYouMean, quote, RopewalkError } from '../errors.js'
+import { ThriftReader, type ThriftStruct, type ThriftValue } from './thrift.js'
+
+/**
+ * One text column of a parquet file, value by value. hyparquet allocates what page headers and run lengths claim (300
+ * bytes can ask for gigabytes), so the headers, the levels and the dictionary indices are read here, where every count
+ * is held against the bytes it can come from; decompression is the libraries'.
+ * Format: parquet.thrift and Encodings.md of apache/parquet-format.
+ */
+
+const maxFooterBytes = 64 << 20
+const maxPageBytes = 1 << 30
+/** No codec makes more of a byte, but for a text that repeats without end. */
+const maxExpansion = 20_000
+/** Runs hold many values in few bytes (a column of nulls), but not without limit. */
+const maxValuesPerByte = 1 << 16
+
+type Column = { optional: boolean; codec: number; values: number; start: number; bytes: number }
+type Page = { count: number; encoding: number; levels: Uint8Array | undefined; data: Uint8Array }
+
+const inflate: Record<number, (data: Uint8Array, size: number) => Uint8Array> = {
+  0: (data) => data,
+  1: decompressSnappy,
+  2: (data, size) => gunzipSync(data, { maxOutputLength: Math.max(size, 1) }),
+  4: (data, size) => brotliDecompressSync(data, { maxOutputLength: Math.max(size, 1) }),
+  5: decompressLz4,
+  6: (data, size) => decompressZstd(data, new Uint8Array(size)),
+  7: decompressLz4Raw,
+}
+
+/** The values of column `field`: UTF-8 bytes, or null. Throws RopewalkError ERR_PARQUET or ERR_FIELD. */
+export async function* readParquet(handle: FileHandle, path: string, field: string): AsyncGenerator<Uint8Array | null> {
+  const { size } = await handle.stat()
+  const footer = await guard(path, 'footer', () => readFooter(handle, size))
+  const optional = findColumn(footer, path, field)
+  const groups = (footer.get(4) ?? []) as ThriftStruct[]
+  for (const [index, group] of groups.entries()) {
+    const what = `row group ${index}, column ${quote(field)}`
+    const column = await guard(path, what, () => readColumn(group, field, optional, size))
+    const chunk = await guard(path, what, () => readBytes(handle, column.start, column.bytes))
+    const decoder = new ColumnDecoder(chunk, column)
+    for (;;) {
+      const values = await guard(path, what, () => decoder.next())
+      if (values === undefined) break
+      yield* values
+    }
+  }
+}
+
+/** Every error inside becomes one that names the file and the place. */
+async function guard<T>(path: string, what: string, read: () => T | Promise<T>): Promise<T> {
+  try {
+    return await read()
+  } catch (cause) {
+    throw new RopewalkError(
+      'ERR_PARQUET',
+      `${path}: ${what}: ${(cause as Error).message}: damaged; download it again`,
+      {
+        cause,
+      },
+    )
+  }
+}
+
+async function readFooter(handle: FileHandle, size: number): Promise<ThriftStruct> {
+  if (size < 12) throw new RangeError(`the file has ${size} bytes, but a parquet file has at least 12`)
+  const tail = Buffer.from(await readBytes(handle, size - 8, 8))
+  const magic = tail.toString('latin1', 4)
+  if (magic === 'PARE') throw new RangeError('the file is encrypted')
+  if (magic !== 'PAR1') throw new RangeError(`the file ends in ${quote(magic)}, not "PAR1"`)
+  const length = tail.readUInt32LE(0)
+  if (length > size - 12 || length > maxFooterBytes) {
+    throw new RangeError(`${length} bytes, but the file has ${size} and a footer at most ${maxFooterBytes}`)
+  }
+  return new ThriftReader(await readBytes(handle, size - 8 - length, length)).struct()
+}
+
+/** Checks that `field` is a top-level column of byte strings; returns whether it may hold nulls. */
+function findColumn(footer: ThriftStruct, path: string, field: string): boolean {
+  const schema = (footer.get(2) ?? []) as ThriftStruct[]
+  const found = new Map<string, ThriftStruct>()
+  // depth first, the root first: only what is directly below the root counts
+  let skip = 0
+  for (const element of schema.slice(1)) {
+    const children = Number(element.get(5) ?? 0)
+    if (skip === 0) found.set(textOf(element.get(4)), element)
+    else skip--
+    skip += children
+  }
+  const column = found.get(field)
+  if (column === undefined) {
+    throw new RopewalkError(
+      'ERR_FIELD',
+      `${path}: no column ${quote(field)}; there are ${[...found.keys()].map((name) => quote(name)).join(', ') || 'none'}` +
+        didYouMean(field, found.keys()),
+    )
+  }
+  if (column.get(1) !== 6 || column.get(3) === 2) {
+    throw new RopewalkError('ERR_FIELD', `${path}: column ${quote(field)} does not hold texts: name another field`)
+  }
+  return column.get(3) === 1
+}
+
+function readColumn(group: ThriftStruct, field: string, optional: boolean, size: number): Column {
+  const chunks = (group.get(1) ?? []) as ThriftStruct[]
+  const meta = chunks
+    .map((chunk) => chunk.get(3) as ThriftStruct | undefined)
+    .find((meta) => (meta?.get(3) as ThriftValue[] | undefined)?.map(textOf).join('\0') === field)
+  if (meta === undefined) throw new RangeError('the row group has no such column')
+  const rows = count(group.get(3), 'rows')
+  const values = count(meta.get(5), 'values')
+  const bytes = count(meta.get(7), 'compressed bytes')
+  const dataStart = count(meta.get(9), 'data offset')
+  const dictionaryStart = meta.has(11) ? count(meta.get(11), 'dictionary offset') : 0
+  const start = dictionaryStart > 0 ? Math.min(dictionaryStart, dataStart) : dataStart
+  if (start + bytes > size) throw new RangeError(`bytes ${start} to ${start + bytes}, but the file has ${size}`)
+  if (values !== rows) throw new RangeError(`${values} values, but the row group has ${rows} rows`)
+  if (values > bytes * maxValuesPerByte) throw new RangeError(`${values} values cannot come from ${bytes} bytes`)
+  const codec = Number(meta.get(4) ?? 0)
+  if (!(codec in inflate)) throw new RangeError(`compression codec ${codec} is not supported`)
+  return { optional, codec, values, start, bytes }
+}
+
+/** The pages of one column chunk, one after the other. */
+class ColumnDecoder {
+  private readonly reader: ThriftReader
+  private dictionary: Uint8Array[] = []
+  private left: number
+
+  constructor(
+    chunk: Uint8Array,
+    private readonly column: Column,
+  ) {
+    this.reader = new ThriftReader(chunk)
+    this.left = column.values
+  }
+
+  /** The values of the next data page; undefined after the last one. */
+  next(): (Uint8Array | null)[] | undefined {
+    while (this.left > 0) {
+      const page = this.page()
+      if (page === undefined) continue
+      this.left -= page.count
+      return this.decode(page)
+    }
+    return undefined
+  }
+
+  private page(): Page | undefined {
+    const header = this.reader.struct()
+    const compressed = count(header.get(3), 'compressed page bytes')
+    const size = count(header.get(2), 'page bytes')
+    const { bytes, offset } = this.reader
+    if (compressed > bytes.length - offset) {
+      throw new RangeError(`a page of ${compressed} bytes, but ${bytes.length - offset} are left`)
+    }
+    if (size > Math.min(maxPageBytes, Math.max(compressed, 64) * maxExpansion)) {
+      throw new RangeError(`a page of ${size} bytes cannot come from ${compressed}`)
+    }
+    this.reader.offset += compressed
+    const data = bytes.subarray(offset, offset + compressed)
+    const [plain, dictionary, second] = [5, 7, 8].map((id) => header.get(id) as ThriftStruct | undefined)
+    if (dictionary !== undefined) {
+      this.dictionary = plainValues(this.inflate(data, size), count(dictionary.get(1), 'dictionary values'))
+      return undefined
+    }
+    if (second !== undefined) return this.secondPage(second, data, size)
+    if (plain === undefined) return undefined
+    const values = this.checkCount(plain.get(1))
+    const body = this.inflate(data, size)
+    if (!this.column.optional) return { count: values, encoding: Number(plain.get(2)), levels: undefined, data: body }
+    if (body.length < 4) throw new RangeError('a page ends inside its levels')
+    const length = Buffer.from(body.buffer, body.byteOffset).readUInt32LE(0)
+    if (length > body.length - 4) throw new RangeError(`levels of ${length} bytes in a page of ${body.length}`)
+    return {
+      count: values,
+      encoding: Number(plain.get(2)),
+      levels: body.subarray(4, 4 + length),
+      data: body.subarray(4 + length),
+    }
+  }
+
+  /** DATA_PAGE_V2: its levels stand first and are never compressed. */
+  private secondPage(header: ThriftStruct, data: Uint8Array, size: number): Page {
+    const levelBytes = count(header.get(5), 'level bytes')
+    const skipped = count(header.get(6), 'repetition bytes')
+    const head = levelBytes + skipped
+    if (head > data.length || head > size) throw new RangeError(`levels of ${head} bytes in a page of ${data.length}`)
+    const body = data.subarray(head)
+    return {
+      count: this.checkCount(header.get(1)),
+      encoding: Number(header.get(4)),
+      levels: this.column.optional ? data.subarray(skipped, head) : undefined,
+      data: header.get(7) === false ? body : this.inflate(body, size - head),
+    }
+  }
+
+  private checkCount(value: ThriftValue | undefined): number {
+    const values = count(value, 'page values')
+    if (values > this.left) throw new RangeError(`a page of ${values} values, but ${this.left} are left`)
+    return values
+  }
+
+  private inflate(data: Uint8Array, size: number): Uint8Array {
+    const result = inflate[this.column.codec](data, size)
+    if (result.length !== size) throw new RangeError(`a page of ${size} bytes decompressed to ${result.length}`)
+    return result
+  }
+
+  private decode({ count, encoding, levels, data }: Page): (Uint8Array | null)[] {
+    const present = levels === undefined ? undefined : hybrid(levels, 1, count)
+    const stored = present === undefined ? count : present.reduce((sum, level) => sum + level, 0)
+    const values = this.stored(encoding, data, stored)
+    if (present === undefined) return values
+    let next = 0
+    return Array.from(present, (level) => (level === 1 ? values[next++] : null))
+  }
+
+  private stored(encoding: number, data: Uint8Array, stored: number): Uint8Array[] {
+    if (encoding === 0) return plainValues(data, stored)
+    if (encoding === 2 || encoding === 8) {
+      if (stored === 0) return []
+      const indices = hybrid(data.subarray(1), data[0], stored)
+      return Array.from(indices, (index) => {
+        const value = this.dictionary[index]
+        if (value === undefined) throw new RangeError(`dictionary index ${index} of ${this.dictionary.length}`)
+        return value
+      })
+    }
+    if (encoding !== 6)
+      throw new RangeError(`encoding ${encoding} is not supported: write the file with PLAIN or a dictionary`)
+    const values: Uint8Array[] = []
+    const view = new DataView(data.buffer, data.byteOffset, data.byteLength)
+    if (stored > 0) deltaLengthByteArray({ view, offset: 0 }, stored, values)
+    return values
+  }
+}
+
+/** PLAIN byte arrays: a length of 4 bytes before each. */
+function plainValues(data: Uint8Array, values: number): Uint8Array[] {
+  if (values * 4 > data.length) throw new RangeError(`${values} values in ${data.length} bytes`)
+  const view = new DataView(data.buffer, data.byteOffset, data.byteLength)
+  let offset = 0
+  return Array.from({ length: values }, () => {
+    const length = view.getUint32(offset, true)
+    offset += 4
+    if (length > data.length - offset)
+      throw new RangeError(`a value of ${length} bytes, but ${data.length - offset} are left`)
+    offset += length
+    return data.subarray(offset - length, offset)
+  })
+}
+
+/** The RLE / bit-packing hybrid: exactly `values` numbers of `width` bits. */
+function hybrid(data: Uint8Array, width: number, values: number): Int32Array {
+  if (width > 31) throw new RangeError(`indices of ${width} bits`)
+  const result = new Int32Array(values)
+  const byte = (at: number): number => {
+    if (at >= data.length) throw new RangeError(`the data of ${values} values ends after ${data.length} bytes`)
+    return data[at]
+  }
+  let at = 0
+  let done = 0
+  while (done < values) {
+    let run = 0
+    for (let shift = 0; ; shift += 7) {
+      const part = byte(at++)
+      run += (part & 127) * 2 ** shift
+      if (part < 128) break
+      if (shift > 28) throw new RangeError('a run length of more than 35 bits')
+    }
+    if (run % 2 === 0) {
+      let value = 0
+      for (let i = 0; i < width; i += 8) value |= byte(at++) << i
+      const end = Math.min(done + run / 2, values)
+      if (end === done) throw new RangeError('an empty run')
+      result.fill(value, done, end)
+      done = end
+      continue
+    }
+    // groups of 8 values; the last group may reach beyond the count
+    const packed = ((run - 1) / 2) * 8
+    const start = at * 8
+    for (let i = 0; i < packed && done < values; i++) {
+      let value = 0
+      for (let bit = 0; bit < width; bit++) {
+        const place = start + i * width + bit
+        value |= ((byte(place >> 3) >> (place & 7)) & 1) << bit
+      }
+      result[done++] = value
+    }
+    at += (packed / 8) * width
+  }
+  return result
+}
+
+function count(value: ThriftValue | undefined, what: string): number {
+  const number = typeof value === 'bigint' ? Number(value) : value
+  if (typeof number !== 'number' || !Number.isSafeInteger(number) || number < 0) {
+    throw new RangeError(`${what}: ${String(value)} is not a count`)
+  }
+  return number
+}
+
+function textOf(value: ThriftValue | undefined): string {
+  return value instanceof Uint8Array ? Buffer.from(value).toString('utf8') : ''
+}
+
+async function readBytes(handle: FileHandle, start: number, bytes: number): Promise<Uint8Array> {
+  const buffer = new Uint8Array(bytes)
+  let done = 0
+  while (done < bytes) {
+    const { bytesRead } = await handle.read(buffer, done, Math.min(bytes - done, 1 << 30), start + done)
+    if (bytesRead === 0) throw new RangeError(`the file ends at byte ${start + done}`)
+    done += bytesRead
+  }
+  return buffer
+}

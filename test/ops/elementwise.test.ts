@@ -1,0 +1,105 @@
+import t from 'tap'
+import { availability, check, combination, FLOATS, ODD, output, Random, RESIDUES, tensor } from './harness.js'
+
+const SIZES = [...ODD, ...RESIDUES, 1000, 16383, 16384, 16385, 16400, 33001, 50021]
+
+t.test('add', availability(), async (t) => {
+  const random = new Random(1)
+  for (const [i, N] of SIZES.entries()) {
+    const [F] = combination(i, FLOATS)
+    for (const dims of [[N], N % 3 === 0 ? [3, N / 3] : [N, 1, 1]]) {
+      const a = tensor(F, dims, () => random.normal())
+      const b = tensor(F, dims, () => random.normal())
+      await check(t, {
+        op: 'add',
+        label: `(${dims.join(',')}) ${F}`,
+        args: { a, b, y: output(F, dims) },
+        reference: () => ({ y: a.values.map((x, j) => Math.fround(x + b.values[j]!)) }),
+        bitwise: true,
+      })
+    }
+  }
+})
+
+t.test('add: special values', availability(), async (t) => {
+  const values = [0, -0, 1, -1, Infinity, -Infinity, NaN, 3.4028234663852886e38, 1e-45, -1e-45, 2 ** -126]
+  for (const F of FLOATS) {
+    const n = values.length
+    const a = tensor(F, [n * n], (i) => values[i % n]!)
+    const b = tensor(F, [n * n], (i) => values[Math.floor(i / n)]!)
+    await check(t, {
+      op: 'add',
+      label: `special values ${F}`,
+      args: { a, b, y: output(F, [n * n]) },
+      reference: () => ({ y: a.values.map((x, j) => Math.fround(x + b.values[j]!)) }),
+      bitwise: true,
+    })
+  }
+})
+
+t.test('cast', availability(), async (t) => {
+  const random = new Random(2)
+  for (const [i, N] of SIZES.entries()) {
+    for (const offset of [0, 2]) {
+      const [F, G] = combination(i + offset, FLOATS, FLOATS)
+      const x = tensor(F, [N], () => random.normal() * 10 ** random.int(-30, 30))
+      await check(t, {
+        op: 'cast',
+        label: `${N} ${F} to ${G}`,
+        args: { x, y: output(G, [N]) },
+        reference: () => ({ y: x.values }),
+        bitwise: true,
+      })
+    }
+  }
+})
+
+t.test('cast: ties, infinities, NaN, subnormals, overflow', availability(), async (t) => {
+  const edges = [
+    0,
+    -0,
+    NaN,
+    Infinity,
+    -Infinity,
+    1e-45,
+    -1e-45,
+    2 ** -126,
+    3.4028234663852886e38,
+    3.3961775292304957e38,
+  ]
+  // 1 + i / 1024: every position of a tie and its neighbours
+  const ties = Array.from({ length: 64 }, (_, i) => 1 + i / 1024)
+  const near = ties.flatMap((x) => [x + 2 ** -23, x - 2 ** -23, -x])
+  const all = [...edges, ...ties, ...near]
+  for (const shift of [0, 1, 5]) {
+    for (const [F, G] of [
+      ['f32', 'bf16'],
+      ['bf16', 'f32'],
+      ['f32', 'f32'],
+      ['bf16', 'bf16'],
+    ] as const) {
+      const x = tensor(F, [all.length - shift], all.slice(shift))
+      await check(t, {
+        op: 'cast',
+        label: `edges ${F} to ${G}, from ${shift}`,
+        args: { x, y: output(G, [all.length - shift]) },
+        reference: () => ({ y: x.values }),
+        bitwise: true,
+      })
+    }
+  }
+})
+
+t.test('fill', availability(), async (t) => {
+  const values = [0, -0, 1, -1.5, 0.1, Infinity, -Infinity, 1e-40, 3.4e38, Math.PI]
+  for (const [i, N] of SIZES.entries()) {
+    const [F, value] = combination(i, FLOATS, values)
+    await check(t, {
+      op: 'fill',
+      label: `${N} ${F} with ${value}`,
+      args: { y: output(F, [N]), value },
+      reference: () => ({ y: new Float64Array(N).fill(Math.fround(value)) }),
+      bitwise: true,
+    })
+  }
+})

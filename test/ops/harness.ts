@@ -1,0 +1,454 @@
+// Runs one op as a plan of its own, on every instruction set and several numbers of threads, and compares it with a
+// reference that each test writes once:
+//
+//   reference(p) in exact mode (p.r = identity) is the truth in float64; with p.r = Math.fround it is the naive
+//   computation in the op's own precision. The op must not be further from the truth than 1.5 x the naive one (plus two
+//   units in the last place of the largest result): a better order of summation passes, a lost term or a dropped bit of
+//   precision does not.
+//
+// Around every tensor lie guard bytes, each a NaN of its own kind, so that reading beyond an end shows in the result and
+// writing beyond it shows in the guards. Outputs and scratch hold such NaN before the run; inputs must not change.
+import type { Test } from 'tap'
+import { Device } from '../../lib/runtime/device.js'
+import * as emitters from '../../lib/runtime/ops.gen.js'
+import { type OpRow, Recorder, reads, writes } from '../../lib/runtime/recorder.js'
+import { DTYPE_BYTES, type DType, Tensor } from '../../lib/runtime/tensor.js'
+
+/** Mulberry32: small, seeded, the same everywhere. */
+export class Random {
+  constructor(private state: number) {}
+
+  /** In [0, 1). */
+  next(): number {
+    this.state = (this.state + 0x6d2b79f5) | 0
+    let x = Math.imul(this.state ^ (this.state >>> 15), 1 | this.state)
+    x = (x + Math.imul(x ^ (x >>> 7), 61 | x)) ^ x
+    return ((x ^ (x >>> 14)) >>> 0) / 4294967296
+  }
+
+  /** A whole number from low to high, both included. */
+  int(low: number, high: number): number {
+    return low + Math.floor(this.next() * (high - low + 1))
+  }
+
+  uniform(low = -1, high = 1): number {
+    return low + (high - low) * this.next()
+  }
+
+  normal(): number {
+    return Math.sqrt(-2 * Math.log(1 - this.next())) * Math.cos(2 * Math.PI * this.next())
+  }
+
+  pick<T>(from: readonly T[]): T {
+    return from[this.int(0, from.length - 1)]!
+  }
+}
+
+/** Sizes at and around the widths of vectors (4, 8, 16) and tiles (64, 128), primes, and 1. */
+export const ODD = [1, 2, 3, 4, 5, 7, 8, 9, 11, 12, 13, 15, 16, 17, 23, 31, 32, 33, 47, 63, 64, 65, 97, 127, 128, 129]
+
+/** Every residue of a division by 16, beyond some whole vectors: 33 .. 48. */
+export const RESIDUES = Array.from({ length: 16 }, (_, i) => 33 + i)
+
+const scratch32 = new Float32Array(1)
+const scratchBits = new Uint32Array(scratch32.buffer)
+
+/** The upper half of the f32, rounded to nearest, ties to even. */
+export function toBf16Bits(x: number): number {
+  scratch32[0] = x
+  const bits = scratchBits[0]!
+  if ((bits & 0x7fffffff) > 0x7f800000) return (bits >>> 16) | 0x40
+  return ((bits + 0x7fff + ((bits >>> 16) & 1)) >>> 16) & 0xffff
+}
+
+export function fromBf16Bits(bits: number): number {
+  scratchBits[0] = (bits << 16) >>> 0
+  return scratch32[0]!
+}
+
+export const roundBf16 = (x: number): number => fromBf16Bits(toBf16Bits(x))
+
+export type Round = (x: number) => number
+const identity: Round = (x) => x
+export const rounding = (dtype: DType): Round =>
+  dtype === 'bf16' ? roundBf16 : dtype === 'f32' ? Math.fround : identity
+
+/** What a reference computes in: `r` after every operation, `store(dtype)` where the op's own storage is narrower. */
+export interface Precision {
+  exact: boolean
+  r: Round
+  store: (dtype: DType) => Round
+}
+const EXACT: Precision = { exact: true, r: identity, store: () => identity }
+const NAIVE: Precision = { exact: false, r: Math.fround, store: rounding }
+
+/** A tensor on the host; its values are already rounded to the dtype. Without values it is an output to be written. */
+export interface HostTensor {
+  dtype: DType
+  dims: number[]
+  size: number
+  values: Float64Array
+  poisoned: boolean
+}
+
+const product = (dims: readonly number[]): number => dims.reduce((size, dim) => size * dim, 1)
+
+export function tensor(dtype: DType, dims: number[], values: ArrayLike<number> | ((i: number) => number)): HostTensor {
+  const size = product(dims)
+  const round = rounding(dtype)
+  const host = new Float64Array(size)
+  for (let i = 0; i < size; i++) host[i] = round(typeof values === 'function' ? values(i) : values[i]!)
+  return { dtype, dims, size, values: host, poisoned: false }
+}
+
+export const output = (dtype: DType, dims: number[]): HostTensor => ({
+  dtype,
+  dims,
+  size: product(dims),
+  values: new Float64Array(0),
+  poisoned: true,
+})
+
+export function encode({ dtype, values }: HostTensor): Uint8Array {
+  if (dtype === 'f32') return new Uint8Array(Float32Array.from(values).buffer)
+  if (dtype === 'i32') return new Uint8Array(Int32Array.from(values).buffer)
+  const bits = new Uint16Array(values.length)
+  for (let i = 0; i < bits.length; i++) bits[i] = toBf16Bits(values[i]!)
+  return new Uint8Array(bits.buffer)
+}
+
+function decode(dtype: DType, bytes: Uint8Array): Float64Array {
+  const own = bytes.slice().buffer
+  if (dtype === 'f32') return Float64Array.from(new Float32Array(own))
+  if (dtype === 'i32') return Float64Array.from(new Int32Array(own))
+  return Float64Array.from(new Uint16Array(own), fromBf16Bits)
+}
+
+export interface OpCase {
+  /** Name of the op's row. */
+  op: string
+  label: string
+  args: Record<string, HostTensor | number | undefined>
+  /** Optional inputs that are the output itself: { add: 'c' }. */
+  alias?: Record<string, string>
+  /** The values of everything that the op writes. */
+  reference: (p: Precision) => Record<string, ArrayLike<number>>
+  /**
+   * Size of the numbers that were added up, where it is not the largest result: rounding of a sum is proportional to
+   * its terms, and where few results are compared they may be small by chance.
+   */
+  scale?: Record<string, number>
+  /** The result has exactly one right value: that of the naive computation. */
+  bitwise?: boolean
+}
+
+export interface Variant {
+  name: string
+  isa: string
+  device: Device
+}
+
+const wanted = process.env['ROPEWALK_TEST_DEVICE'] ?? 'cpu'
+let opened: Variant[] | undefined
+let unavailable = ''
+
+/** The devices that every case runs on: those of one instruction set follow each other and must give the same bits. */
+export function variants(): Variant[] {
+  if (opened) return opened
+  opened = []
+  if (wanted !== 'cpu') {
+    try {
+      const device = Device.open(wanted)
+      for (const name of ['first run', 'second run']) opened.push({ name: `${wanted}, ${name}`, isa: wanted, device })
+    } catch (error) {
+      unavailable = (error as Error).message
+    }
+    return opened
+  }
+  const before = process.env['ROPEWALK_ISA']
+  for (const isa of before ? [before] : ['baseline', 'avx2', 'avx512']) {
+    process.env['ROPEWALK_ISA'] = isa
+    try {
+      for (const threads of [1, 2, 3]) {
+        const device = Device.open('cpu', { threads })
+        opened.push({ name: `${isa}, ${threads} threads`, isa, device })
+        if (threads === 3) opened.push({ name: `${isa}, ${threads} threads again`, isa, device })
+      }
+    } catch (error) {
+      // a machine without the wider instructions tests the narrower ones; anything else is a failure
+      if (!/this processor has no|is not an x86-64/.test((error as Error).message)) throw error
+    }
+  }
+  if (before === undefined) delete process.env['ROPEWALK_ISA']
+  else process.env['ROPEWALK_ISA'] = before
+  return opened
+}
+
+/** `{ skip }` for t.test: why the device under test is not there, or false. */
+export function availability(): { skip: string | false } {
+  return { skip: variants().length > 0 ? false : `skipped: ${unavailable}` }
+}
+
+// NaN in bf16 and in f32 alike, and hardly two of them the same: a copy of one guard over another one shows.
+const PERIOD = 65521
+const poison = new Uint16Array(PERIOD)
+const poisonRandom = new Random(0x5eed)
+for (let i = 0; i < PERIOD; i++)
+  poison[i] = 0x7f81 + poisonRandom.int(0, 126) + (poisonRandom.next() < 0.5 ? 0x8000 : 0)
+
+export function poisoned(bytes: number): Uint8Array {
+  const words = new Uint16Array(Math.ceil(bytes / 2))
+  for (let at = 0; at < words.length; at += PERIOD)
+    words.set(poison.subarray(0, Math.min(PERIOD, words.length - at)), at)
+  return new Uint8Array(words.buffer, 0, bytes)
+}
+
+const GUARD = 256
+const align = (n: number, to: number): number => Math.ceil(n / to) * to
+
+interface Region {
+  field: string
+  offset: number
+  bytes: number
+  dtype: DType
+  dims: number[]
+  written: boolean
+}
+
+export type Results = Record<string, HostTensor>
+
+interface Outcome {
+  problems: string[]
+  bytes: Map<string, Uint8Array>
+}
+
+export const rowOf = (op: string): OpRow => {
+  const row = (emitters.OPS as readonly OpRow[]).find(({ name }) => name === op)
+  if (!row) throw new Error(`no op is called ${op}`)
+  return row
+}
+
+const camel = (name: string): string => name.replace(/_(\w)/g, (_, letter: string) => letter.toUpperCase())
+
+/** Lays the tensors out in one buffer with guards between them; every other case starts tensors off their alignment. */
+function layOut(c: OpCase, row: OpRow, shift: number): { regions: Region[]; total: number } {
+  const regions: Region[] = []
+  let total = GUARD
+  for (const { name, kind, dims } of row.fields) {
+    const value = c.args[name]
+    if (!dims || typeof value !== 'object' || c.alias?.[name]) continue
+    const bytes = value.size * DTYPE_BYTES[value.dtype]
+    const offset = align(total, 64) + shift * DTYPE_BYTES[value.dtype] // a view of rows starts anywhere
+    regions.push({ field: name, offset, bytes, dtype: value.dtype, dims: value.dims, written: writes(kind) })
+    total = offset + bytes + GUARD
+  }
+  return { regions, total: align(total, 4) }
+}
+
+async function runOnce(c: OpCase, device: Device, shift: number): Promise<Outcome> {
+  const row = rowOf(c.op)
+  const problems: string[] = []
+  const { regions, total } = layOut(c, row, shift)
+  const before = poisoned(total)
+  for (const { field, offset, bytes } of regions) {
+    const shared = Object.entries(c.alias ?? {}).find(([, to]) => to === field)?.[0]
+    const value = c.args[shared ?? field] as HostTensor
+    if (!value.poisoned) before.set(encode(value).subarray(0, bytes), offset)
+  }
+
+  const buffer = device.alloc(total, `${c.op} test`)
+  const whole = new Tensor(buffer, 0, 'i32', [total / 4])
+  const at = (region: Region): Tensor => new Tensor(buffer, region.offset, region.dtype, region.dims)
+  const args: Record<string, Tensor | number | undefined> = {}
+  for (const { name, dims } of row.fields) {
+    const value = c.args[name]
+    if (!dims) args[name] = value as number | undefined
+    else {
+      const region = regions.find(({ field }) => field === (c.alias?.[name] ?? name))
+      if (value && region) args[name] = at(region)
+    }
+  }
+  const recorder = new Recorder(device, c.label)
+  const emit = (emitters as unknown as Record<string, (recorder: Recorder, args: object) => unknown>)[camel(c.op)]!
+  emit(recorder, args)
+
+  // The scratch of the op in an arena with a guard behind it.
+  const { peakBytes, placements } = recorder.plan()
+  const arena = device.alloc(peakBytes + GUARD, 'arena')
+  const arenaTensor = new Tensor(arena, 0, 'i32', [(peakBytes + GUARD) / 4])
+  const arenaBefore = poisoned(peakBytes + GUARD)
+  const plan = recorder.plan({ arena })
+  plan.load()
+  await Promise.all([device.upload(whole, before), device.upload(arenaTensor, arenaBefore)])
+  await plan.run()
+  const [after, arenaAfter] = await Promise.all([device.download(whole), device.download(arenaTensor)])
+  plan.dispose()
+  buffer.dispose()
+  arena.dispose()
+
+  const unchanged = (a: Uint8Array, b: Uint8Array, start: number, end: number, what: string): void => {
+    if (Buffer.compare(a.subarray(start, end), b.subarray(start, end)) === 0) return
+    let first = start
+    while (a[first] === b[first]) first++
+    problems.push(`${what} changed at byte ${first - start} of ${end - start}`)
+  }
+  let end = 0
+  const result = new Map<string, Uint8Array>()
+  for (const region of regions) {
+    unchanged(before, after, end, region.offset, `guard before ${region.field}`)
+    end = region.offset + region.bytes
+    if (region.written) result.set(region.field, after.slice(region.offset, end))
+    else unchanged(before, after, region.offset, end, `input ${region.field}`)
+  }
+  unchanged(before, after, end, total, 'guard at the end')
+  end = 0
+  for (const { name, offset, bytes } of [...placements].sort((a, b) => a.offset - b.offset)) {
+    unchanged(arenaBefore, arenaAfter, end, offset, `gap before scratch ${name}`)
+    end = offset + bytes
+  }
+  unchanged(arenaBefore, arenaAfter, end, peakBytes + GUARD, 'guard after the scratch')
+  return { problems, bytes: result }
+}
+
+/** Largest |error| of the op divided by what it may be, over all cases of this file so far. */
+export const worst = { ratio: 0, label: 'none' }
+
+/** How far `got` is from the truth, against how far the naive computation is; undefined where that is well. */
+function compare(c: OpCase, field: string, got: HostTensor, exact: ArrayLike<number>, naive: ArrayLike<number>) {
+  if (exact.length !== got.size || naive.length !== got.size) {
+    return `${field}: the reference has ${exact.length} values, expected ${got.size}`
+  }
+  const round = rounding(got.dtype)
+  let largest = c.scale?.[field] ?? 0
+  let naiveError = 0
+  let error = 0
+  let at = 0
+  for (let i = 0; i < got.size; i++) {
+    const rounded = round(naive[i]!)
+    const value = got.values[i]!
+    if (c.bitwise || !Number.isFinite(rounded)) {
+      if (!Object.is(value, rounded)) return `${field}[${i}] is ${value}, expected ${rounded}`
+      continue
+    }
+    if (!Number.isFinite(value)) return `${field}[${i}] is ${value}, expected ${exact[i]}`
+    largest = Math.max(largest, Math.abs(exact[i]!))
+    naiveError = Math.max(naiveError, Math.abs(rounded - exact[i]!))
+    if (Math.abs(value - exact[i]!) > error) {
+      error = Math.abs(value - exact[i]!)
+      at = i
+    }
+  }
+  // Two units of f32, for bf16 results too: those are rounded from f32 once, and both sides round to the same
+  // neighbour unless they lie at a tie, where the naive error is as large as the other one.
+  const limit = 1.5 * naiveError + 2 * 2 ** -23 * largest
+  if (limit > 0 && error / limit > worst.ratio)
+    Object.assign(worst, { ratio: error / limit, label: `${c.op} ${c.label} ${field}` })
+  if (error <= limit) return undefined
+  return (
+    `${field}[${at}] is ${got.values[at]}, expected ${exact[at]}: error ${error.toExponential(2)}, ` +
+    `allowed ${limit.toExponential(2)} (naive ${naiveError.toExponential(2)}, largest ${largest.toExponential(2)})`
+  )
+}
+
+let caseNumber = 0
+
+/** Runs a case on all variants: one assertion. Gives the results of the last variant, decoded. */
+export async function check(t: Test, c: OpCase): Promise<Results> {
+  const problems: string[] = []
+  const row = rowOf(c.op)
+  const exact = c.reference(EXACT)
+  const naive = c.reference(NAIVE)
+  const shift = (caseNumber++ % 2) * (1 + (caseNumber % 3))
+  let first: { isa: string; name: string; bytes: Map<string, Uint8Array> } | undefined
+  let results: Results = {}
+  for (const variant of variants()) {
+    const outcome = await runOnce(c, variant.device, shift)
+    problems.push(...outcome.problems.map((problem) => `${variant.name}: ${problem}`))
+    if (first?.isa === variant.isa) {
+      for (const [field, bytes] of outcome.bytes) {
+        if (Buffer.compare(bytes, first.bytes.get(field)!) === 0) continue
+        problems.push(`${field} differs in its bits between ${first.name} and ${variant.name}`)
+      }
+      continue
+    }
+    first = { isa: variant.isa, name: variant.name, bytes: outcome.bytes }
+    results = {}
+    for (const [field, bytes] of outcome.bytes) {
+      const { dtype, dims, size } = c.args[field] as HostTensor
+      results[field] = { dtype, dims, size, values: decode(dtype, bytes), poisoned: false }
+      if (!(field in exact)) {
+        problems.push(`the reference does not give ${field}`)
+        continue
+      }
+      const problem = compare(c, field, results[field], exact[field]!, naive[field]!)
+      if (problem) problems.push(`${variant.name}: ${problem}`)
+    }
+  }
+  for (const field of row.fields) {
+    const given = c.args[field.name]
+    const needed = writes(field.kind) || field.kind === 'FLT' || field.kind === 'INT' || field.kind === 'IN'
+    if (needed && field.kind !== 'OPT_INOUT' && given === undefined) problems.push(`the case gives no ${field.name}`)
+    if (typeof given === 'object' && given.poisoned && reads(field.kind)) problems.push(`${field.name} has no values`)
+  }
+  t.strictSame(problems, [], `${c.op} ${c.label}`)
+  return results
+}
+
+/** Runs a case on every variant and gives the bytes of its results by variant; what is wrong becomes a failure. */
+export async function runAll(t: Test, c: Omit<OpCase, 'reference'>): Promise<Map<string, Map<string, Uint8Array>>> {
+  const all = new Map<string, Map<string, Uint8Array>>()
+  for (const { name, device } of variants()) {
+    const { problems, bytes } = await runOnce({ ...c, reference: () => ({}) }, device, 0)
+    if (problems.length > 0) t.fail(`${c.op} ${c.label}, ${name}: ${problems.join('; ')}`)
+    all.set(name, bytes)
+  }
+  return all
+}
+
+/** `add` absent, a tensor of its own, or the output itself. */
+export type Addend = 'absent' | 'separate' | 'aliased'
+export const ADDENDS: readonly Addend[] = ['absent', 'separate', 'aliased']
+export const FLOATS: readonly DType[] = ['f32', 'bf16']
+
+/**
+ * The i-th combination of one element of each list, all of them within the product of the lengths: seeded shapes walk
+ * through all combinations of dtypes and options.
+ */
+export function combination<T extends readonly (readonly unknown[])[]>(
+  i: number,
+  ...lists: T
+): { [k in keyof T]: T[k][number] } {
+  let rest = i
+  return lists.map((list) => {
+    const value = list[rest % list.length]
+    rest = Math.floor(rest / list.length)
+    return value
+  }) as { [k in keyof T]: T[k][number] }
+}
+
+/** Compares a float64 gradient with central differences of f in some of the directions of x, in place. */
+export function checkGradient(
+  t: Test,
+  label: string,
+  f: () => number,
+  x: Float64Array,
+  gradient: ArrayLike<number>,
+  random: Random,
+): void {
+  let largest = 1e-3
+  for (let i = 0; i < x.length; i++) largest = Math.max(largest, Math.abs(gradient[i]!))
+  let error = 0
+  const step = 1e-5
+  const samples = Math.min(x.length, 40)
+  for (let s = 0; s < samples; s++) {
+    const i = samples === x.length ? s : random.int(0, x.length - 1)
+    const kept = x[i]!
+    x[i] = kept + step
+    const up = f()
+    x[i] = kept - step
+    const down = f()
+    x[i] = kept
+    error = Math.max(error, Math.abs((up - down) / (2 * step) - gradient[i]!))
+  }
+  t.ok(error <= 1e-7 * largest + 1e-9, `${label}: off by ${error.toExponential(1)} of ${largest.toExponential(1)}`)
+}
