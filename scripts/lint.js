@@ -1,4 +1,4 @@
-// Formatter and linter of both languages: prettier and oxlint for TypeScript and JavaScript, clang-format for C++.
+// Formatter and linter of both languages: prettier and eslint for TypeScript and JavaScript, clang-format for C++.
 // `--fix` rewrites files instead of complaining.
 import { spawnSync } from 'node:child_process'
 import { readdirSync } from 'node:fs'
@@ -20,7 +20,7 @@ const commands = [
     bin('prettier'),
     [fix ? '--write' : '--check', '--log-level', 'warn', 'lib', 'test', 'bench', 'scripts', '!test/fixtures'],
   ],
-  [bin('oxlint'), [...(fix ? ['--fix'] : []), '--deny-warnings', 'lib', 'test', 'bench', 'scripts']],
+  [bin('eslint'), [...(fix ? ['--fix'] : []), '--max-warnings=0', 'lib', 'test', 'scripts']],
   [bin('clang-format'), fix ? ['-i', ...cpp] : ['--dry-run', '--Werror', ...cpp]],
 ]
 let failed = false

@@ -16,7 +16,6 @@ export interface GoldenTensor {
 export interface Golden {
   dir: string
   /** golden.json, as it is. */
-  // oxlint-disable-next-line typescript/no-explicit-any
   json: any
   names: string[]
   floats(name: string): Promise<{ dims: number[]; data: Float32Array }>

@@ -253,10 +253,10 @@ struct StripBounds {
 
 // One tile of keys against one strip of queries: s = q k^T, the running maximum m and sum l of its columns (base 2), and
 // o^T += v^T p^T. Rows [low, high) of the tile hold all that the strip sees; `bounds` is null where it sees all of them.
-static inline void attend_tile(const float* k, int64_t ldk, const float* v, bool v_finite, int64_t n0, int64_t low,
+static inline void attend_tile(const float* k, const float* v, bool v_finite, int64_t n0, int64_t low,
                                int64_t high, const int32_t* bounds, const float* qt, float* ot, float* m, float* l,
                                float* p, int64_t D) {
-  multiply<strip_vectors, false>(k + low * ldk, ldk, qt, strip, D, p + low * strip, strip, high - low, false);
+  multiply<strip_vectors, false>(k + low * D, D, qt, strip, D, p + low * strip, strip, high - low, false);
   vf top[strip_vectors], total[strip_vectors];
   vi first[strip_vectors], last[strip_vectors], grown = {};
   for (int j = 0; j < strip_vectors; j++) top[j] = load(m + j * VL);
@@ -325,6 +325,9 @@ static void attend(const Attend<F>& a, float* scratch) {
   float* heads = rows + strip * D;
   int32_t* bounds = reinterpret_cast<int32_t*>(heads + a.group * strips * per_head);
 
+  // rows that lie far apart share the sets of the L1 cache and are better copied
+  bool direct = sizeof(F) == sizeof(float) && a.k_stride == D;
+
   StripBounds range[max_strips], all = {INT64_MAX, 0, INT64_MAX, -1};
   for (int64_t s = 0; s < strips; s++) {
     StripBounds& own = range[s];
@@ -356,18 +359,13 @@ static void attend(const Attend<F>& a, float* scratch) {
   for (int64_t n0 = all.first_min / key_tile * key_tile; n0 <= all.last_max; n0 += key_tile) {
     int64_t n1 = min_of(n0 + key_tile, a.keys);
     const float* k = k_tile;
-    int64_t ldk = D;
     bool v_finite = true, loaded = false;
     for (int64_t s = 0; s < strips; s++) {
       const StripBounds& own = range[s];
       if (own.first_min >= n1 || own.last_max < n0) continue;
       if (!loaded) {
-        if constexpr (sizeof(F) == sizeof(float)) {
-          k = a.k + n0 * a.k_stride;
-          ldk = a.k_stride;
-        } else {
-          load_rows(k_tile, D, a.k + n0 * a.k_stride, a.k_stride, n1 - n0, D);
-        }
+        if (!direct) load_rows(k_tile, D, a.k + n0 * a.k_stride, a.k_stride, n1 - n0, D);
+        if constexpr (sizeof(F) == sizeof(float)) k = direct ? a.k + n0 * D : k_tile;
         v_finite = !load_rows(v_tile, D, a.v + n0 * a.v_stride, a.v_stride, n1 - n0, D);
         loaded = true;
       }
@@ -377,7 +375,7 @@ static void attend(const Attend<F>& a, float* scratch) {
       for (int64_t g = 0; g < a.group; g++) {
         float* qt = heads + (g * strips + s) * per_head;
         float *ot = qt + D * strip, *m = ot + D * strip, *l = m + strip;
-        attend_tile(k, ldk, v_tile, v_finite, n0, low, high, sees_all ? nullptr : bounds + 2 * s * strip, qt, ot, m, l,
+        attend_tile(k, v_tile, v_finite, n0, low, high, sees_all ? nullptr : bounds + 2 * s * strip, qt, ot, m, l,
                     p, D);
       }
     }

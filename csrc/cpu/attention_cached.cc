@@ -42,41 +42,45 @@ void kv_append(Context& context, const kv_append_args& a) {
   }
 }
 
-// The products of q with the rows of VL slots, `count` of which exist, in the lanes.
-template <typename F>
-static inline vf scores(const float* q, const F* k, int64_t stride, int64_t count, int64_t D) {
-  const F* row[VL];
-  for (int64_t i = 0; i < VL; i++) row[i] = k + min_of(i, count - 1) * stride;
+// The products of q with VL rows of k, in the lanes.
+static inline vf scores(const float* q, const float* k, int64_t D) {
   vf product[VL];
   for (int i = 0; i < VL; i++) product[i] = vf{};
   int64_t d = 0;
   for (; d + VL <= D; d += VL) {
     vf x = load(q + d);
 #pragma GCC unroll 16
-    for (int i = 0; i < VL; i++) product[i] += x * load(row[i] + d);
+    for (int i = 0; i < VL; i++) product[i] += x * load(k + i * D + d);
   }
   transpose_square(product);
   vf total = product[0];
   for (int i = 1; i < VL; i++) total += product[i];
   for (; d < D; d++) {
     vf y;
-    for (int i = 0; i < VL; i++) y[i] = to_float(row[i][d]);
+    for (int i = 0; i < VL; i++) y[i] = k[i * D + d];
     total += broadcast(q[d]) * y;
   }
   return total;
 }
 
-// sum[0 .. D) += p[i] v[i] over `count` slots
-template <int count, typename F>
-static inline void accumulate(float* sum, const float* p, const F* v, int64_t stride, int64_t D) {
+// Asks for the rows that follow: they are too short and too far apart for the hardware to foresee.
+template <typename F>
+static inline void prefetch_rows(const F* from, int64_t stride, int64_t rows, int64_t D) {
+  for (int64_t r = 0; r < rows; r++)
+    for (int64_t d = 0; d < D; d += 64 / static_cast<int64_t>(sizeof(F))) __builtin_prefetch(from + r * stride + d);
+}
+
+// sum[0 .. D) += p[i] v[i] over `count` rows
+template <int count>
+static inline void accumulate(float* sum, const float* p, const float* v, int64_t D) {
   int64_t d = 0;
   for (; d + VL <= D; d += VL) {
     vf x = load(sum + d);
-    for (int i = 0; i < count; i++) x += broadcast(p[i]) * load(v + i * stride + d);
+    for (int i = 0; i < count; i++) x += broadcast(p[i]) * load(v + i * D + d);
     store(sum + d, x);
   }
   for (; d < D; d++)
-    for (int i = 0; i < count; i++) sum[d] += p[i] * to_float(v[i * stride + d]);
+    for (int i = 0; i < count; i++) sum[d] += p[i] * v[i * D + d];
 }
 
 // Slots [begin, end) of one kv head for all rows (token, head of the group). partial[row]: maximum, sum, output (D).
@@ -91,7 +95,7 @@ static void step_chunk(const attention_cached_args& a, int64_t b, int64_t head, 
     low = min_of(low, max_of(first[t], begin));
     high = max_of(high, min_of(last[t] + 1, end));
   }
-  float *q = scratch, *weights = q + round_up(T * G * D, VL);
+  float *tile = scratch, *q = tile + VL * D, *weights = q + round_up(T * G * D, VL);
   for (int64_t t = 0; t < T; t++) {
     int64_t angle = a.pos.as<int32_t>()[b * T + t] * (D / 2);
     for (int64_t g = 0; g < G; g++)
@@ -99,9 +103,12 @@ static void step_chunk(const attention_cached_args& a, int64_t b, int64_t head, 
              a.sin.as<float>() + angle, D / 2, a.scale * log2_e);
   }
   const F *k = a.k_cache.as<F>() + (b * S * K + head) * D, *v = a.v_cache.as<F>() + (b * S * K + head) * D;
-  for (int64_t n = low; n < high; n += VL)
+  for (int64_t n = low; n < high; n += VL) {
+    prefetch_rows(k + (n + VL) * stride, stride, min_of(VL, high - n - VL), D);
+    load_rows(tile, D, k + n * stride, stride, min_of(VL, high - n), D);
     for (int64_t row = 0; row < T * G; row++)
-      store(weights + row * chunk_slots + n - low, scores(q + row * D, k + n * stride, stride, high - n, D));
+      store(weights + row * chunk_slots + n - low, scores(q + row * D, tile, D));
+  }
 
   vi lane;
   for (int i = 0; i < VL; i++) lane[i] = i;
@@ -126,18 +133,21 @@ static void step_chunk(const attention_cached_args& a, int64_t b, int64_t head, 
     result[1] = sum(total);
     memset(result + 2, 0, sizeof(float) * D);
   }
-  constexpr int64_t together = 8;
-  for (int64_t n = low; n < high; n += together)
+  constexpr int64_t together = VL < 8 ? VL : 8;
+  for (int64_t n = low; n < high; n += together) {
+    prefetch_rows(v + (n + 2 * together) * stride, stride, min_of(together, high - n - 2 * together), D);
+    load_rows(tile, D, v + n * stride, stride, min_of(together, high - n), D);
     for (int64_t row = 0; row < T * G; row++) {
       int64_t from = max_of(n, first[row / G]), to = min_of(min_of(n + together, high), last[row / G] + 1);
       const float* p = weights + row * chunk_slots - low;
       float* result = partial + row * partial_stride + 2;
       if (to - from == together) {
-        accumulate<together>(result, p + n, v + n * stride, stride, D);
+        accumulate<together>(result, p + n, tile, D);
       } else {
-        for (int64_t i = from; i < to; i++) accumulate<1>(result, p + i, v + i * stride, stride, D);
+        for (int64_t i = from; i < to; i++) accumulate<1>(result, p + i, tile + (i - n) * D, D);
       }
     }
+  }
 }
 
 template <typename F>
@@ -145,12 +155,12 @@ static void step(Context& context, const attention_cached_args& a) {
   int64_t B = a.q.dims[0], T = a.q.dims[1], H = a.q.dims[2], D = a.q.dims[3];
   int64_t S = a.k_cache.dims[1], K = a.k_cache.dims[2], G = H / K;
   int64_t chunks = round_up(S, chunk_slots) / chunk_slots, width = D + 2, rows = B * K * T * G;
-  size_t own = sizeof(float) * round_up(round_up(T * G * D, VL) + T * G * chunk_slots, VL);
+  size_t own = sizeof(float) * (VL * D + round_up(T * G * D, VL) + T * G * chunk_slots);
   // partial[b, kv head, token, head of the group][chunk]
   char* shared = static_cast<char*>(context.scratch(0, own + sizeof(float) * rows * chunks * width));
   float* partial = reinterpret_cast<float*>(shared + own);
   parallel(context, B * K * chunks, [&](int64_t task, int thread) {
-    int64_t b = task / (K * chunks), head = task / chunks % K, chunk = task % chunks, begin = chunk * chunk_slots;
+    int64_t b = task / (K * chunks), chunk = task / K % chunks, head = task % K, begin = chunk * chunk_slots;
     void* scratch = thread ? context.scratch(thread, own) : shared;
     step_chunk<F>(a, b, head, begin, min_of(begin + chunk_slots, S),
                   partial + ((b * K + head) * T * G * chunks + chunk) * width, chunks * width,

@@ -14,8 +14,8 @@ struct Matrix {
 };
 
 // c = a b (+ add), m x k times k x n, f32 accumulation and one rounding at the store. add.data may be null, and may be
-// c.data where the two have the same dtype and strides. One stride of a and of b is 1; c and add have column 1. The bits
-// of c depend on the shape, never on the number of threads. Not to be called from within a task of run_tasks.
+// c.data where the two have the same dtype and strides. One stride of a and of b is 1; c and add have column 1. The
+// bits of c depend on the shape, never on the number of threads. Not to be called from within a task of run_tasks.
 void gemm(Context& context, int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, Matrix add, Matrix c);
 
 // A micro-tile: MR rows by two vectors. 14 x 2 accumulators, 2 vectors of b and a broadcast one of a fill the 32
@@ -31,54 +31,55 @@ constexpr int NR = 2 * VL;
 
 namespace {
 
-// c = init + a b for R rows and NR columns, of packed panels a[k * MR + i] and b[k * NR + j]; a null init is 0.
-template <int R>
+// c = init + a b for R rows and V <= 2 vectors of columns, of packed panels a[k * MR + i] and b[k * NR + j]. A null
+// init is 0.
+template <int R, int V>
 void micro_kernel(int64_t depth, const float* a, const float* b, const float* init, int64_t ldi, float* c,
                   int64_t ldc) {
   constexpr int64_t lead = 64;  // steps between asking for c and needing it: enough for the L3, see matmul.cc
-  vf acc[R][2];
+  vf acc[R][V];
 #pragma GCC unroll 16
-  for (int i = 0; i < R; i++) acc[i][0] = acc[i][1] = vf{};
+  for (int i = 0; i < R; i++)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; v++) acc[i][v] = vf{};
   const auto multiply = [&](int64_t steps) __attribute__((always_inline)) {
     for (int64_t k = 0; k < steps; k++, a += MR, b += NR) {
-      const vf b0 = load(b), b1 = load(b + VL);
+      vf part[V];
+#pragma GCC unroll 2
+      for (int v = 0; v < V; v++) part[v] = load(b + v * VL);
 #pragma GCC unroll 16
-      for (int i = 0; i < R; i++) {
-        acc[i][0] += a[i] * b0;
-        acc[i][1] += a[i] * b1;
-      }
+      for (int i = 0; i < R; i++)
+#pragma GCC unroll 2
+        for (int v = 0; v < V; v++) acc[i][v] += a[i] * part[v];
     }
   };
   multiply(depth - lead);
 #pragma GCC unroll 16
   for (int i = 0; i < R; i++) {
     __builtin_prefetch(c + i * ldc, 1);
-    __builtin_prefetch(c + i * ldc + NR - 1, 1);
+    __builtin_prefetch(c + i * ldc + V * VL - 1, 1);
   }
   multiply(depth < lead ? depth : lead);
   if (init) {
 #pragma GCC unroll 16
-    for (int i = 0; i < R; i++) {
-      acc[i][0] += load(init + i * ldi);
-      acc[i][1] += load(init + i * ldi + VL);
-    }
+    for (int i = 0; i < R; i++)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; v++) acc[i][v] += load(init + i * ldi + v * VL);
   }
 #pragma GCC unroll 16
-  for (int i = 0; i < R; i++) {
-    store(c + i * ldc, acc[i][0]);
-    store(c + i * ldc + VL, acc[i][1]);
-  }
+  for (int i = 0; i < R; i++)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; v++) store(c + i * ldc + v * VL, acc[i][v]);
 }
 
 using MicroKernel = void (*)(int64_t, const float*, const float*, const float*, int64_t, float*, int64_t);
 
-// The micro-kernel for 1 .. MR rows, so that a last panel with few rows costs only those.
+// The micro-kernel for 1 .. MR rows and one or two vectors, so that a last panel costs only what it holds.
 template <int R = MR>
-MicroKernel micro_kernel_for(int64_t rows) {
-  if constexpr (R == 1)
-    return micro_kernel<1>;
-  else
-    return rows == R ? micro_kernel<R> : micro_kernel_for<R - 1>(rows);
+MicroKernel micro_kernel_for(int64_t rows, int64_t columns) {
+  if constexpr (R > 1)
+    if (rows < R) return micro_kernel_for<R - 1>(rows, columns);
+  return columns > VL ? micro_kernel<R, 2> : micro_kernel<R, 1>;
 }
 
 // Transposes a square of vectors: log2(VL) rounds that each interleave the upper with the lower half of the rows.
@@ -114,7 +115,7 @@ vf load_some(const T* p, int64_t n) {
 
 // Packing, from rows that are contiguous along k: panel[k * W + i] = source[i * ld + k] as f32, lanes i >= count are 0.
 // W is MR or NR. Vectors of VL lanes are stored in ascending order of k, so that where W < VL each overwrites the
-// surplus lanes of the one before it, and the last writes up to VL - W floats after the panel.
+// surplus lanes of the one before it, and the last writes up to VL - W floats after the panel: leave VL there.
 template <int W, typename T>
 void pack_transposed(const T* source, int64_t ld, int64_t count, int64_t depth, float* panel) {
   static_assert(W <= VL || W % VL == 0, "a panel is less than a vector, or whole vectors");
@@ -145,6 +146,7 @@ void pack_transposed(const T* source, int64_t ld, int64_t count, int64_t depth, 
 // Row by row through all panels, because short pieces of many rows are slow to read.
 template <int W, typename T>
 void pack_copied(const T* source, int64_t ld, int64_t count, int64_t depth, float* panels, int64_t stride) {
+  static_assert(W % VL == 0 || VL <= 2 * W, "the next row holds what a vector reads too much");
   for (int64_t k = 0; k < depth; k++) {
     const T* from = source + k * ld;
     float* to = panels + k * W;

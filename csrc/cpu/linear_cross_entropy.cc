@@ -4,10 +4,10 @@
 // e^(z - m): nll = m - z[label] + log s, dz = weight (e^(z - m) / s - onehot(label)), dx = dz w, dw = dw_add + dz^T x.
 //
 // The logits (N,V) never exist whole: `chunk` rows at a time, f32, in `logits`, where dz replaces them. Traffic of a
-// chunk: w is read once (forward) or twice, dw is read and written once, so that a larger chunk costs less of both; a row
-// of logits is read twice forward, three times backward, out of the cache. The softmax is 2 to 3 % of the products'
-// time at C = 512 and less with more. Rows are one task each and the sum over chunks is in their order, so that bits do
-// not depend on the number of threads. Sums of a row run in 4 VL lanes of f32, V / (4 VL) terms each, then in f64.
+// chunk: w is read once (forward) or twice, dw is read and written once, so that a larger chunk costs less of both; a
+// row of logits is read twice forward, three times backward, out of the cache. Rows are one task each and the sum over
+// chunks is in their order, so that bits do not depend on the number of threads. A row's sum runs in 4 VL lanes of f32
+// with V / (4 VL) terms each, which are then added in f64.
 //
 // The same idea: Cut Your Losses in Large-Vocabulary Language Models, arXiv 2411.09009; Liger Kernel, arXiv 2410.10989.
 #include "gemm.h"

@@ -1,19 +1,20 @@
-// c = a b (+ add), with a (M,K), b (K,N) and c (M,N) stored as the op's suffix says: n as is, t transposed. a, b, add and
-// c are f32 or bf16 each; bf16 is widened while packing, sums are f32, and c is rounded once, at its store.
+// c = a b (+ add), with a (M,K), b (K,N) and c (M,N) stored as the op's suffix says: n as is, t transposed. a, b, add
+// and c are f32 or bf16 each; bf16 is widened while packing, sums are f32, and c is rounded once, at its store.
 //
-// Three ways, chosen by the shape alone (GFLOP/s: one core of a Zen 5 at 4.0 GHz, 255 at best, bench/LOG.md):
+// Three ways, chosen by the shape alone (GFLOP/s of one core of a Zen 5 at 4.0 GHz, 255 at best, see bench/LOG.md):
 //
 // M > 128: the five loops of BLIS. For NC columns, b is packed once for all threads (16 MB at most, in the L3 or in
-//   memory: each element serves MC rows). Tasks are blocks of c, MC rows by the NC columns; each packs its MC x KC piece of
-//   a (344 KB, a third of a 1 MB L2), then the micro-kernel (gemm.h) walks the micro-tiles. A panel of b, KC x NR, is 32 KB
-//   of a 48 KB L1 and is asked for while the one before is used: 1 to 3 %. The rows of a c tile are asked for 64 steps
-//   before they are needed rather than at the start: 2 to 4 %, for with N a power of two they all fall into two sets of the
-//   L1 and are evicted at once (such N still lose 5 %). KC from 192 to 512 and MC from 112 to 448 differ by less than the
-//   noise of 3 %. f32 c is summed in place over the blocks of K; otherwise the sums wait in the thread's scratch.
+//   memory: each element serves MC rows). Tasks are blocks of c, MC rows by the NC columns; each packs its MC x KC
+//   piece of a (344 KB, a third of a 1 MB L2), then the micro-kernel (gemm.h) walks the micro-tiles. A panel of b, KC x
+//   NR, is 32 KB of a 48 KB L1 and is asked for while the one before is used: 1 %. The rows of a tile of c are asked
+//   for 64 steps before they are needed rather than at the start: 2 to 4 %, for with N a power of two they fall into
+//   two sets of the L1 and are evicted at once (such N still lose 4 %). KC from 192 to 512 and MC from 112 to 448
+//   differ by less than the noise of 3 %. f32 c is summed in place over the blocks of K; otherwise the sums wait in the
+//   thread's scratch.
 // M <= 128: writing b packed to memory and reading it again would take longer than the products (M = 24, N = K = 4096:
 //   126 against 78). a is packed once, and each task packs its own 4 NR columns of b, KC rows at a time, in its L2.
-// M <= 16 with b transposed (decoding: y = x w^T): dot products straight from b, which is read once: 41 GB/s of 18 when
-//   packed first. Not for b as stored, where packing is no slower than reading in place.
+// M <= 16 with b transposed (decoding: y = x w^T): dot products straight from b, which is read once: 40 GB/s of it,
+//   against 18 when packed. Not for b as stored, where reading in place was no faster than packing.
 //
 // Each c is a sum over k in an order that the shape fixes, by one thread: bits do not depend on the number of threads.
 // Traffic: a is read N / NC times, b once; f32 c is read and written K / KC times, bf16 c written once.
@@ -120,7 +121,7 @@ void multiply_block(const Problem& p, int64_t i0, int64_t i1, int64_t j0, int64_
       const int64_t share = depth * NR / ceil_div(i1 - i0, MR);
       for (int64_t i = i0, at_panel = 0; i < i1; i += MR, at_panel += panel, tile += tile_step) {
         const int64_t rows = min(i1 - i, MR);
-        const MicroKernel kernel = micro_kernel_for(rows);
+        const MicroKernel kernel = micro_kernel_for(rows, columns);
         for (const float* line = next; line < next + share; line += 16) __builtin_prefetch(line, 0, 2);
         next += share;
         if (direct) {
@@ -183,7 +184,7 @@ void multiply_some_rows(Context& context, const Problem& p) {
       for (int64_t j = 0; j < columns; j += NR)
         for (int64_t i = 0; i < p.m; i += MR) {
           float* c = sums + i * GROUP + j;
-          micro_kernel_for(min(p.m - i, MR))(
+          micro_kernel_for(min(p.m - i, MR), columns - j)(
               depth, work.shared + i / MR * panel + k * MR, b + j / NR * b_step, k ? c : nullptr, GROUP, c, GROUP);
         }
     }
@@ -191,8 +192,8 @@ void multiply_some_rows(Context& context, const Problem& p) {
   });
 }
 
-// R x VL/R dot products of rows of a (f32, padded with zeros to whole vectors) and of b. VL of them, because transposing
-// their VL vectors of partial sums leaves one vector of results. Rows beyond the given counts repeat the last one.
+// R x VL/R dot products of rows of a (f32, padded with zeros to whole vectors) and of b. VL of them, because
+// transposing their VL vectors of partial sums leaves one vector of results. Rows beyond the counts repeat the last.
 template <int R, typename T>
 void dots(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda, const T* b, int64_t ldb,
           float* sums, int64_t ld) {
@@ -248,10 +249,13 @@ void multiply_few_rows(Context& context, const Problem& p) {
   constexpr int64_t chunk = 32;
   const int64_t lda = round_up(p.k, VL);
   Workspace work(context, p.m * lda, p.m * chunk);
-  for (int64_t i = 0; i < p.m; i++) {
-    pack<1>(p.a.dtype, p.a.data, i * p.a.row, p.a.row, p.a.column, 1, p.k, work.shared + i * lda, 0);
-    for (int64_t k = p.k; k < lda; k++) work.shared[i * lda + k] = 0;
-  }
+  for (int64_t i = 0; i < p.m; i++)
+    for (int64_t k = 0; k < lda; k++) {
+      float* x = work.shared + i * lda + k;
+      *x = k >= p.k                    ? 0
+           : p.a.dtype == DType::f32 ? *at<float>(p.a, i, k)
+                                       : to_float(*at<bf16>(p.a, i, k));
+    }
   for_tasks(context, p, ceil_div(p.n, chunk), [&](int64_t task, int thread) {
     float* sums = work.own(thread);
     const int64_t j = task * chunk, columns = min(p.n - j, chunk);

@@ -1,5 +1,6 @@
 import { parseArgs } from 'node:util'
 import { didYouMean, quote } from '../errors.js'
+import type { Output } from './output.js'
 
 /** One option of a command. `value` is what --help calls its value. */
 export type Option = {
@@ -34,6 +35,19 @@ export type Values<T extends OptionTable> = {
   [K in keyof T as T[K] extends { kind: 'flag' } | { required: true } ? K : never]: ValueOf<T[K]>
 } & { [K in keyof T as T[K] extends { kind: 'flag' } | { required: true } ? never : K]?: ValueOf<T[K]> }
 
+/** A command: what --help says, and what it does. */
+export interface Command<T extends OptionTable = OptionTable> {
+  name: string
+  summary: string
+  details?: string
+  examples: readonly string[]
+  /** Names of the arguments without dashes; all are needed. */
+  operands: readonly string[]
+  options: T
+  /** Returns the exit code, 0 by default; a thrown error is one line on stderr and exit code 1. */
+  run(input: { operands: string[]; values: Values<T> }, output: Output): Promise<number | void>
+}
+
 /** A command line that cannot be understood; exit code 2. */
 export class UsageError extends Error {}
 
@@ -61,9 +75,11 @@ export function defined<T extends object>(values: T): { [K in keyof T]: Exclude<
   return Object.fromEntries(Object.entries(values).filter(([, value]) => value !== undefined)) as never
 }
 
+type Syntax<T extends OptionTable = OptionTable> = Pick<Command<T>, 'name' | 'operands' | 'options'>
+
 /** Parses the arguments after the command's name. Throws UsageError that names the argument, the rule and the remedy. */
 export function parseOptions<T extends OptionTable>(
-  command: { name: string; operands: readonly string[]; options: T },
+  command: Syntax<T>,
   args: readonly string[],
 ): { operands: string[]; values: Values<T> } {
   const { options } = command
@@ -71,7 +87,10 @@ export function parseOptions<T extends OptionTable>(
     throw new UsageError(`${message} (see: ropewalk ${command.name} --help)`)
   }
   const types = Object.fromEntries(
-    Object.entries(options).map(([name, { kind }]) => [name, { type: kind === 'flag' ? 'boolean' : 'string' } as const]),
+    Object.entries(options).map(([name, { kind }]) => [
+      name,
+      { type: kind === 'flag' ? 'boolean' : 'string' } as const,
+    ]),
   )
   const { tokens } = parseArgs({ args: glueNegative(args, types), options: types, strict: false, tokens: true })
   const operands: string[] = []
@@ -169,7 +188,7 @@ function glueNegative(args: readonly string[], types: Record<string, { type: str
   return glued
 }
 
-function usage({ name, operands, options }: { name: string; operands: readonly string[]; options: OptionTable }): string {
+function usage({ name, operands, options }: Syntax): string {
   const required = Object.entries(options).filter(([, option]) => option.required)
   const shown = required.map(([option, rule]) => ` --${option} ${placeholder(rule)}`)
   return `${name}${operands.map((operand) => ` <${operand}>`).join('')}${shown.join('')}`
@@ -179,18 +198,14 @@ const placeholder = (option: Option): string =>
   option.kind === 'flag' ? '' : option.kind === 'texts' ? `<${option.value}>...` : `<${option.value}>`
 
 /** The --help text of a command. */
-export function helpText(command: {
-  name: string
-  operands: readonly string[]
-  options: OptionTable
-  summary: string
-  details?: string
-  examples: readonly string[]
-}): string {
+export function helpText(command: Omit<Command, 'run'>): string {
   const rows = Object.entries(command.options).map(([name, option]): [string, string] => {
     const choices = option.kind === 'text' && option.choices ? ` (${option.choices.join(', ')})` : ''
     const fallback = option.default ? ` [default: ${option.default}]` : ''
-    return [`--${name} ${placeholder(option)}`.trimEnd(), `${option.help}${choices}${option.required ? ' (required)' : ''}${fallback}`]
+    return [
+      `--${name} ${placeholder(option)}`.trimEnd(),
+      `${option.help}${choices}${option.required ? ' (required)' : ''}${fallback}`,
+    ]
   })
   const width = Math.max(...rows.map(([left]) => left.length))
   const lines = rows.map(([left, right]) => `  ${left.padEnd(width)}  ${right}`)
@@ -203,3 +218,21 @@ export function helpText(command: {
     `Examples:\n${command.examples.map((example) => `  ${example}`).join('\n')}`,
   ].join('\n\n')
 }
+
+/** The command line that gives these operands and values, for people to copy. */
+export function commandLine(
+  name: string,
+  operands: readonly string[],
+  values: Readonly<Record<string, unknown>>,
+): string {
+  const words = [...operands]
+  for (const [option, value] of Object.entries(values)) {
+    if (value === undefined || value === false) continue
+    words.push(`--${option}`)
+    if (value !== true) words.push(...[value].flat().map(String))
+  }
+  return ['ropewalk', name, ...words.map(shellWord)].join(' ')
+}
+
+const shellWord = (word: string): string =>
+  /^[\w@%+=:,./-]+$/.test(word) ? word : `'${word.replaceAll("'", `'\\''`)}'`

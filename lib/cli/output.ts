@@ -55,19 +55,20 @@ export class Output {
   }
 
   /**
-   * A bar with the time left on a terminal; elsewhere lines on stderr: one for each update ('each'), one for each tenth
-   * ('tenths'), or none.
+   * A bar with the time left on a terminal; elsewhere lines on stderr: one for each update ('each') or one for each tenth
+   * ('tenths').
    */
-  progress(label: string, total: number, lines: 'each' | 'tenths' | 'none' = 'tenths'): Progress {
-    const started = performance.now()
-    if (this.stderr.isTTY) return new Bar(this.stderr, label, total, started)
+  progress(label: string, total: number, lines: 'each' | 'tenths' = 'tenths'): Progress {
+    const clock = new Clock(total)
+    if (this.stderr.isTTY) return new Bar(this.stderr, label, total, clock)
     let tenth = 0
     return {
       update: (done, detail = '') => {
+        const left = clock.left(done)
         const reached = Math.floor((10 * done) / total)
-        if (lines === 'none' || (lines === 'tenths' && reached === tenth)) return
+        if (lines === 'tenths' && reached === tenth) return
         tenth = reached
-        this.note(`${label} ${done}/${total}${detail && ` ${detail}`}${timeLeft(started, done, total)}`)
+        this.note(`${label} ${done}/${total}${detail && ` ${detail}`}${left}`)
       },
       end: () => undefined,
     }
@@ -82,16 +83,16 @@ class Bar implements Progress {
     private readonly stream: Sink,
     private readonly label: string,
     private readonly total: number,
-    private readonly started: number,
+    private readonly clock: Clock,
   ) {}
 
   update(done: number, detail = ''): void {
+    const left = this.clock.left(done)
     const now = performance.now()
     if (now - this.drawn < REDRAW && done < this.total) return
     this.drawn = now
     const filled = Math.min(BAR, Math.floor((BAR * done) / this.total))
     const bar = '#'.repeat(filled) + '-'.repeat(BAR - filled)
-    const left = timeLeft(this.started, done, this.total)
     const text = `${this.label} [${bar}] ${done}/${this.total}${detail && ` ${detail}`}${left}`
     const line = text.slice(0, (this.stream.columns ?? 80) - 1)
     this.stream.write(`\r${line.padEnd(this.width)}`)
@@ -104,9 +105,20 @@ class Bar implements Progress {
   }
 }
 
-function timeLeft(started: number, done: number, total: number): string {
-  if (done <= 0 || done >= total) return ''
-  return `, ${formatDuration(((performance.now() - started) / done / 1000) * (total - done))} left`
+/** Tells the time left from the pace so far; work may start in the middle (a resumed run). */
+class Clock {
+  private readonly started = performance.now()
+  private base: number | undefined
+
+  constructor(private readonly total: number) {}
+
+  /** ", 5 min left" after `done` of the total; '' when nothing is left. */
+  left(done: number): string {
+    this.base ??= done - 1
+    if (done >= this.total) return ''
+    const pace = (performance.now() - this.started) / 1000 / (done - this.base)
+    return `, ${formatDuration(pace * (this.total - done))} left`
+  }
 }
 
 /** 3725 -> "1 h 2 min" */

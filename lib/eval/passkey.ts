@@ -1,4 +1,3 @@
-import { RopewalkError } from '../errors.js'
 import type { Tokenizer } from '../files/tokenizer.js'
 import { uniform } from '../model/generate.js'
 import type { Llama } from '../model/llama.js'
@@ -113,7 +112,10 @@ export function encodePasskey(
 }
 
 /** Where `longer` has a block that `shorter` has not, all else being equal; undefined where more differs. */
-function repetition(shorter: readonly number[], longer: readonly number[]): { at: number; block: number[] } | undefined {
+function repetition(
+  shorter: readonly number[],
+  longer: readonly number[],
+): { at: number; block: number[] } | undefined {
   const at = commonPrefix(shorter, longer)
   const size = longer.length - shorter.length
   if (size <= 0 || !shorter.slice(at).every((id, i) => longer[at + size + i] === id)) return undefined

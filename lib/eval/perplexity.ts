@@ -83,7 +83,10 @@ export async function readTokenDocuments(
     documents.push({ source, ids: tokenizer.encode(text, { addSpecialTokens: false }) })
   }
   if (documents.length === 0) {
-    throw new RopewalkError('ERR_NO_TEXT', `${paths.join(', ')}: there is no text: give files with at least one document`)
+    throw new RopewalkError(
+      'ERR_NO_TEXT',
+      `${paths.join(', ')}: there is no text: give files with at least one document`,
+    )
   }
   return documents
 }
@@ -105,7 +108,13 @@ export async function perplexity(
   const used = texts.filter(({ ids }) => ids.length >= needed)
   if (used.length === 0) throw tooShort(texts, needed, options)
   const tokens = used.reduce((sum, { ids }) => sum + ids.length, 0)
-  const common = { stride, bos: bosId !== undefined, documents: used.length, skipped: texts.length - used.length, tokens }
+  const common = {
+    stride,
+    bos: bosId !== undefined,
+    documents: used.length,
+    skipped: texts.length - used.length,
+    tokens,
+  }
   const results: PerplexityResult[] = []
   for (const window of windows) {
     const plans = used.map(({ ids }) => slidingWindows(ids.length, window - room, stride))
@@ -189,7 +198,8 @@ function readOptions(
   const { windows, stride = 256, bos = model.config.bosId !== undefined, truncate } = options
   if (!Array.isArray(windows) || windows.length === 0) throw new TypeError('windows must be a list of window lengths')
   for (const window of windows) {
-    if (!Number.isInteger(window) || window < 2) throw new RangeError(`window is ${window}, must be a whole number >= 2`)
+    if (!Number.isInteger(window) || window < 2)
+      throw new RangeError(`window is ${window}, must be a whole number >= 2`)
   }
   if (bos && model.config.bosId === undefined) {
     throw new RangeError('bos is true, but config.json has no bos_token_id: set bos to false')

@@ -1,14 +1,14 @@
 import type { FileHandle } from 'node:fs/promises'
 import { brotliDecompressSync, gunzipSync } from 'node:zlib'
-import { deltaLengthByteArray } from 'hyparquet/src/delta.js'
 import { decompressLz4, decompressLz4Raw, decompressSnappy, decompressZstd } from 'hyparquet-compressors'
 import { didYouMean, quote, RopewalkError } from '../errors.js'
+import { deltaLengthValues, hybrid, plainValues } from './parquet-values.js'
 import { ThriftReader, type ThriftStruct, type ThriftValue } from './thrift.js'
 
 /**
- * One text column of a parquet file, value by value. hyparquet allocates what page headers and run lengths claim (300
- * bytes can ask for gigabytes), so the headers, the levels and the dictionary indices are read here, where every count
- * is held against the bytes it can come from; decompression is the libraries'.
+ * One text column of a parquet file, value by value. Readers that allocate what headers and run lengths claim can be
+ * asked for gigabytes by 300 bytes; here every count is held against the bytes it can come from. Decompression is that
+ * of Node and hyparquet-compressors, into buffers of checked size.
  * Format: parquet.thrift and Encodings.md of apache/parquet-format.
  */
 
@@ -36,8 +36,8 @@ const inflate: Record<number, (data: Uint8Array, size: number) => Uint8Array> = 
 export async function* readParquet(handle: FileHandle, path: string, field: string): AsyncGenerator<Uint8Array | null> {
   const { size } = await handle.stat()
   const footer = await guard(path, 'footer', () => readFooter(handle, size))
-  const optional = findColumn(footer, path, field)
-  const groups = (footer.get(4) ?? []) as ThriftStruct[]
+  const optional = await guard(path, 'schema', () => findColumn(footer, path, field))
+  const groups = await guard(path, 'footer', () => structs(footer.get(4), 'row groups'))
   for (const [index, group] of groups.entries()) {
     const what = `row group ${index}, column ${quote(field)}`
     const column = await guard(path, what, () => readColumn(group, field, optional, size))
@@ -56,6 +56,7 @@ async function guard<T>(path: string, what: string, read: () => T | Promise<T>):
   try {
     return await read()
   } catch (cause) {
+    if (cause instanceof RopewalkError) throw cause
     throw new RopewalkError(
       'ERR_PARQUET',
       `${path}: ${what}: ${(cause as Error).message}: damaged; download it again`,
@@ -81,7 +82,7 @@ async function readFooter(handle: FileHandle, size: number): Promise<ThriftStruc
 
 /** Checks that `field` is a top-level column of byte strings; returns whether it may hold nulls. */
 function findColumn(footer: ThriftStruct, path: string, field: string): boolean {
-  const schema = (footer.get(2) ?? []) as ThriftStruct[]
+  const schema = structs(footer.get(2), 'schema')
   const found = new Map<string, ThriftStruct>()
   // depth first, the root first: only what is directly below the root counts
   let skip = 0
@@ -106,10 +107,10 @@ function findColumn(footer: ThriftStruct, path: string, field: string): boolean 
 }
 
 function readColumn(group: ThriftStruct, field: string, optional: boolean, size: number): Column {
-  const chunks = (group.get(1) ?? []) as ThriftStruct[]
+  const chunks = structs(group.get(1), 'columns')
   const meta = chunks
-    .map((chunk) => chunk.get(3) as ThriftStruct | undefined)
-    .find((meta) => (meta?.get(3) as ThriftValue[] | undefined)?.map(textOf).join('\0') === field)
+    .flatMap((chunk) => struct(chunk.get(3), 'column') ?? [])
+    .find((meta) => pathOf(meta.get(3)) === field)
   if (meta === undefined) throw new RangeError('the row group has no such column')
   const rows = count(group.get(3), 'rows')
   const values = count(meta.get(5), 'values')
@@ -163,7 +164,7 @@ class ColumnDecoder {
     }
     this.reader.offset += compressed
     const data = bytes.subarray(offset, offset + compressed)
-    const [plain, dictionary, second] = [5, 7, 8].map((id) => header.get(id) as ThriftStruct | undefined)
+    const [plain, dictionary, second] = [5, 7, 8].map((id) => struct(header.get(id), 'page header'))
     if (dictionary !== undefined) {
       this.dictionary = plainValues(this.inflate(data, size), count(dictionary.get(1), 'dictionary values'))
       return undefined
@@ -231,71 +232,9 @@ class ColumnDecoder {
         return value
       })
     }
-    if (encoding !== 6)
-      throw new RangeError(`encoding ${encoding} is not supported: write the file with PLAIN or a dictionary`)
-    const values: Uint8Array[] = []
-    const view = new DataView(data.buffer, data.byteOffset, data.byteLength)
-    if (stored > 0) deltaLengthByteArray({ view, offset: 0 }, stored, values)
-    return values
+    if (encoding === 6) return deltaLengthValues(data, stored)
+    throw new RangeError(`encoding ${encoding} is not supported: write the file with PLAIN or a dictionary`)
   }
-}
-
-/** PLAIN byte arrays: a length of 4 bytes before each. */
-function plainValues(data: Uint8Array, values: number): Uint8Array[] {
-  if (values * 4 > data.length) throw new RangeError(`${values} values in ${data.length} bytes`)
-  const view = new DataView(data.buffer, data.byteOffset, data.byteLength)
-  let offset = 0
-  return Array.from({ length: values }, () => {
-    const length = view.getUint32(offset, true)
-    offset += 4
-    if (length > data.length - offset)
-      throw new RangeError(`a value of ${length} bytes, but ${data.length - offset} are left`)
-    offset += length
-    return data.subarray(offset - length, offset)
-  })
-}
-
-/** The RLE / bit-packing hybrid: exactly `values` numbers of `width` bits. */
-function hybrid(data: Uint8Array, width: number, values: number): Int32Array {
-  if (width > 31) throw new RangeError(`indices of ${width} bits`)
-  const result = new Int32Array(values)
-  const byte = (at: number): number => {
-    if (at >= data.length) throw new RangeError(`the data of ${values} values ends after ${data.length} bytes`)
-    return data[at]
-  }
-  let at = 0
-  let done = 0
-  while (done < values) {
-    let run = 0
-    for (let shift = 0; ; shift += 7) {
-      const part = byte(at++)
-      run += (part & 127) * 2 ** shift
-      if (part < 128) break
-      if (shift > 28) throw new RangeError('a run length of more than 35 bits')
-    }
-    if (run % 2 === 0) {
-      let value = 0
-      for (let i = 0; i < width; i += 8) value |= byte(at++) << i
-      const end = Math.min(done + run / 2, values)
-      if (end === done) throw new RangeError('an empty run')
-      result.fill(value, done, end)
-      done = end
-      continue
-    }
-    // groups of 8 values; the last group may reach beyond the count
-    const packed = ((run - 1) / 2) * 8
-    const start = at * 8
-    for (let i = 0; i < packed && done < values; i++) {
-      let value = 0
-      for (let bit = 0; bit < width; bit++) {
-        const place = start + i * width + bit
-        value |= ((byte(place >> 3) >> (place & 7)) & 1) << bit
-      }
-      result[done++] = value
-    }
-    at += (packed / 8) * width
-  }
-  return result
 }
 
 function count(value: ThriftValue | undefined, what: string): number {
@@ -304,6 +243,23 @@ function count(value: ThriftValue | undefined, what: string): number {
     throw new RangeError(`${what}: ${String(value)} is not a count`)
   }
   return number
+}
+
+function struct(value: ThriftValue | undefined, what: string): ThriftStruct | undefined {
+  if (value !== undefined && !(value instanceof Map)) throw new RangeError(`${what}: not a structure`)
+  return value
+}
+
+function structs(value: ThriftValue | undefined, what: string): ThriftStruct[] {
+  if (!Array.isArray(value) || !value.every((item) => item instanceof Map)) {
+    throw new RangeError(`${what}: not a list of structures`)
+  }
+  return value as ThriftStruct[]
+}
+
+/** A column's name; the parts of a nested one are joined by what no name has. */
+function pathOf(value: ThriftValue | undefined): string {
+  return Array.isArray(value) ? value.map(textOf).join('\0') : ''
 }
 
 function textOf(value: ThriftValue | undefined): string {

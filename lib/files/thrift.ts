@@ -48,8 +48,8 @@ export class ThriftReader {
     return Array.from({ length: count }, () => this.value(head & 15, depth + 1))
   }
 
-  private take(length: number): Uint8Array {
-    if (length > this.bytes.length - this.offset) {
+  take(length: number): Uint8Array {
+    if (!(length >= 0 && length <= this.bytes.length - this.offset)) {
       throw new RangeError(`${length} bytes at byte ${this.offset}, but ${this.bytes.length} are there`)
     }
     this.offset += length
@@ -61,7 +61,7 @@ export class ThriftReader {
     return this.bytes[this.offset++]
   }
 
-  private varint(): bigint {
+  varint(): bigint {
     let value = 0n
     for (let shift = 0n; shift < 70n; shift += 7n) {
       const byte = this.byte()
@@ -71,7 +71,7 @@ export class ThriftReader {
     throw new RangeError(`a number of more than 64 bits at byte ${this.offset}`)
   }
 
-  private zigzag(): bigint {
+  zigzag(): bigint {
     const value = this.varint()
     return (value >> 1n) ^ -(value & 1n)
   }

@@ -310,7 +310,7 @@ async function runOnce(c: OpCase, device: Device, shift: number): Promise<Outcom
   return { problems, bytes: result }
 }
 
-/** Largest |error| of the op divided by what it may be, over all cases of this file so far. */
+/** Largest |error| of an f32 result divided by what it may be, over all cases of this file so far. */
 export const worst = { ratio: 0, label: 'none' }
 
 /** How far `got` is from the truth, against how far the naive computation is; undefined where that is well. */
@@ -341,7 +341,7 @@ function compare(c: OpCase, field: string, got: HostTensor, exact: ArrayLike<num
   // Two units of f32, for bf16 results too: those are rounded from f32 once, and both sides round to the same
   // neighbour unless they lie at a tie, where the naive error is as large as the other one.
   const limit = 1.5 * naiveError + 2 * 2 ** -23 * largest
-  if (limit > 0 && error / limit > worst.ratio)
+  if (got.dtype === 'f32' && limit > 0 && error / limit > worst.ratio)
     Object.assign(worst, { ratio: error / limit, label: `${c.op} ${c.label} ${field}` })
   if (error <= limit) return undefined
   return (

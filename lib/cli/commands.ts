@@ -1,0 +1,74 @@
+import { didYouMean, quote } from '../errors.js'
+import { version } from '../index.js'
+import { doctor } from './doctor.js'
+import { evalPasskey, evalPerplexity } from './eval.js'
+import { extend } from './extend.js'
+import { generate } from './generate.js'
+import { inspect } from './inspect.js'
+import { type Command, helpText, parseOptions, UsageError } from './options.js'
+import { Output, type Sink } from './output.js'
+
+const commands = [extend, evalPerplexity, evalPasskey, generate, inspect, doctor] as unknown as readonly Command[]
+
+/** `ropewalk help` */
+function overview(): string {
+  const width = Math.max(...commands.map(({ name }) => name.length))
+  const rows = commands.map(({ name, summary }) => `  ${name.padEnd(width)}  ${summary}`)
+  return [
+    `ropewalk ${version}: stretches the context of LLaMA models`,
+    `Usage: ropewalk <command> ...`,
+    `Commands:\n${rows.join('\n')}`,
+    'ropewalk <command> --help says more; ropewalk --version prints the version.\nROPEWALK_DEBUG=1 adds the stack to an error.',
+  ].join('\n\n')
+}
+
+/** The command that the arguments begin with; names may have two words. */
+function find(args: readonly string[]): { command: Command; rest: readonly string[] } {
+  for (const words of [2, 1]) {
+    const command = commands.find(({ name }) => name === args.slice(0, words).join(' '))
+    if (command) return { command, rest: args.slice(words) }
+  }
+  const group = commands.filter(({ name }) => name.startsWith(`${args[0]} `)).map(({ name }) => name)
+  if (group.length > 0) {
+    const second = args[1]?.startsWith('-') ? undefined : args[1]
+    throw new UsageError(
+      second
+        ? `there is no command ${quote(`${args[0]} ${second}`)}${didYouMean(`${args[0]} ${second}`, group)}`
+        : `${quote(args[0])} needs a second word: ropewalk ${group.join(', ropewalk ')}`,
+    )
+  }
+  const names = [...commands.map(({ name }) => name), 'help']
+  throw new UsageError(`there is no command ${quote(args[0])}${didYouMean(args[0]!, names)} (see: ropewalk help)`)
+}
+
+/**
+ * Runs a command line. Returns the exit code: 0, 1 for a failure, 2 for a command line that cannot be understood, 128 + n
+ * after a signal.
+ */
+export async function runCommand(args: readonly string[], streams: { stdout: Sink; stderr: Sink }): Promise<number> {
+  const { stdout, stderr } = streams
+  try {
+    const [first] = args
+    if (first === '--version' || first === '-v') {
+      stdout.write(`${version}\n`)
+      return 0
+    }
+    if (first === undefined || first === '--help' || first === '-h' || (first === 'help' && args.length === 1)) {
+      stdout.write(`${overview()}\n`)
+      return 0
+    }
+    const { command, rest } = find(first === 'help' ? args.slice(1) : args)
+    const { operands, values } = parseOptions(command, first === 'help' ? ['--help'] : rest)
+    const { help, json } = values as { help?: unknown; json?: unknown }
+    if (help) {
+      stdout.write(`${helpText(command)}\n`)
+      return 0
+    }
+    return (await command.run({ operands, values }, new Output(stdout, stderr, json === true))) ?? 0
+  } catch (error) {
+    const { message, stack } = error instanceof Error ? error : new Error(String(error))
+    stderr.write(`ropewalk: ${message.replace(/\s*\n\s*/g, ' ')}\n`)
+    if (process.env.ROPEWALK_DEBUG === '1') stderr.write(`${stack}\n`)
+    return error instanceof UsageError ? 2 : 1
+  }
+}

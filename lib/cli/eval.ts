@@ -1,0 +1,183 @@
+import { Llama, passkey, type PasskeyResult, perplexity, type PerplexityResult, readTokenDocuments } from '../index.js'
+import { type Command, commonOptions, defined, modelOptions } from './options.js'
+import { formatNumber, type Output } from './output.js'
+
+const baseline = {
+  kind: 'flag',
+  help: 'also evaluate the same weights with the positions unscaled',
+} as const
+
+const perplexityOptions = {
+  data: { kind: 'texts', value: 'file', required: true, help: 'texts: .txt, .jsonl, .parquet, or a folder of them' },
+  windows: {
+    kind: 'numbers',
+    value: 'n,n,...',
+    min: 2,
+    help: 'window lengths in tokens',
+    default: "the model's window",
+  },
+  stride: { kind: 'number', value: 'n', min: 1, whole: true, help: 'tokens by which windows move on', default: '256' },
+  truncate: { kind: 'number', value: 'n', min: 2, whole: true, help: 'cut each document after so many tokens' },
+  'no-bos': { kind: 'flag', help: 'no beginning-of-sequence token before the windows' },
+  field: { kind: 'text', value: 'name', help: 'field of .jsonl and .parquet that holds the text', default: 'text' },
+  baseline,
+  ...modelOptions,
+  ...commonOptions,
+} as const
+
+const passkeyOptions = {
+  context: {
+    kind: 'number',
+    value: 'n',
+    min: 1,
+    whole: true,
+    help: 'prompt and answer in tokens',
+    default: "the model's window",
+  },
+  distances: {
+    kind: 'number',
+    value: 'n',
+    min: 1,
+    whole: true,
+    help: 'distances of the key from the end',
+    default: '32',
+  },
+  trials: { kind: 'number', value: 'n', min: 1, whole: true, help: 'keys tried at each distance', default: '10' },
+  seed: { kind: 'number', value: 'n', min: 0, whole: true, help: 'of the keys', default: '0' },
+  baseline,
+  ...modelOptions,
+  ...commonOptions,
+} as const
+
+interface Loading {
+  device?: string | undefined
+  dtype?: string | undefined
+  threads?: number | undefined
+  baseline: boolean
+}
+
+/** Runs an evaluation on the model and, where asked, on the same weights without scaling, one after the other. */
+async function evaluate<T>(
+  path: string,
+  { device, dtype, threads, baseline }: Loading,
+  output: Output,
+  body: (model: Llama, label: string) => Promise<T>,
+): Promise<{ model: T; baseline: T | undefined; window: number }> {
+  const options = defined({ device, dtype: dtype as 'float32' | 'bfloat16', threads })
+  const results: T[] = []
+  let window = 0
+  for (const rope of baseline ? [undefined, 'none' as const] : [undefined]) {
+    using model = await Llama.load(path, { ...options, ...(rope ? { rope } : {}) })
+    if (!rope) {
+      window = model.contextWindow
+      for (const warning of model.warnings) output.note(`warning: ${warning}`)
+      if (baseline && model.config.rope.type === 'default') {
+        output.note(
+          `warning: ${path} has no scaling to leave out (NTK is in its rope_theta): the baseline is the same model`,
+        )
+      }
+    }
+    results.push(await body(model, rope ? 'baseline' : 'model'))
+  }
+  return { model: results[0]!, baseline: results[1], window }
+}
+
+export const evalPerplexity: Command<typeof perplexityOptions> = {
+  name: 'eval perplexity',
+  summary: 'Measures sliding-window perplexity at several window lengths.',
+  details:
+    'Documents shorter than the largest window are left out. Two figures are given: `perplexity`, in which every token\n' +
+    "counts the same, and `by window`, the mean over windows that the paper's and YaRN's figures are.",
+  examples: ['ropewalk eval perplexity ./llama-8k --data pg19-test.jsonl --windows 2048,4096,8192 --baseline'],
+  operands: ['model'],
+  options: perplexityOptions,
+  async run({ operands: [path], values }, output) {
+    const { data, windows, stride, truncate, field } = values
+    // The windows of the extended model are also the baseline's.
+    let lengths = windows
+    const results = await evaluate(path!, values, output, async (model, label) => {
+      lengths ??= [model.contextWindow]
+      const documents = await readTokenDocuments(model, data, defined({ field }))
+      const bos = values['no-bos'] ? false : undefined
+      let at = 0
+      let progress: ReturnType<Output['progress']> | undefined
+      try {
+        return await perplexity(model, documents, {
+          windows: lengths,
+          ...defined({ stride, truncate, bos }),
+          onProgress({ window, done, total, perplexity }) {
+            if (window !== at) {
+              progress?.end()
+              progress = output.progress(`${label}, window ${window}`, total)
+              at = window
+            }
+            progress!.update(done, `perplexity ${formatNumber(perplexity)}`)
+          },
+        })
+      } finally {
+        progress?.end()
+      }
+    })
+    const rows = [
+      ...results.model.map((result) => ['model', ...perplexityRow(result)]),
+      ...(results.baseline ?? []).map((result) => ['baseline', ...perplexityRow(result)]),
+    ]
+    output.table(['', 'window', 'stride', 'documents', 'targets', 'perplexity', '95 % interval', 'by window'], rows)
+    const { skipped } = results.model[0]!
+    if (skipped > 0) output.note(`${skipped} documents are shorter than the largest window and were left out`)
+    output.value({ model: path, results: results.model, baseline: results.baseline })
+  },
+}
+
+function perplexityRow(result: PerplexityResult): (string | number)[] {
+  const { window, stride, documents, targets, interval } = result
+  const range = interval ? interval.map(formatNumber).join(' - ') : '-'
+  const { perplexity, perplexityWindowMean } = result
+  return [window, stride, documents, targets, formatNumber(perplexity), range, formatNumber(perplexityWindowMean)]
+}
+
+export const evalPasskey: Command<typeof passkeyOptions> = {
+  name: 'eval passkey',
+  summary: 'Hides a five-digit key in a long text, at many distances from its end, and asks for it.',
+  details: 'kmax is the largest distance such that at every distance up to it at least 20 % of the answers are right.',
+  examples: [
+    'ropewalk eval passkey ./llama-8k --context 8192',
+    'ropewalk eval passkey ./llama-8k --distances 8 --trials 3',
+  ],
+  operands: ['model'],
+  options: passkeyOptions,
+  async run({ operands: [path], values }, output) {
+    const { distances, trials, seed } = values
+    let { context } = values
+    const results = await evaluate(path!, values, output, async (model, label) => {
+      context ??= model.contextWindow
+      let progress: ReturnType<Output['progress']> | undefined
+      try {
+        return await passkey(model, {
+          context,
+          ...defined({ distances, trials, seed }),
+          onProgress({ done, total, accuracy }) {
+            progress ??= output.progress(`${label}, prompts`, total)
+            progress.update(done, `accuracy ${(100 * accuracy).toFixed(0)} %`)
+          },
+        })
+      } finally {
+        progress?.end()
+      }
+    })
+    const columns = [results.model, results.baseline].filter((result) => result !== undefined)
+    const names = ['accuracy', 'baseline'].slice(0, columns.length)
+    const rows = results.model.distances.map(({ distance, tokens }, i) => [
+      distance,
+      Math.round(tokens),
+      ...columns.map((result) => `${(100 * result.distances[i]!.accuracy).toFixed(0)} %`),
+    ])
+    output.table(['distance', 'tokens', ...names], rows)
+    for (const [i, result] of columns.entries()) output.line(verdict(i === 0 ? 'model' : 'baseline', result))
+    output.value({ model: path, result: results.model, baseline: results.baseline })
+  },
+}
+
+function verdict(name: string, { kmax, accuracy, context }: PasskeyResult): string {
+  return `${name}: kmax ${kmax} of ${context}, ${(100 * accuracy).toFixed(1)} % of all answers right`
+}

@@ -1,0 +1,283 @@
+import { mkdir, open, readdir, rename, rm, stat } from 'node:fs/promises'
+import { basename, dirname, join, resolve } from 'node:path'
+import { quote, RopewalkError } from '../errors.js'
+import { decodeUtf8, readSmallFile } from '../files/bytes.js'
+import {
+  fsyncDir,
+  replaceFolder,
+  requireSpace,
+  sha256File,
+  temporaryName,
+  writeFailure,
+  writeNewFile,
+} from '../files/durable.js'
+import { openModelFolder } from '../files/folder.js'
+import { isObject, type JsonValue, parseJson } from '../files/json.js'
+import { openSafetensors, type TensorEntry, writeSafetensors } from '../files/safetensors.js'
+import { saveModelFolder } from '../files/save.js'
+import { writeConfig } from '../model/config.js'
+import type { Llama } from '../model/llama.js'
+import type { Parameters } from '../model/parameters.js'
+import type { Buffer as DeviceBuffer, FileDType } from '../runtime/device.js'
+import type { DataCursor } from './data.js'
+import type { AdamW } from './optimizer.js'
+
+/**
+ * A checkpoint is a Hugging Face folder `checkpoint-000123` that Llama.load takes as it is, and beside the model
+ *
+ *   trainer.safetensors   moments and masters, f32: m.<parameter>, v.<parameter>, master.<parameter>
+ *   trainer.json          step, counters, options that decide the run, place in the data
+ *   checksums.json        size and SHA-256 of every other file
+ *
+ * It is written into a temporary folder, every file fsynced, then renamed; an older one is deleted only after the new
+ * one has been read back. So at any moment there is a whole one on the disk. An fsync that fails is never tried again.
+ */
+export interface TrainerRecord {
+  version: 1
+  step: number
+  /** Updates applied: t of the bias corrections. */
+  applied: number
+  skipped: number
+  skippedInARow: number
+  tokens: number
+  /** What decides the run beside model and data. */
+  options: Record<string, JsonValue>
+  /** What decides the model beside its weights. */
+  model: Record<string, JsonValue>
+  data: { hash: string; tokenizer: string; cursor: DataCursor } | null
+}
+
+const NAME = /^checkpoint-(\d{6,12})$/
+const LEFTOVER = /^checkpoint-\d{6,12}\.(tmp|old)-/
+const STATE = 'trainer.safetensors'
+const RECORD = 'trainer.json'
+const SUMS = 'checksums.json'
+const MAX_JSON = 16 << 20
+
+type Sums = Record<string, { bytes: number; sha256: string }>
+
+export const checkpointName = (step: number): string => `checkpoint-${String(step).padStart(6, '0')}`
+
+/** Bytes of a checkpoint, but for headers and the tokenizer. */
+export function checkpointBytes(weights: Parameters, optimizer: AdamW): number {
+  return weights.buffer.bytes + optimizer.stateBytes
+}
+
+/** Checkpoints in a folder, the newest first; healthy or not. */
+export async function listCheckpoints(output: string): Promise<{ path: string; step: number }[]> {
+  const names = await readdir(output).catch((error: NodeJS.ErrnoException) => {
+    if (error.code === 'ENOENT') return []
+    throw error
+  })
+  const found = names.flatMap((name) => {
+    const step = NAME.exec(name)?.[1]
+    return step === undefined ? [] : [{ path: join(output, name), step: Number(step) }]
+  })
+  return found.sort((a, b) => b.step - a.step)
+}
+
+/** Removes what a run that was killed in the middle of a save has left. */
+export async function removeLeftovers(output: string): Promise<void> {
+  const names = await readdir(output).catch(() => [])
+  for (const name of names) {
+    if (LEFTOVER.test(name)) await rm(join(output, name), { recursive: true, force: true })
+  }
+}
+
+/**
+ * Writes the checkpoint of `record.step` and reads it back. The model must be at rest. `companions` is the folder with
+ * the tokenizer. Throws RopewalkError ERR_NOT_FINITE (nothing is written), ERR_NO_SPACE, ERR_WRITE, ERR_CHECKPOINT;
+ * earlier checkpoints are then as they were.
+ */
+export async function writeCheckpoint(
+  output: string,
+  model: Llama,
+  optimizer: AdamW,
+  record: TrainerRecord,
+  companions: string,
+): Promise<string> {
+  const target = join(output, checkpointName(record.step))
+  await model.requireFinite()
+  const needed = checkpointBytes(model.weights, optimizer)
+  await makeFolder(output, needed)
+  await removeLeftovers(output)
+  await requireSpace(output, needed)
+  const temporary = temporaryName(target)
+  const { device, weights } = model
+  const sums: Sums = {}
+  try {
+    const saved = await saveModelFolder(temporary, {
+      config: writeConfig(model.config, model.dtype),
+      tensors: Array.from(weights, ({ name, value }) => ({
+        name,
+        dtype: model.dtype === 'float32' ? 'F32' : 'BF16',
+        dims: [...value.dims],
+        bytes: value.bytes,
+        data: () => device.downloadChunks(value),
+      })),
+      copyFrom: companions,
+    })
+    for (const { name, bytes, sha256 } of saved) sums[name] = { bytes, sha256 }
+    const entries: TensorEntry[] = states(optimizer).flatMap(([prefix, buffer]) =>
+      Array.from(weights, ({ name }) => {
+        const tensor = weights.in(buffer, 'f32', name)
+        const { bytes, dims } = tensor
+        return { name: `${prefix}.${name}`, dtype: 'F32', dims, bytes, data: () => device.downloadChunks(tensor) }
+      }),
+    )
+    sums[STATE] = await writeSafetensors(join(temporary, STATE), entries, [], { sync: true })
+    const text = Buffer.from(`${JSON.stringify(record, undefined, 2)}\n`)
+    await writeNewFile(join(temporary, RECORD), text)
+    sums[RECORD] = { bytes: text.length, sha256: await sha256File(join(temporary, RECORD)) }
+    await writeNewFile(join(temporary, SUMS), Buffer.from(sumsText(sums)))
+    await replaceFolder(temporary, target, { overwrite: true })
+  } catch (error) {
+    await rm(temporary, { recursive: true, force: true })
+    throw await writeFailure(error, target, needed)
+  }
+  await verifyCheckpoint(target)
+  return target
+}
+
+/** Makes the folder of checkpoints, durably; `needed` bytes are for the message. */
+export async function makeFolder(output: string, needed: number): Promise<void> {
+  try {
+    const made = await mkdir(output, { recursive: true })
+    if (made !== undefined) await fsyncDir(dirname(resolve(output)))
+  } catch (error) {
+    throw await writeFailure(error, output, needed)
+  }
+}
+
+function states({ m, v, masters }: AdamW): [string, DeviceBuffer][] {
+  return [['m', m], ['v', v], ...(masters ? [['master', masters] as [string, DeviceBuffer]] : [])]
+}
+
+/** The one text that these sums have: any other spelling is damage. */
+function sumsText(files: Sums): string {
+  return `${JSON.stringify({ version: 1, files }, undefined, 2)}\n`
+}
+
+/**
+ * Deletes checkpoints beyond the newest `keep` healthy ones. `healthy` remembers those that were read back, so that
+ * each is read once; damaged ones do not count and go when they are older than all that stay.
+ */
+export async function pruneCheckpoints(output: string, keep: number, healthy: Set<string>): Promise<void> {
+  let kept = 0
+  for (const { path } of await listCheckpoints(output)) {
+    if (kept >= keep) {
+      // Out of sight first: a deletion that is cut short must not look like a damaged checkpoint.
+      const aside = temporaryName(path, 'old')
+      await rename(path, aside)
+      await rm(aside, { recursive: true, force: true })
+      healthy.delete(path)
+      continue
+    }
+    if (!healthy.has(path) && !(await damage(path))) healthy.add(path)
+    if (healthy.has(path)) kept++
+  }
+}
+
+/** Reads every file of a checkpoint. Throws RopewalkError ERR_CHECKPOINT that names the one that is not as written. */
+export async function verifyCheckpoint(path: string): Promise<TrainerRecord> {
+  const fail = (name: string, what: string): never => {
+    throw new RopewalkError('ERR_CHECKPOINT', `${join(path, name)}: ${what}: this checkpoint is damaged`)
+  }
+  const readJson = async (name: string): Promise<{ text: string; value: JsonValue }> => {
+    try {
+      const text = decodeUtf8(await readSmallFile(join(path, name), MAX_JSON), join(path, name))
+      return { text, value: parseJson(text, join(path, name)) }
+    } catch (error) {
+      return fail(name, missing(error) ? 'is missing' : (error as Error).message)
+    }
+  }
+  const { text, value } = await readJson(SUMS)
+  const files = isObject(value) ? (value.files as Sums | undefined) : undefined
+  if (typeof files !== 'object' || text !== sumsText(files)) return fail(SUMS, 'is not what was written')
+  for (const name of ['config.json', STATE, RECORD]) if (!Object.hasOwn(files, name)) fail(SUMS, `does not list ${name}`)
+  for (const [name, { bytes, sha256 }] of Object.entries(files)) {
+    if (!/^[\w.-]+$/.test(name)) fail(SUMS, `lists ${quote(name)}`)
+    const file = join(path, name)
+    const size = await stat(file).then(
+      (info) => info.size,
+      (error: unknown) => fail(name, missing(error) ? 'is missing' : (error as Error).message),
+    )
+    if (size !== bytes) fail(name, `has ${size} bytes, but ${bytes} were written`)
+    // a disk that cannot give the bytes back has lost them
+    const found = await sha256File(file).catch((error: Error) => fail(name, error.message))
+    if (found !== sha256) fail(name, `its SHA-256 is ${found.slice(0, 16)}..., but ${String(sha256).slice(0, 16)}... was written`)
+  }
+  const record = (await readJson(RECORD)).value as unknown as TrainerRecord
+  if (record.version !== 1) fail(RECORD, `format version ${quote(record.version)} is not one that this release reads (1)`)
+  return record
+}
+
+const missing = (error: unknown): boolean => (error as NodeJS.ErrnoException).code === 'ENOENT'
+
+/** Why a checkpoint cannot be used; undefined for a healthy one. */
+async function damage(path: string): Promise<string | undefined> {
+  try {
+    await verifyCheckpoint(path)
+    return undefined
+  } catch (error) {
+    return (error as Error).message
+  }
+}
+
+/**
+ * The checkpoint to go on from: `path` itself, or the newest healthy one in the folder `path`; undefined where a folder
+ * has none at all. Damaged ones are passed over with a warning; if no healthy one is left, that is an error.
+ */
+export async function findCheckpoint(
+  path: string,
+  warn: (message: string) => void,
+): Promise<{ path: string; record: TrainerRecord } | undefined> {
+  if (NAME.test(basename(resolve(path)))) return { path, record: await verifyCheckpoint(path) }
+  const reasons: string[] = []
+  for (const checkpoint of await listCheckpoints(path)) {
+    try {
+      const record = await verifyCheckpoint(checkpoint.path)
+      for (const reason of reasons) warn(`${reason}; going on from ${checkpoint.path} instead`)
+      return { path: checkpoint.path, record }
+    } catch (error) {
+      if (!(error instanceof RopewalkError)) throw error
+      reasons.push(error.message)
+    }
+  }
+  if (reasons.length === 0) return undefined
+  throw new RopewalkError('ERR_CHECKPOINT', `${path}: no healthy checkpoint is left. ${reasons.join('. ')}`)
+}
+
+/** Reads weights, moments and masters of a verified checkpoint into a model and an optimizer of the same layout. */
+export async function readCheckpoint(path: string, model: Llama, optimizer: AdamW): Promise<void> {
+  const { device, weights } = model
+  const folder = await openModelFolder(path)
+  try {
+    for (const { name, value } of weights) {
+      const tensor = folder.tensors.get(name)
+      if (!tensor) throw new RopewalkError('ERR_CHECKPOINT', `${path}: there is no ${name}`)
+      const file = await open(tensor.path)
+      try {
+        await device.read(value, file.fd, tensor.offset, tensor.dtype as FileDType)
+      } finally {
+        await file.close()
+      }
+    }
+  } finally {
+    await folder.close()
+  }
+  const state = await openSafetensors(join(path, STATE))
+  const file = await open(join(path, STATE))
+  try {
+    for (const [prefix, buffer] of states(optimizer)) {
+      for (const { name } of weights) {
+        const tensor = state.tensors.get(`${prefix}.${name}`)
+        if (!tensor) throw new RopewalkError('ERR_CHECKPOINT', `${join(path, STATE)}: there is no ${prefix}.${name}`)
+        await device.read(weights.in(buffer, 'f32', name), file.fd, tensor.offset, 'F32')
+      }
+    }
+  } finally {
+    await file.close()
+    await state.close()
+  }
+}

@@ -1,0 +1,235 @@
+import { didYouMean, quote } from '../errors.js'
+import type { TokenProgress } from './data.js'
+import type { Packing } from './data.js'
+import { type Schedule, schedules } from './schedule.js'
+import type { Trainer } from './trainer.js'
+
+/** What `onProgress` is told about: work before the first step, checkpoints, and what is unusual. */
+export type TrainerProgress =
+  TokenProgress | { stage: 'checkpoint' | 'resume'; path: string; step: number } | { stage: 'warning'; message: string }
+
+export interface TrainerOptions {
+  /** Files or folders of documents (.txt, .jsonl, .ndjson, .parquet); needed by `run`. */
+  data?: string | readonly string[]
+  /** Tokens in a window; needed by `run`. At most the model's context window. */
+  context?: number
+  /** Steps of the whole run, those before a resume included; default 1000. */
+  steps?: number
+  /** Windows in a micro-batch; default 1. */
+  batchSize?: number
+  /** Micro-batches in a step, whose gradients are added up; default 1. */
+  accumulate?: number
+  /** Peak of the schedule; default 2e-5. */
+  learningRate?: number
+  /** Default [0.9, 0.95]. */
+  betas?: readonly [number, number]
+  /** Default 1e-8. */
+  eps?: number
+  /** Decoupled weight decay of every parameter; default 0. */
+  weightDecay?: number
+  /** Gradients with a larger 2-norm are scaled down to it; default 0: none are. */
+  maxGradNorm?: number
+  /** Steps of linear rise from a tenth of the peak; default 20. */
+  warmupSteps?: number
+  /** After the warm-up; default 'constant'. */
+  schedule?: Schedule
+  /** What 'linear' and 'cosine' leave of the peak at the end; default 0.1. */
+  finalFraction?: number
+  /** Decides the order of the windows and the validation split; default 0. */
+  seed?: number
+  /** 'concat' (default): documents follow each other in a window. 'documents': they do not see each other. */
+  packing?: Packing
+  /** End-of-sequence token after each document; default true where the tokenizer or the config names one. */
+  appendEos?: boolean
+  /** Field or column that holds the text; default 'text'. */
+  field?: string
+  /** Folder for tokenised data; default $XDG_CACHE_HOME/ropewalk/tokens or ~/.cache/ropewalk/tokens. */
+  cacheDir?: string
+  /** A fraction (below 1) or number of windows to keep out of training, or files of their own. */
+  validation?: number | string | readonly string[]
+  /** Steps between evaluations; default 100 where there is a `validation` or `evaluate`. */
+  evalEvery?: number
+  /** Called at evaluations; its figures go into the result's `validation`. It may use the model, not the trainer. */
+  evaluate?: (trainer: Trainer) => Promise<Record<string, number>>
+  /** Folder of checkpoints and metrics.jsonl; one run at a time. Default: nothing is written. */
+  output?: string
+  /** Steps between checkpoints; default 100. The end of a run and an abort always save. */
+  saveEvery?: number
+  /** Healthy checkpoints that stay, at least 2; default 2. */
+  keep?: number
+  /** Updates skipped in a row, for a loss or gradient that is not finite, after which the run stops; default 10. */
+  maxSkipped?: number
+  /**
+   * Goes on exactly where a checkpoint was written. true: the newest healthy one in `output`, or from the start where
+   * there is none. A path: that checkpoint, or the newest healthy one in that folder.
+   */
+  resume?: boolean | string
+  /** The device's peak in FLOP/s for the dtype in use; steps then report their `mfu`. */
+  peakFlops?: number
+  onProgress?: (progress: TrainerProgress) => void
+}
+
+/** Options with their defaults. */
+export interface Settings {
+  data: readonly string[] | undefined
+  context: number | undefined
+  steps: number
+  batchSize: number
+  accumulate: number
+  learningRate: number
+  betas: readonly [number, number]
+  eps: number
+  weightDecay: number
+  maxGradNorm: number
+  warmupSteps: number
+  schedule: Schedule
+  finalFraction: number
+  seed: number
+  packing: Packing
+  appendEos: boolean | undefined
+  field: string
+  cacheDir: string | undefined
+  validation: number | readonly string[] | undefined
+  evalEvery: number
+  evaluate: TrainerOptions['evaluate']
+  output: string | undefined
+  saveEvery: number
+  keep: number
+  maxSkipped: number
+  resume: boolean | string
+  peakFlops: number | undefined
+  onProgress: (progress: TrainerProgress) => void
+}
+
+type Check = (value: unknown, name: string) => void
+
+/** A number in a range; `what` says which numbers. */
+function number(what: string, holds: (value: number) => boolean): Check {
+  return (value, name) => {
+    if (typeof value !== 'number') throw new TypeError(`${name} is ${quote(value)}, but must be a number`)
+    if (!holds(value)) throw new RangeError(`${name} is ${value}, but must be ${what}`)
+  }
+}
+
+const whole = (least: number): Check =>
+  number(`a whole number >= ${least}`, (value) => Number.isSafeInteger(value) && value >= least)
+const atLeastZero = number('a finite number >= 0', (value) => value >= 0 && value < Infinity)
+const aboveZero = number('a finite number > 0', (value) => value > 0 && value < Infinity)
+const beta = number('in [0, 1)', (value) => value >= 0 && value < 1)
+
+const text: Check = (value, name) => {
+  if (typeof value !== 'string') throw new TypeError(`${name} is ${quote(value)}, but must be a string`)
+  if (value === '') throw new RangeError(`${name} is an empty string`)
+}
+
+const flag: Check = (value, name) => {
+  if (typeof value !== 'boolean') throw new TypeError(`${name} is ${quote(value)}, but must be true or false`)
+}
+
+const callback: Check = (value, name) => {
+  if (typeof value !== 'function') throw new TypeError(`${name} is ${quote(value)}, but must be a function`)
+}
+
+const paths: Check = (value, name) => {
+  if (!Array.isArray(value)) return text(value, name)
+  if (value.length === 0) throw new RangeError(`${name} is an empty list`)
+  value.forEach((path, i) => text(path, `${name}[${i}]`))
+}
+
+const oneOf =
+  (...known: readonly string[]): Check =>
+  (value, name) => {
+    text(value, name)
+    if (known.includes(value as string)) return
+    throw new RangeError(`${name} is ${quote(value)}, but must be one of ${known.join(', ')}${didYouMean(value as string, known)}`)
+  }
+
+const CHECKS: Record<keyof TrainerOptions, Check> = {
+  data: paths,
+  context: whole(2),
+  steps: whole(1),
+  batchSize: whole(1),
+  accumulate: whole(1),
+  learningRate: atLeastZero,
+  betas: (value, name) => {
+    if (!Array.isArray(value) || value.length !== 2) throw new TypeError(`${name} is ${quote(value)}, but must be two numbers`)
+    value.forEach((entry, i) => beta(entry, `${name}[${i}]`))
+  },
+  eps: aboveZero,
+  weightDecay: atLeastZero,
+  maxGradNorm: atLeastZero,
+  warmupSteps: whole(0),
+  schedule: oneOf(...schedules),
+  finalFraction: number('in [0, 1]', (value) => value >= 0 && value <= 1),
+  seed: whole(0),
+  packing: oneOf('concat', 'documents'),
+  appendEos: flag,
+  field: text,
+  cacheDir: text,
+  validation: (value, name) => {
+    if (typeof value !== 'number') return paths(value, name)
+    if (value > 0 && (value < 1 || Number.isSafeInteger(value))) return
+    throw new RangeError(`${name} is ${value}, but must be a fraction in (0, 1), a whole number of windows, or files`)
+  },
+  evalEvery: whole(1),
+  evaluate: callback,
+  output: text,
+  saveEvery: whole(1),
+  keep: number('a whole number >= 2', (value) => value >= 2 && (value === Infinity || Number.isSafeInteger(value))),
+  maxSkipped: whole(1),
+  resume: (value, name) => (typeof value === 'string' ? text(value, name) : flag(value, name)),
+  peakFlops: aboveZero,
+  onProgress: callback,
+}
+
+const list = (value: string | readonly string[] | undefined): readonly string[] | undefined =>
+  typeof value === 'string' ? [value] : value && [...value]
+
+/** Checks options and fills in defaults. Throws TypeError or RangeError that names the option, its value and the rule. */
+export function readOptions(options: TrainerOptions): Settings {
+  if (typeof options !== 'object' || options === null) throw new TypeError(`options are ${quote(options)}, but must be an object`)
+  for (const [name, value] of Object.entries(options)) {
+    if (!Object.hasOwn(CHECKS, name)) {
+      const known = Object.keys(CHECKS)
+      throw new TypeError(`unknown option ${quote(name)}${didYouMean(name, known) || `; known are ${known.join(', ')}`}`)
+    }
+    if (value !== undefined) CHECKS[name as keyof TrainerOptions](value, name)
+  }
+  const { validation, evaluate, output, resume = false } = options
+  if (options.evalEvery !== undefined && validation === undefined && evaluate === undefined) {
+    throw new TypeError('evalEvery is given, but neither validation nor evaluate: there is nothing to evaluate')
+  }
+  if (resume === true && output === undefined) {
+    throw new TypeError('resume is true, but there is no output folder to look in: set output, or give a path')
+  }
+  return {
+    data: list(options.data),
+    context: options.context,
+    steps: options.steps ?? 1000,
+    batchSize: options.batchSize ?? 1,
+    accumulate: options.accumulate ?? 1,
+    learningRate: options.learningRate ?? 2e-5,
+    betas: options.betas ? [...options.betas] : [0.9, 0.95],
+    eps: options.eps ?? 1e-8,
+    weightDecay: options.weightDecay ?? 0,
+    maxGradNorm: options.maxGradNorm ?? 0,
+    warmupSteps: options.warmupSteps ?? 20,
+    schedule: options.schedule ?? 'constant',
+    finalFraction: options.finalFraction ?? 0.1,
+    seed: options.seed ?? 0,
+    packing: options.packing ?? 'concat',
+    appendEos: options.appendEos,
+    field: options.field ?? 'text',
+    cacheDir: options.cacheDir,
+    validation: typeof validation === 'number' ? validation : list(validation),
+    evalEvery: options.evalEvery ?? 100,
+    evaluate,
+    output,
+    saveEvery: options.saveEvery ?? 100,
+    keep: options.keep ?? 2,
+    maxSkipped: options.maxSkipped ?? 10,
+    resume,
+    peakFlops: options.peakFlops,
+    onProgress: options.onProgress ?? (() => undefined),
+  }
+}

@@ -1,0 +1,95 @@
+import { type Batch, freeBatch } from '../model/batch.js'
+import type { LlamaConfig } from '../model/config.js'
+import type { Parameters } from '../model/parameters.js'
+import { disposePass, type Pass, type PassKind, type PassOptions, recordPass, runPass } from '../model/passes.js'
+import type { Buffer } from '../runtime/device.js'
+import { dot } from '../runtime/ops.gen.js'
+import type { AdamW, Update } from './optimizer.js'
+
+/** What a training run computes, recorded for micro-batches of one shape; all passes share one arena and one batch. */
+export class TrainingPasses {
+  /** Exact bytes of activations and temporaries at their peak. */
+  readonly arenaBytes: number
+  /** Exact bytes of tokens, labels and rotation tables. */
+  readonly batchBytes: number
+  /** Floating-point operations of a step. */
+  readonly flops: number
+
+  private readonly passes = new Map<PassKind, Pass>()
+  private readonly arena: Buffer
+
+  /** Throws RopewalkError ERR_OUT_OF_MEMORY, with nothing left allocated, where the arena does not fit. */
+  constructor(
+    private readonly config: LlamaConfig,
+    private readonly weights: Parameters,
+    private readonly optimizer: AdamW,
+    readonly rows: number,
+    readonly time: number,
+    /** Micro-batches of a step. */
+    readonly accumulate: number,
+    /** Whether validation runs between steps. */
+    readonly validates: boolean,
+  ) {
+    const kinds: PassKind[] = ['gradients']
+    if (accumulate > 1) kinds.push('accumulate')
+    if (validates) kinds.push('loss')
+    weights.setGradients(optimizer.gradients)
+    let share: PassOptions['share']
+    try {
+      // Once to learn what the largest takes, once more into memory of that size.
+      const sizes = kinds.map((kind) => {
+        const pass = this.record(kind, { share })
+        share = pass
+        return pass.plan.peakBytes
+      })
+      this.arenaBytes = Math.max(...sizes)
+      this.arena = weights.device.alloc(this.arenaBytes, `activations of ${rows} x ${time} tokens`)
+      for (const kind of kinds) this.passes.set(kind, this.record(kind, { share, arena: this.arena }))
+    } catch (error) {
+      if (share) freeBatch(share.tensors)
+      throw error
+    } finally {
+      weights.setGradients(undefined)
+    }
+    this.batchBytes = Object.values(share!.tensors).reduce((sum, tensor) => sum + tensor.bytes, 0)
+    const more = (accumulate - 1) * (this.passes.get('accumulate')?.plan.flops ?? 0)
+    this.flops = this.passes.get('gradients')!.plan.flops + more + optimizer.flops
+  }
+
+  /** One step over `accumulate` micro-batches: the gradients of the mean over all of their predictions, and the update. */
+  async step(batches: readonly Batch[], learningRate: number): Promise<Update> {
+    const targets = batches.reduce((sum, batch) => sum + batch.targets, 0)
+    for (const [i, batch] of batches.entries()) {
+      const weight = Float32Array.from(batch.labels, (label) => (label < 0 ? 0 : 1 / targets))
+      await this.run(i === 0 ? 'gradients' : 'accumulate', batch, weight)
+    }
+    return this.optimizer.update(learningRate)
+  }
+
+  /** Negative log-likelihoods (N) of a batch under the weights as they are. */
+  losses(batch: Batch): Promise<Float32Array> {
+    return this.run('loss', batch)
+  }
+
+  dispose(): void {
+    for (const pass of this.passes.values()) disposePass(pass)
+    this.arena.dispose()
+  }
+
+  private run(kind: PassKind, batch: Batch, weight?: Float32Array): Promise<Float32Array> {
+    return runPass(this.weights.device, this.config, this.passes.get(kind)!, batch, weight)
+  }
+
+  /** Training passes also leave sum weight nll in the optimizer's `loss`, where a NaN stops the update. */
+  private record(kind: PassKind, { share, arena }: PassOptions): Pass {
+    const { loss } = this.optimizer
+    const finish: PassOptions['finish'] = (recorder, nll, { weight }) => {
+      dot(recorder, { a: nll, b: weight, add: kind === 'accumulate' ? loss : undefined, y: loss })
+    }
+    return recordPass(this.weights.device, this.config, this.weights, kind, this.rows, this.time, {
+      share,
+      arena,
+      ...(kind !== 'loss' && { finish }),
+    })
+  }
+}

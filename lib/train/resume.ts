@@ -1,0 +1,60 @@
+import { quote, RopewalkError } from '../errors.js'
+import type { JsonValue } from '../files/json.js'
+import type { Llama } from '../model/llama.js'
+import type { TrainerRecord } from './checkpoint.js'
+import type { Settings } from './options.js'
+
+/** The options that decide what a run computes, as they stand in trainer.json. */
+export function decisiveOptions(settings: Settings): TrainerRecord['options'] {
+  const { batchSize, accumulate, learningRate, eps, weightDecay, maxGradNorm, warmupSteps, schedule, seed, packing } = settings
+  // A constant rate does not depend on how long the run is to be: it may be made longer.
+  const falls = schedule !== 'constant'
+  return {
+    context: settings.context ?? null,
+    batchSize,
+    accumulate,
+    learningRate,
+    betas: [...settings.betas],
+    eps,
+    weightDecay,
+    maxGradNorm,
+    warmupSteps,
+    schedule,
+    ...(falls && { steps: settings.steps, finalFraction: settings.finalFraction }),
+    seed,
+    packing,
+  }
+}
+
+/** What decides the model beside its weights, as it stands in trainer.json. */
+export function decisiveModel({ config, dtype }: Llama): TrainerRecord['model'] {
+  const { raw: _, bosId: _bos, eosIds: _eos, ...fields } = config
+  return JSON.parse(JSON.stringify({ ...fields, dtype })) as TrainerRecord['model']
+}
+
+/** Throws RopewalkError ERR_RESUME that names the first difference, what was saved and what is given now. */
+export function requireSame(path: string, saved: TrainerRecord, settings: Settings, model: Llama): void {
+  const compare = (what: string, then: Record<string, JsonValue>, now: Record<string, JsonValue>): void => {
+    for (const name of new Set([...Object.keys(then), ...Object.keys(now)])) {
+      if (canonical(then[name]) === canonical(now[name])) continue
+      throw new RopewalkError(
+        'ERR_RESUME',
+        `${path}: ${what} ${name} was ${quote(then[name])} when this checkpoint was written, but is ${quote(now[name])} now: ` +
+          'a resumed run goes on as it began. Use the saved value, or start anew from the checkpoint with Llama.load',
+      )
+    }
+  }
+  compare('option', saved.options, decisiveOptions(settings))
+  compare("the model's", saved.model, decisiveModel(model))
+}
+
+/** JSON with sorted keys: objects from a file and from a config need not have the same order. */
+function canonical(value: JsonValue | undefined): string {
+  return (
+    JSON.stringify(value, (_, item: JsonValue) =>
+      typeof item === 'object' && item !== null && !Array.isArray(item)
+        ? Object.fromEntries(Object.entries(item).sort(([a], [b]) => (a < b ? -1 : 1)))
+        : item,
+    ) ?? 'undefined'
+  )
+}

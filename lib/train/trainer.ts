@@ -1,0 +1,468 @@
+import { join, relative, resolve } from 'node:path'
+import { RopewalkError } from '../errors.js'
+import { requireSpace } from '../files/durable.js'
+import { type Batch, type BatchOptions, readBatch, type Tokens } from '../model/batch.js'
+import { parameterShapes } from '../model/config.js'
+import type { Llama } from '../model/llama.js'
+import { Parameters } from '../model/parameters.js'
+import { Device } from '../runtime/device.js'
+import {
+  checkpointBytes,
+  checkpointName,
+  findCheckpoint,
+  listCheckpoints,
+  makeFolder,
+  pruneCheckpoints,
+  readCheckpoint,
+  removeLeftovers,
+  type TrainerRecord,
+  writeCheckpoint,
+} from './checkpoint.js'
+import { type DataCursor, DataLoader } from './data.js'
+import { MetricsLog } from './metrics.js'
+import { AdamW } from './optimizer.js'
+import { readOptions, type Settings, type TrainerOptions } from './options.js'
+import { TrainingPasses } from './passes.js'
+import { decisiveModel, decisiveOptions, requireSame } from './resume.js'
+import { learningRateAt } from './schedule.js'
+
+export type { TrainerOptions, TrainerProgress } from './options.js'
+
+/** Exact bytes and counted operations of a run, known before anything is allocated. */
+export interface TrainingPlan {
+  weightsBytes: number
+  gradientBytes: number
+  /** Moments, float32 masters of bfloat16 weights, and a few scalars. */
+  optimizerBytes: number
+  /** Activations and temporaries at their peak. */
+  activationBytes: number
+  /** Tokens, labels and rotation tables. */
+  batchBytes: number
+  /** The sum: what the device holds while it trains. */
+  totalBytes: number
+  /** Bytes of a checkpoint on the disk, but for headers and the tokenizer. */
+  checkpointBytes: number
+  /** Counted floating-point operations of a step: products at 2 M N K, attention over the visible half only. */
+  flopsPerStep: number
+}
+
+export interface StepResult {
+  /** Steps done, this one included. */
+  step: number
+  /** Mean negative log-likelihood, in nats, of all predictions of the step, before its update. */
+  loss: number
+  /** 2-norm of the gradients before clipping. */
+  gradNorm: number
+  learningRate: number
+  /** Tokens that went in. */
+  tokens: number
+  seconds: number
+  tokensPerSecond: number
+  /** flopsPerStep / seconds. */
+  flopsPerSecond: number
+  /** flopsPerStep / (seconds x peakFlops), where the option `peakFlops` is given. */
+  mfu?: number
+  /** True where loss or gradients were not finite: weights, moments and t of the bias corrections stayed as they were. */
+  skipped: boolean
+  /** At evaluations: `loss` over the validation windows, and what `evaluate` gave. */
+  validation?: Record<string, number>
+}
+
+export interface TrainerState {
+  /** Steps done. */
+  step: number
+  /** Updates applied. */
+  applied: number
+  /** Updates skipped: in all, and in a row up to now. */
+  skipped: number
+  skippedInARow: number
+  /** Tokens trained on. */
+  tokens: number
+  /** Whether a signal ended the last `run`. */
+  interrupted: boolean
+}
+
+/**
+ * Fine-tunes all weights of a model by AdamW. What is computed depends on model, data and options alone: two runs, a
+ * run that was stopped and resumed, and runs with other numbers of threads end with the same bits.
+ *
+ * Gradients and optimizer states are allocated at the first step and freed by `dispose`. While a trainer is in use, a
+ * bfloat16 model's weights belong to it: what Llama.write changes is replaced at the next update.
+ */
+export class Trainer {
+  readonly state: TrainerState = { step: 0, applied: 0, skipped: 0, skippedInARow: 0, tokens: 0, interrupted: false }
+  /** What was unusual: damaged checkpoints that were passed over, caches made again. */
+  readonly warnings: string[] = []
+
+  private readonly settings: Settings
+  private started: Promise<void> | undefined
+  private optimizer: AdamW | undefined
+  private passes: TrainingPasses | undefined
+  private loader: DataLoader | undefined
+  private metrics: MetricsLog | undefined
+  /** As read or written last; `data` says where in which data the run is. */
+  private data: TrainerRecord['data'] = null
+  private savedStep: number | undefined
+  /** A folder with the tokenizer that stays: the newest checkpoint, before the first one the model's own. */
+  private companions: string
+  private readonly healthy = new Set<string>()
+  private running = false
+  private disposed = false
+
+  /** Throws TypeError or RangeError for options that are unknown or do not fit each other or the model. */
+  constructor(
+    readonly model: Llama,
+    options: TrainerOptions = {},
+  ) {
+    this.settings = readOptions(options)
+    this.companions = model.path
+    if (this.settings.context !== undefined) this.requireWindow(this.settings.context, 'context')
+  }
+
+  /** Memory and operations of the steps that `run` takes; needs the option `context`, and no device. */
+  plan(): TrainingPlan {
+    const { model, settings } = this
+    const { batchSize, accumulate } = settings
+    const device = Device.open('dry')
+    const weights = new Parameters(device, model.weights.dtype, parameterShapes(model.config))
+    const optimizer = new AdamW(weights, settings)
+    const context = this.requireContext()
+    const passes = new TrainingPasses(model.config, weights, optimizer, batchSize, context, accumulate, this.validates)
+    return {
+      weightsBytes: weights.buffer.bytes,
+      gradientBytes: optimizer.gradientBytes,
+      optimizerBytes: optimizer.stateBytes,
+      activationBytes: passes.arenaBytes,
+      batchBytes: passes.batchBytes,
+      totalBytes: device.allocatedBytes,
+      checkpointBytes: checkpointBytes(weights, optimizer),
+      flopsPerStep: passes.flops,
+    }
+  }
+
+  /**
+   * One optimizer step on the given tokens (B,T), as one micro-batch. Throws RopewalkError ERR_NOT_FINITE when
+   * `maxSkipped` updates in a row were skipped.
+   */
+  async step(tokens: Tokens, options: BatchOptions = {}): Promise<StepResult> {
+    const batch = readBatch(tokens, this.model.config, options)
+    this.requireWindow(batch.time, 'tokens: the row length')
+    await this.start()
+    const result = await this.model.exclusive(() => this.advance([batch], performance.now()))
+    this.requireProgress('the tokens given to step()')
+    return result
+  }
+
+  /**
+   * Trains to `steps`, one result a step. Checkpoints and metrics are written before their step's result comes. When
+   * `signal` aborts, the step in progress is finished, a checkpoint is saved (with an `output`), and the generator ends
+   * without an error; `state.interrupted` is then true. A consumer that leaves the loop gets no last checkpoint; `save`
+   * writes one.
+   */
+  async *run({ signal }: { signal?: AbortSignal } = {}): AsyncGenerator<StepResult> {
+    if (this.running) throw new Error('this trainer is already running')
+    const { settings, state } = this
+    const { output, evaluate } = settings
+    this.running = true
+    state.interrupted = false
+    try {
+      this.requireContext()
+      await this.start()
+      await this.requireRoom()
+      const loader = await this.open(signal)
+      if (!loader) return
+      if (output !== undefined) this.metrics = await MetricsLog.open(join(output, 'metrics.jsonl'), state.step)
+      while (state.step < settings.steps && !signal?.aborted) {
+        const { result, origin } = await this.advanceOn(loader)
+        const { step } = result
+        const due = (every: number): boolean => step % every === 0 || step === settings.steps
+        if ((this.validates || evaluate) && due(settings.evalEvery)) result.validation = await this.evaluate(loader)
+        await this.metrics?.append(result)
+        this.requireProgress(origin)
+        if (output !== undefined && due(settings.saveEvery)) await this.save()
+        yield result
+      }
+      state.interrupted = state.step < settings.steps
+      if (state.interrupted && output !== undefined) await this.save()
+    } finally {
+      this.running = false
+      await this.metrics?.close()
+      this.metrics = undefined
+    }
+  }
+
+  /**
+   * Writes a checkpoint of the last step into `output`, deletes those beyond `keep`, and gives its path. Throws
+   * RopewalkError ERR_NOT_FINITE, ERR_NO_SPACE, ERR_WRITE, ERR_CHECKPOINT; earlier checkpoints and the run's state are
+   * then as they were.
+   */
+  async save(): Promise<string> {
+    const { model, settings, state } = this
+    const { output, keep, onProgress } = settings
+    if (output === undefined) throw new TypeError('save() needs the option output')
+    await this.start()
+    return model.exclusive(async () => {
+      const { step, skipped, skippedInARow, tokens } = state
+      if (this.savedStep === step) return join(output, checkpointName(step))
+      const optimizer = this.optimizer!
+      const record: TrainerRecord = {
+        version: 1,
+        ...{ step, applied: optimizer.applied, skipped, skippedInARow, tokens },
+        options: decisiveOptions(settings),
+        model: decisiveModel(model),
+        data: this.data,
+      }
+      await this.metrics?.sync()
+      const path = await writeCheckpoint(output, model, optimizer, record, this.companions)
+      this.healthy.add(path)
+      this.companions = path
+      this.savedStep = step
+      await pruneCheckpoints(output, keep, this.healthy)
+      onProgress({ stage: 'checkpoint', path, step })
+      return path
+    })
+  }
+
+  /** Frees gradients, optimizer states and activations; the model stays. Not while a step is at work. */
+  dispose(): void {
+    this.disposed = true
+    this.passes?.dispose()
+    this.optimizer?.dispose()
+    void this.loader?.close()
+    this.passes = this.optimizer = this.loader = undefined
+  }
+
+  [Symbol.dispose](): void {
+    this.dispose()
+  }
+
+  private get validates(): boolean {
+    return this.settings.validation !== undefined
+  }
+
+  /** Allocates the optimizer and takes up the checkpoint to resume, once. */
+  private start(): Promise<void> {
+    if (this.disposed) return Promise.reject(new Error('this trainer was disposed'))
+    this.started ??= this.model
+      .exclusive(() => this.prepare())
+      .catch((error: unknown) => {
+        this.started = undefined
+        throw error
+      })
+    return this.started
+  }
+
+  private async prepare(): Promise<void> {
+    const { model, settings } = this
+    if (model.device.dry) throw new Error('the dry device plans, it does not train: load the model on another device')
+    const checkpoint = await this.checkpointToResume()
+    if (checkpoint) requireSame(checkpoint.path, checkpoint.record, settings, model)
+    model.releasePasses()
+    const optimizer = new AdamW(model.weights, settings)
+    try {
+      await optimizer.reset()
+      if (checkpoint) {
+        await readCheckpoint(checkpoint.path, model, optimizer)
+        await model.requireFinite()
+        const { step, applied, skipped, skippedInARow, tokens, data } = checkpoint.record
+        Object.assign(this.state, { step, applied, skipped, skippedInARow, tokens })
+        optimizer.applied = applied
+        this.data = data
+        this.companions = checkpoint.path
+        this.healthy.add(checkpoint.path)
+        const own = settings.output !== undefined && resolve(settings.output, checkpointName(step))
+        if (resolve(checkpoint.path) === own) this.savedStep = step
+        settings.onProgress({ stage: 'resume', path: checkpoint.path, step })
+      }
+      this.optimizer = optimizer
+    } catch (error) {
+      optimizer.dispose()
+      throw error
+    }
+  }
+
+  private async checkpointToResume(): Promise<{ path: string; record: TrainerRecord } | undefined> {
+    const { output, resume } = this.settings
+    if (output !== undefined) {
+      await removeLeftovers(output)
+      const [newest] = await listCheckpoints(output)
+      const inside = typeof resume === 'string' && !relative(resolve(output), resolve(resume)).startsWith('..')
+      if (newest && resume !== true && !inside) {
+        throw new RopewalkError(
+          'ERR_EXISTS',
+          `${output}: there are checkpoints of an earlier run (the newest is ${newest.path}): ` +
+            'set resume: true to go on from there, or choose another output',
+        )
+      }
+    }
+    if (resume === false) return undefined
+    const found = await findCheckpoint(resume === true ? output! : resume, (message) => this.warn(message))
+    if (!found && typeof resume === 'string') {
+      throw new RopewalkError('ERR_NOT_FOUND', `${resume}: there is no checkpoint to resume`)
+    }
+    return found
+  }
+
+  /** Refuses before the first step what the disk could not hold after hours. */
+  private async requireRoom(): Promise<void> {
+    const { output, keep, saveEvery, steps } = this.settings
+    const left = steps - this.state.step
+    if (output === undefined || left <= 0) return
+    const present = (await listCheckpoints(output)).length
+    // While one is written, `keep` older ones may stand beside it.
+    const more = Math.max(1, Math.min(keep + 1 - present, Math.ceil(left / saveEvery)))
+    const needed = more * checkpointBytes(this.model.weights, this.optimizer!)
+    await makeFolder(output, needed)
+    await requireSpace(output, needed)
+  }
+
+  /** The loader, with the data checked against those of a resumed run; undefined where the signal ended its work. */
+  private async open(signal: AbortSignal | undefined): Promise<DataLoader | undefined> {
+    if (this.loader) return this.loader
+    const { model, settings } = this
+    const { data } = settings
+    if (!data) throw new TypeError('run() needs the option data: files or folders of documents')
+    const tokenizer = await model.tokenizer()
+    const eosId = settings.appendEos === false ? undefined : (tokenizer.eosId ?? model.config.eosIds[0])
+    if (settings.appendEos && eosId === undefined) {
+      throw new RopewalkError('ERR_TOKENIZER', `appendEos: ${model.path} names no end-of-sequence token`)
+    }
+    let loader: DataLoader
+    try {
+      const onWarning = (message: string): void => this.warn(message)
+      loader = await DataLoader.open({ ...settings, data, context: settings.context!, eosId, signal, onWarning }, tokenizer)
+    } catch (error) {
+      if (!signal?.aborted || error instanceof RopewalkError) throw error
+      this.state.interrupted = true
+      return undefined
+    }
+    const saved = this.data
+    if (saved && (saved.hash !== loader.hash || saved.tokenizer !== tokenizer.hash)) {
+      await loader.close()
+      throw new RopewalkError(
+        'ERR_RESUME',
+        saved.tokenizer === tokenizer.hash
+          ? `${this.companions}: the data are not those of the run that wrote this checkpoint (their files, field, ` +
+              'appendEos or validation differ): give the same data, or start anew from the checkpoint with Llama.load'
+          : `${this.companions}: the tokenizer is not the one of the run that wrote this checkpoint`,
+      )
+    }
+    this.data = { hash: loader.hash, tokenizer: tokenizer.hash, cursor: saved?.cursor ?? { epoch: 0, index: 0 } }
+    return (this.loader = loader)
+  }
+
+  /** The next step on the data; the place in the data moves with the weights or not at all. */
+  private advanceOn(loader: DataLoader): Promise<{ result: StepResult; origin: string }> {
+    const { model, settings } = this
+    return model.exclusive(async () => {
+      const began = performance.now()
+      let cursor: DataCursor = this.data!.cursor
+      const batches: Batch[] = []
+      const origin: string[] = []
+      for (let i = 0; i < settings.accumulate; i++) {
+        const { sample, cursor: after } = await loader.next(cursor, settings.batchSize)
+        batches.push(readBatch(sample.tokens, model.config, sample.options))
+        origin.push(...sample.origin)
+        cursor = after
+      }
+      const result = await this.advance(batches, began)
+      this.data = { ...this.data!, cursor }
+      return { result, origin: origin.join(', ') }
+    })
+  }
+
+  private async advance(batches: readonly Batch[], began: number): Promise<StepResult> {
+    const { settings, state } = this
+    const { rows, time } = batches[0]!
+    if (!batches.some(({ targets }) => targets > 0)) {
+      throw new RangeError('no label counts: every row needs at least two tokens, and a label that is not -100 after the first')
+    }
+    const learningRate = learningRateAt(state.step, settings)
+    const passes = this.passesFor(rows, time, batches.length)
+    const { loss, gradNorm, applied } = await passes.step(batches, learningRate)
+    const seconds = (performance.now() - began) / 1000
+    const tokens = rows * time * batches.length
+    state.step++
+    state.tokens += tokens
+    state.applied = this.optimizer!.applied
+    state.skipped += applied ? 0 : 1
+    state.skippedInARow = applied ? 0 : state.skippedInARow + 1
+    const flopsPerSecond = passes.flops / seconds
+    const result: StepResult = {
+      ...{ step: state.step, loss, gradNorm, learningRate, tokens, seconds },
+      ...{ tokensPerSecond: tokens / seconds, flopsPerSecond, skipped: !applied },
+    }
+    if (settings.peakFlops !== undefined) result.mfu = flopsPerSecond / settings.peakFlops
+    return result
+  }
+
+  /** The passes for micro-batches of a shape; those of one shape are held at a time. */
+  private passesFor(rows: number, time: number, accumulate: number): TrainingPasses {
+    const { passes, model, validates } = this
+    if (passes?.rows === rows && passes.time === time && passes.accumulate === accumulate) return passes
+    passes?.dispose()
+    this.passes = undefined
+    model.releasePasses()
+    this.passes = new TrainingPasses(model.config, model.weights, this.optimizer!, rows, time, accumulate, validates)
+    return this.passes
+  }
+
+  private async evaluate(loader: DataLoader): Promise<Record<string, number>> {
+    const { model, settings } = this
+    const figures: Record<string, number> = {}
+    if (this.validates) figures.loss = await model.exclusive(() => this.validationLoss(loader))
+    if (settings.evaluate) {
+      Object.assign(figures, await settings.evaluate(this))
+      model.releasePasses()
+    }
+    return figures
+  }
+
+  private async validationLoss(loader: DataLoader): Promise<number> {
+    const { batchSize, accumulate, context } = this.settings
+    const passes = this.passesFor(batchSize, context!, accumulate)
+    let sum = 0
+    let targets = 0
+    for await (const { sample, count } of loader.validation(batchSize)) {
+      const batch = readBatch(sample.tokens, this.model.config, sample.options)
+      const nll = await passes.losses(batch)
+      for (let n = 0; n < count * batch.time; n++) {
+        sum += nll[n]!
+        if (batch.labels[n]! >= 0) targets++
+      }
+    }
+    return sum / targets
+  }
+
+  /** Ends a run that no longer moves. */
+  private requireProgress(origin: string): void {
+    const { step, skippedInARow } = this.state
+    if (skippedInARow === 0 || skippedInARow < this.settings.maxSkipped) return
+    throw new RopewalkError(
+      'ERR_NOT_FINITE',
+      `step ${step}: the loss or the gradients were not finite in ${skippedInARow} steps in a row; the last batch was ${origin}. ` +
+        'Weights and optimizer are as they were before: look at these tokens, or use a lower learning rate',
+    )
+  }
+
+  private requireContext(): number {
+    const { context } = this.settings
+    if (context === undefined) throw new TypeError('the option context is missing: the tokens in a training window')
+    return context
+  }
+
+  private requireWindow(length: number, name: string): void {
+    const { contextWindow } = this.model
+    if (length <= contextWindow) return
+    const factor = Math.ceil(length / contextWindow)
+    throw new RangeError(
+      `${name} is ${length}, but the model's context window is ${contextWindow}: ` +
+        `load it with rope: { type: 'linear', factor: ${factor} } to stretch it`,
+    )
+  }
+
+  private warn(message: string): void {
+    this.warnings.push(message)
+    this.settings.onProgress({ stage: 'warning', message })
+  }
+}

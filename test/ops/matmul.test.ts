@@ -1,0 +1,228 @@
+import t from 'tap'
+import {
+  ADDENDS,
+  availability,
+  check,
+  checkGradient,
+  combination,
+  FLOATS,
+  type HostTensor,
+  ODD,
+  output,
+  type Precision,
+  Random,
+  RESIDUES,
+  runAll,
+  tensor,
+  worst,
+} from './harness.js'
+
+type Layout = 'nn' | 'nt' | 'tn'
+const LAYOUTS: readonly Layout[] = ['nn', 'nt', 'tn']
+
+const aDims = (layout: Layout, M: number, K: number): number[] => (layout === 'tn' ? [K, M] : [M, K])
+const bDims = (layout: Layout, N: number, K: number): number[] => (layout === 'nt' ? [N, K] : [K, N])
+
+function multiply(
+  p: Precision,
+  layout: Layout,
+  a: ArrayLike<number>,
+  b: ArrayLike<number>,
+  add: ArrayLike<number> | undefined,
+  M: number,
+  N: number,
+  K: number,
+): Float64Array {
+  const c = new Float64Array(M * N)
+  const { fround } = Math
+  const [am, ak] = layout === 'tn' ? [1, M] : [K, 1]
+  const [bn, bk] = layout === 'nt' ? [K, 1] : [1, N]
+  for (let m = 0; m < M; m++) {
+    for (let n = 0; n < N; n++) {
+      let sum = 0
+      // two loops instead of p.r: calls of a closure would be most of the tests' time
+      if (p.exact) for (let k = 0; k < K; k++) sum += a[m * am + k * ak]! * b[n * bn + k * bk]!
+      else for (let k = 0; k < K; k++) sum = fround(sum + fround(a[m * am + k * ak]! * b[n * bn + k * bk]!))
+      c[m * N + n] = add ? p.r(add[m * N + n]! + sum) : sum
+    }
+  }
+  return c
+}
+
+const exact: Precision = { exact: true, r: (x) => x, store: () => (x) => x }
+
+/** Largest sum of absolute terms: where few results are compared, they may be small by chance. */
+function terms(layout: Layout, a: HostTensor, b: HostTensor, M: number, N: number, K: number): number {
+  const sums = multiply(exact, layout, a.values.map(Math.abs), b.values.map(Math.abs), undefined, M, N, K)
+  return sums.reduce((most, sum) => Math.max(most, sum), 0)
+}
+
+for (const [seed, layout] of LAYOUTS.entries()) {
+  const op = `matmul_${layout}`
+
+  t.test(op, availability(), async (t) => {
+    const random = new Random(1 + seed)
+    const sizes = [...ODD, ...RESIDUES]
+    const large = [
+      [130, 270, 300],
+      [193, 97, 515],
+      [257, 129, 64],
+      [1, 333, 400],
+      [7, 513, 257],
+      [65, 33, 1100],
+      [300, 5, 270],
+    ] as const
+    // 24 combinations of dtypes and add; few rows, some rows and many rows take different paths
+    for (let i = 0; i < 192; i++) {
+      const [F, W, G, addend] = combination(i, FLOATS, FLOATS, FLOATS, ADDENDS)
+      const [M, N, K] =
+        i < 7 * 24
+          ? [random.pick([random.int(1, 40), random.pick(sizes)]), random.pick(sizes), random.pick([...sizes, 200])]
+          : large[i % large.length]!
+      const a = tensor(F, aDims(layout, M, K), () => random.normal())
+      const b = tensor(W, bDims(layout, N, K), () => random.normal())
+      const add = addend === 'absent' ? undefined : tensor(G, [M, N], () => random.normal())
+      await check(t, {
+        op,
+        label: `${M}x${N}x${K} ${F} ${W} ${G}, add ${addend}`,
+        args: { a, b, add, c: output(G, [M, N]) },
+        alias: addend === 'aliased' ? { add: 'c' } : {},
+        reference: (p) => ({ c: multiply(p, layout, a.values, b.values, add?.values, M, N, K) }),
+        ...(M * N < 256 && { scale: { c: terms(layout, a, b, M, N, K) } }),
+      })
+    }
+  })
+
+  t.test(`${op}: every size from 1 to 34 in each dimension`, availability(), async (t) => {
+    const random = new Random(11 + seed)
+    for (let size = 1; size <= 34; size++) {
+      for (const [M, N, K] of [
+        [size, 19, 21],
+        [23, size, 18],
+        [20, 22, size],
+      ] as const) {
+        const a = tensor('f32', aDims(layout, M, K), () => random.normal())
+        const b = tensor('f32', bDims(layout, N, K), () => random.normal())
+        await check(t, {
+          op,
+          label: `${M}x${N}x${K}`,
+          args: { a, b, c: output('f32', [M, N]) },
+          reference: (p) => ({ c: multiply(p, layout, a.values, b.values, undefined, M, N, K) }),
+          ...(M * N < 256 && { scale: { c: terms(layout, a, b, M, N, K) } }),
+        })
+      }
+    }
+  })
+
+  t.test(`${op}: exact integers`, availability(), async (t) => {
+    // Sums of small integers have one right value in any order: every term is there exactly once.
+    const random = new Random(21 + seed)
+    for (const [M, N, K] of [
+      [1, 1, 1],
+      [1, 64, 513],
+      [5, 100, 700],
+      [33, 47, 129],
+      [70, 300, 260],
+      [200, 70, 90],
+    ] as const) {
+      for (const F of FLOATS) {
+        const a = tensor(F, aDims(layout, M, K), () => random.int(-8, 8))
+        const b = tensor(F, bDims(layout, N, K), () => random.int(-8, 8))
+        const add = tensor('f32', [M, N], () => random.int(-1000, 1000))
+        await check(t, {
+          op,
+          label: `integers ${M}x${N}x${K} ${F}`,
+          args: { a, b, add, c: output('f32', [M, N]) },
+          reference: (p) => ({ c: multiply(p, layout, a.values, b.values, add.values, M, N, K).map((x) => x + 0) }),
+          bitwise: true,
+        })
+      }
+    }
+  })
+
+  t.test(`${op}: large shapes, by their product with a vector`, availability(), async (t) => {
+    // c x = a (b x) costs the reference next to nothing; in small integers both sides are exact.
+    const random = new Random(26 + seed)
+    for (const [M, N, K] of [
+      [340, 1030, 520],
+      [129, 1100, 4100],
+      [16, 2100, 300],
+      [128, 600, 1030],
+    ] as const) {
+      const a = tensor('f32', aDims(layout, M, K), () => random.int(-8, 8))
+      const b = tensor('bf16', bDims(layout, N, K), () => random.int(-8, 8))
+      const x = new Float64Array(N).map(() => random.int(-8, 8))
+      const wanted = multiply(
+        exact,
+        layout,
+        a.values,
+        multiply(exact, layout === 'nt' ? 'tn' : 'nn', b.values, x, undefined, K, 1, N),
+        undefined,
+        M,
+        1,
+        K,
+      )
+      const all = await runAll(t, { op, label: `${M}x${N}x${K}`, args: { a, b, c: output('f32', [M, N]) } })
+      for (const [variant, results] of all) {
+        const c = new Float32Array(results.get('c')!.buffer)
+        t.strictSame(multiply(exact, 'nn', c, x, undefined, M, 1, N), wanted, `${M}x${N}x${K}, ${variant}`)
+      }
+    }
+  })
+
+  t.test(`${op}: NaN and infinity reach their row or column and nothing else`, availability(), async (t) => {
+    const random = new Random(31 + seed)
+    for (const [M, N, K] of [
+      [3, 17, 9],
+      [40, 50, 33],
+      [129, 65, 37],
+    ] as const) {
+      const row = M >> 1
+      const column = N - 1
+      const spoiltA = random.int(0, K - 1)
+      const a = tensor('f32', aDims(layout, M, K), () => random.normal())
+      const b = tensor('f32', bDims(layout, N, K), () => 0.5 + random.next())
+      a.values[layout === 'tn' ? spoiltA * M + row : row * K + spoiltA] = NaN
+      b.values[layout === 'nt' ? column * K + spoiltA : spoiltA * N + column] = Infinity
+      const { c } = await check(t, {
+        op,
+        label: `special ${M}x${N}x${K}`,
+        args: { a, b, c: output('f32', [M, N]) },
+        reference: (p) => ({ c: multiply(p, layout, a.values, b.values, undefined, M, N, K) }),
+      })
+      t.equal(c!.values.filter((x) => !Number.isFinite(x)).length, M + N - 1)
+    }
+  })
+
+  t.test(`${op}: nothing is rounded between blocks of the sum`, availability(), async (t) => {
+    // A large first term and many small ones: a sum kept in bf16 at any point would lose them.
+    const [M, N, K] = [9, 20, 1500]
+    const a = tensor('bf16', aDims(layout, M, K), () => 1)
+    const b = tensor('bf16', bDims(layout, N, K), (i) =>
+      (layout === 'nt' ? i % K : Math.floor(i / N)) === 0 ? 1024 : 1,
+    )
+    await check(t, {
+      op,
+      label: 'bf16 in and out',
+      args: { a, b, c: output('bf16', [M, N]) },
+      reference: (p) => ({ c: multiply(p, layout, a.values, b.values, undefined, M, N, K) }),
+      bitwise: true,
+    })
+  })
+}
+
+t.test('the three layouts are the gradients of each other', async (t) => {
+  // c = a b: da = dc b^T is nt, db = a^T dc is tn.
+  const random = new Random(41)
+  const [M, N, K] = [4, 5, 6]
+  const [a, b, dc] = [M * K, K * N, M * N].map((size) => new Float64Array(size).map(() => random.normal())) as [
+    Float64Array,
+    Float64Array,
+    Float64Array,
+  ]
+  const f = () => multiply(exact, 'nn', a, b, undefined, M, N, K).reduce((sum, c, i) => sum + c * dc[i]!, 0)
+  checkGradient(t, 'da', f, a, multiply(exact, 'nt', dc, b, undefined, M, K, N), random)
+  checkGradient(t, 'db', f, b, multiply(exact, 'tn', a, dc, undefined, K, N, M), random)
+})
+
+t.teardown(() => t.comment(`largest error: ${worst.ratio.toFixed(2)} of what is allowed, ${worst.label}`))
