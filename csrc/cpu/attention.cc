@@ -1,4 +1,22 @@
-// placeholder
+// o = softmax(scale R q (R k)^T) v over the keys first[t] .. t; lse = log of the softmax's denominator, maximum
+// included.
+//
+// Shapes: q, o (B,T,H,D); k, v (B,T,K,D); cos, sin (P,D/2); lse (B,H,T). q, k, v, o and kr f32 or bf16: widened at
+// load, computed in f32, rounded at store; lse f32.
+//
+// Never stored: scores and weights beyond a tile of 128 keys by a strip of queries, and rotated queries. A first pass
+// writes R k once, head by head (kr). Traffic: q, o and lse once; k, v and kr once for 192 tokens of one query head, or
+// 96 tokens of all the query heads of a kv head.
+//
+// A task is (b, kv head, 192 or 96 tokens), the late ones first as they see most keys. Its queries lie in the lanes:
+// s^T = k q^T and o^T += v^T p^T read keys and values row by row as broadcasts, so neither is transposed, and maximum
+// and sum of a query are vector operations. A strip is 3 vectors of queries: q^T, p^T and o^T of a strip and D = 64 are
+// 48 KB with AVX-512, of which the product at work reads one (12 or 24 KB) from the L1 cache over and over. Tiles that
+// no query of the task sees are skipped, and within a tile the rows that no query of the strip sees; where some are
+// seen by a part of the strip only, weights are selected, never multiplied by zero (attend_tile).
+//
+// Papers: FlashAttention-2 2307.08691 (tiles, running maximum, one division at the end), RoFormer 2104.09864
+// (rotation).
 #include "attention.h"
 
 namespace rw::cpu::RW_ISA {

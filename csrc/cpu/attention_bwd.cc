@@ -1,4 +1,26 @@
-// placeholder
+// Gradients of attention_fwd. With s = scale R q (R k)^T, p = exp(s - lse), dp = dout v^T, delta = sum_d dout o and ds
+// = scale p (dp - delta):  dv = p^T dout,  dq = R^T (ds R k),  dk = R^T (ds^T R q).
+//
+// Shapes: q, o, dout, dq, qr (B,T,H,D); k, v, dk, dv, kr (B,T,K,D); lse, delta (B,H,T). F f32 or bf16, computed in f32.
+//
+// A first pass writes R q, R k and delta. Then one pass with the 5 products of the formulae: a pass for dk, dv and
+// another for dq would repeat s and dp, 7 products, at best 71 % of the speed; the one pass runs at 70 - 77 % of the
+// machine's multiply-add rate, so two cannot be as fast. The price is that dq and dk, dv are sums over tasks. To make
+// their order fixed, T is cut into chunks; phase i holds the pairs (query chunk c + i, key chunk c), which write
+// disjoint rows and run in parallel, and phases follow one another: every sum is in the order of the phases, within a
+// task in the order of keys or of head and query, whatever the number of threads. The chunks depend on shapes only: 384
+// tokens or more, so many that B K chunks = 64 where T allows (16 threads have work at B = 1, K = 8, T = 2048).
+//
+// Never stored: s, p, dp, ds beyond a block of 64 queries by 192 keys. Sums are f32 rows of the rotated gradients: in
+// dq, dk, dv themselves, or for bf16 in scratch memory for as many kv heads at a time as fit 64 MB (at least one); the
+// last task of a row turns it back and rounds it. Traffic: a block of keys reads q, dout and adds to dq once a query
+// head; with D = 64 its 5 tiles of 48 KB stay in the L2 cache.
+//
+// Keys lie in the lanes (s, dp: k^T, v^T once a task; dv^T, dk^T += dout^T p, q^T ds: rows of q and dout as
+// broadcasts), but for dq += ds k, where D does. A strip of 3 vectors of keys by 64 queries keeps p and ds in the L1
+// cache. Entries masked within a strip are selected, never multiplied by zero (multiply_selected).
+//
+// Papers: FlashAttention-2 2307.08691, RoFormer 2104.09864; for fixed orders without atomics DASH 2601.21824.
 #include "attention.h"
 
 namespace rw::cpu::RW_ISA {
@@ -98,7 +120,7 @@ static void multiply_dq(const Tiles& tile, int64_t column, int64_t depth, int64_
   }
 }
 
-// to[r][0 .. D) += or = from[r][0 .. D)
+// to[r][0 .. D) += from[r][0 .. D)
 static void add_rows(float* to, int64_t ldt, const float* from, int64_t ldf, int64_t rows, int64_t D) {
   for (int64_t r = 0; r < rows; r++)
     for (int64_t d = 0; d < D; d++) to[r * ldt + d] += from[r * ldf + d];
@@ -226,7 +248,8 @@ static void backward(Context& context, const attention_bwd_args& a) {
   });
 
   // chunks depend on shapes only, and with them the order of every sum
-  int64_t wanted = max_of(1, 64 / (B * K)), chunk = max_of(2 * key_block, round_up((T + wanted - 1) / wanted, key_block));
+  int64_t wanted = max_of(1, 64 / (B * K));
+  int64_t chunk = max_of(2 * key_block, round_up((T + wanted - 1) / wanted, key_block));
   int64_t chunks = round_up(T, chunk) / chunk;
   size_t tiles_bytes = sizeof(float) * tiles_size(D), sum_size = T * (G + 2) * D;
   int64_t wave = in_place ? B * K : min_of(B * K, max_of(1, (int64_t{64} << 20) / static_cast<int64_t>(4 * sum_size)));

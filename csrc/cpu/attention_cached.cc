@@ -3,14 +3,15 @@
 //
 // Shapes: k, v (B,T,K,D); q, o (B,T,H,D); k_cache, v_cache (B,S,K,D), keys rotated; f32 or bf16, computed in f32.
 //
-// Many tokens (prefill) take the tiled path of attention_fwd, the cache in the place of rotated keys. Few tokens (a step
-// of generation) are bound by reading the cache: every row of it is read once for all tokens and query heads of a kv
-// head, D in the lanes, products of VL slots reduced together by a transpose in registers.
+// Many tokens (prefill) take the tiled path of attention_fwd, the cache in the place of rotated keys. Few tokens (a
+// step of generation) are bound by reading the cache: every row of it is read once for all tokens and query heads of a
+// kv head, D in the lanes, products of VL slots reduced together by a transpose in registers. Rows are K D elements
+// apart, often a multiple of 4 KB: they are prefetched, and copied before use so that they do not evict one another.
 //
-// Tasks of a step: (b, kv head, 512 slots), enough for 16 threads from 1024 slots and 8 kv heads on. Each leaves
-// maximum, sum and unnormalized output for every row; a second pass combines them in the order of the chunks. The
-// chunks depend on shapes only, so the number of threads changes no bit. Traffic: the visible part of the cache, q and o
-// once, and H (D + 2) floats a chunk and token.
+// Tasks of a step: (b, 512 slots, kv head), heads innermost as they share pages; enough for 16 threads from 1024 slots
+// and 8 kv heads on. Each leaves maximum, sum and unnormalized output for every row; a second pass combines them in the
+// order of the chunks. The chunks depend on shapes only, so the number of threads changes no bit. Traffic: the visible
+// part of the cache, q and o once, and H (D + 2) floats a chunk and token.
 //
 // Papers: FlashAttention 2205.14135 (the combination of partial softmaxes), RoFormer 2104.09864 (rotation).
 #include "attention.h"
@@ -18,7 +19,7 @@
 namespace rw::cpu::RW_ISA {
 
 constexpr int64_t chunk_slots = 512;
-constexpr int64_t step_tokens = 8;     // up to so many tokens, rows one by one beat strips that are mostly empty lanes
+constexpr int64_t step_tokens = 8;  // up to so many tokens, rows one by one beat strips that are mostly empty lanes
 constexpr float lowest_score = -3e38f;
 
 template <typename F>
@@ -113,18 +114,18 @@ static void step_chunk(const attention_cached_args& a, int64_t b, int64_t head, 
   vi lane;
   for (int i = 0; i < VL; i++) lane[i] = i;
   for (int64_t row = 0; row < T * G; row++) {
-    int32_t from = first[row / G], to = last[row / G];
+    int32_t from = first[row / G], to = static_cast<int32_t>(min_of(last[row / G], high - 1));
     float *p = weights + row * chunk_slots, *result = partial + row * partial_stride;
     vf top = broadcast(lowest_score), total = {};
     for (int64_t n = low; n < high; n += VL) {
-      vi slot = lane + static_cast<int32_t>(n), seen = (slot >= from) & (slot <= to) & (slot < static_cast<int32_t>(high));
+      vi slot = lane + static_cast<int32_t>(n), seen = (slot >= from) & (slot <= to);
       vf s = load(p + n - low);
       top = (seen & (s > top)) ? s : top;
     }
     float maximum = lowest_score;
     for (int i = 0; i < VL; i++) maximum = top[i] > maximum ? top[i] : maximum;
     for (int64_t n = low; n < high; n += VL) {
-      vi slot = lane + static_cast<int32_t>(n), seen = (slot >= from) & (slot <= to) & (slot < static_cast<int32_t>(high));
+      vi slot = lane + static_cast<int32_t>(n), seen = (slot >= from) & (slot <= to);
       vf weight = seen ? exp2(load(p + n - low) - maximum) : vf{};
       total += weight;
       store(p + n - low, weight);

@@ -6,6 +6,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "../ops.h"
 
@@ -29,7 +30,10 @@ struct Context {
 template <typename Body>
 inline void parallel(Context& context, int64_t tasks, Body&& body) {
   context.run_tasks(
-      tasks, [](void* data, int64_t task, int thread) { (*static_cast<Body*>(data))(task, thread); },
+      tasks,
+      [](void* data, int64_t task, int thread) {
+        (*static_cast<std::remove_reference_t<Body>*>(data))(task, thread);
+      },
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 

@@ -6,15 +6,15 @@
 // M > 128: the five loops of BLIS. For NC columns, b is packed once for all threads (16 MB at most, in the L3 or in
 //   memory: each element serves MC rows). Tasks are blocks of c, MC rows by the NC columns; each packs its MC x KC
 //   piece of a (344 KB, a third of a 1 MB L2), then the micro-kernel (gemm.h) walks the micro-tiles. A panel of b, KC x
-//   NR, is 32 KB of a 48 KB L1 and is asked for while the one before is used: 1 %. The rows of a tile of c are asked
-//   for 64 steps before they are needed rather than at the start: 2 to 4 %, for with N a power of two they fall into
-//   two sets of the L1 and are evicted at once (such N still lose 4 %). KC from 192 to 512 and MC from 112 to 448
-//   differ by less than the noise of 3 %. f32 c is summed in place over the blocks of K; otherwise the sums wait in the
-//   thread's scratch.
+//   NR, is 32 KB of a 48 KB L1 and is asked for while the one before is used (the gain is within the noise). The rows
+//   of a tile of c are asked for 64 steps before they are needed rather than at the start: 2 to 4 %, for with N a power
+//   of two they fall into two sets of the L1 and are evicted at once (such N still lose 4 %). KC from 192 to 512 and MC
+//   from 224 to 448 differ by less than the noise of 5 %. f32 c is summed in place over the blocks of K; otherwise the
+//   sums wait in the thread's scratch.
 // M <= 128: writing b packed to memory and reading it again would take longer than the products (M = 24, N = K = 4096:
 //   126 against 78). a is packed once, and each task packs its own 4 NR columns of b, KC rows at a time, in its L2.
-// M <= 16 with b transposed (decoding: y = x w^T): dot products straight from b, which is read once: 40 GB/s of it,
-//   against 18 when packed. Not for b as stored, where reading in place was no faster than packing.
+// M <= 16 with b transposed (decoding: y = x w^T): dot products straight from b, which is read once: 40 GB/s of it at
+//   M = 1; at M = 4, 24 GB/s against 14 when packed. Not for b as stored, where reading in place was no faster.
 //
 // Each c is a sum over k in an order that the shape fixes, by one thread: bits do not depend on the number of threads.
 // Traffic: a is read N / NC times, b once; f32 c is read and written K / KC times, bf16 c written once.

@@ -29,7 +29,7 @@ struct bf16 {
   uint16_t bits;
 };
 
-inline vf splat(float x) { return vf{} + x; }
+inline vf splat(float x) { return x - vf{}; }  // the addition of zero would turn -0 into 0
 
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) {

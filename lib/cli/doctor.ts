@@ -12,8 +12,10 @@ const options = { ...commonOptions }
 
 interface Check {
   name: string
-  /** false: ropewalk cannot work; true also where something optional is absent. */
+  /** false: ropewalk cannot work. */
   ok: boolean
+  /** Something optional is not there. */
+  absent?: boolean
   detail: string
 }
 
@@ -34,7 +36,9 @@ export const doctor: Command<typeof options> = {
       ? `not ready: ${broken.name}. ${nextStep(broken)}`
       : 'ready. Next: ropewalk inspect <model folder>, then ropewalk extend <model folder> --context 8192 --help'
     const width = Math.max(...checks.map(({ name }) => name.length))
-    for (const { name, ok, detail } of checks) output.line(`${ok ? 'ok ' : 'BAD'} ${name.padEnd(width)}  ${detail}`)
+    for (const { name, ok, absent, detail } of checks) {
+      output.line(`${absent ? '-- ' : ok ? 'ok ' : 'BAD'} ${name.padEnd(width)}  ${detail}`)
+    }
     output.line(verdict)
     output.value({ ok: !broken, version, checks, verdict })
     return broken ? 1 : 0
@@ -77,7 +81,12 @@ function backends(): Check[] {
   }
   return list
     .filter(({ name, available }) => available || name !== 'simt')
-    .map(({ name, available, detail }) => ({ name, ok: available || name !== 'cpu', detail }))
+    .map(({ name, available, detail }) => ({
+      name,
+      ok: available || name !== 'cpu',
+      absent: !available && name !== 'cpu',
+      detail,
+    }))
 }
 
 /** A matrix product of odd shape on the default device against float64. */

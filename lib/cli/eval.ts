@@ -87,7 +87,7 @@ export const evalPerplexity: Command<typeof perplexityOptions> = {
   summary: 'Measures sliding-window perplexity at several window lengths.',
   details:
     'Documents shorter than the largest window are left out. Two figures are given: `perplexity`, in which every token\n' +
-    "counts the same, and `by window`, the mean over windows that the paper's and YaRN's figures are.",
+    'counts the same, and `by window`, from the mean over windows, as in the paper and in YaRN.',
   examples: ['ropewalk eval perplexity ./llama-8k --data pg19-test.jsonl --windows 2048,4096,8192 --baseline'],
   operands: ['model'],
   options: perplexityOptions,

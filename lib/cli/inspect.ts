@@ -40,14 +40,17 @@ export const inspect: Command<typeof options> = {
       warnings,
     })
     const { rope } = config
-    const extra = Object.entries(rope).filter(([key]) => key !== 'type' && key !== 'theta')
+    const original = rope.originalMaxPositionEmbeddings
+    const extra = Object.entries(rope).filter(
+      ([key]) => !['type', 'theta', 'originalMaxPositionEmbeddings'].includes(key),
+    )
     const rows: [string, string][] = [
       ['model', path],
-      ['parameters', `${parameterCount} (${(parameterCount / 1e9).toPrecision(3)} billion), ${dtype}`],
+      ['parameters', `${formatCount(parameterCount)}, ${dtype}`],
       ['layers', `${config.layers} of width ${config.hiddenSize}, MLP ${config.intermediateSize}`],
       ['attention', `${config.heads} heads of ${config.headDim}, ${config.kvHeads} for keys and values`],
       ['vocabulary', `${config.vocabSize}, embedding ${config.tied ? 'shared with' : 'apart from'} lm_head`],
-      ['context', `${contextWindow} tokens, first trained for ${config.originalMaxPositionEmbeddings}`],
+      ['context', `${contextWindow} tokens${original ? `, ${original} before any scaling` : ''}`],
       [
         'positions',
         [`${rope.type}, theta ${rope.theta}`, ...extra.map(([key, value]) => `${key} ${String(value)}`)].join(', '),
@@ -71,4 +74,10 @@ async function listFiles(path: string): Promise<{ name: string; bytes: number }[
     if (info?.isFile()) files.push({ name, bytes: info.size })
   }
   return files
+}
+
+/** 6738415616 -> "6738415616 (6.74 billion)" */
+function formatCount(count: number): string {
+  if (count < 1e6) return String(count)
+  return `${count} (${count < 1e9 ? `${(count / 1e6).toPrecision(3)} million` : `${(count / 1e9).toPrecision(3)} billion`})`
 }

@@ -11,7 +11,7 @@ export interface TokenDocument {
 export interface PerplexityOptions {
   /** Window lengths in tokens, each evaluated on the same documents. */
   windows: readonly number[]
-  /** Tokens by which the window moves on; default 256, as in the paper. At most the smallest window. */
+  /** Tokens by which the window moves on; default 256, as in the paper, or the text in the smallest window if less. */
   stride?: number
   /**
    * Puts the beginning-of-sequence token before each window, which then has one token of text fewer: the convention of
@@ -195,7 +195,7 @@ function readOptions(
   model: LossModel,
   options: PerplexityOptions,
 ): { windows: readonly number[]; stride: number; bosId: number | undefined } {
-  const { windows, stride = 256, bos = model.config.bosId !== undefined, truncate } = options
+  const { windows, bos = model.config.bosId !== undefined, truncate } = options
   if (!Array.isArray(windows) || windows.length === 0) throw new TypeError('windows must be a list of window lengths')
   for (const window of windows) {
     if (!Number.isInteger(window) || window < 2)
@@ -205,6 +205,7 @@ function readOptions(
     throw new RangeError('bos is true, but config.json has no bos_token_id: set bos to false')
   }
   const shortest = Math.min(...windows) - (bos ? 1 : 0)
+  const stride = options.stride ?? Math.min(256, shortest)
   if (!Number.isInteger(stride) || stride < 1 || stride > shortest) {
     throw new RangeError(
       `stride is ${stride}, but must be a whole number from 1 to ${shortest}, the text in the smallest window` +

@@ -156,11 +156,11 @@ class ColumnDecoder {
     const compressed = count(header.get(3), 'compressed page bytes')
     const size = count(header.get(2), 'page bytes')
     const { bytes, offset } = this.reader
-    if (compressed > bytes.length - offset) {
-      throw new RangeError(`a page of ${compressed} bytes, but ${bytes.length - offset} are left`)
-    }
     if (size > Math.min(maxPageBytes, Math.max(compressed, 64) * maxExpansion)) {
       throw new RangeError(`a page of ${size} bytes cannot come from ${compressed}`)
+    }
+    if (compressed > bytes.length - offset) {
+      throw new RangeError(`a page of ${compressed} bytes, but ${bytes.length - offset} are left`)
     }
     this.reader.offset += compressed
     const data = bytes.subarray(offset, offset + compressed)

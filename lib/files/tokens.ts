@@ -79,7 +79,7 @@ export async function openTokens(paths: readonly string[], options: TokenOptions
   const path = join(dir, `${key.slice(0, 32)}.tokens`)
 
   const cached = await openCached(path).catch((error: unknown) => {
-    if (!(error instanceof RopewalkError)) throw error
+    if (!(error instanceof RopewalkError && error.code === 'ERR_CACHE_DAMAGED')) throw error
     onWarning?.(`${error.message}: it is made again`)
     return undefined
   })
@@ -113,10 +113,10 @@ function defaultCacheDir(): string {
   return join(base || join(homedir(), '.cache'), 'ropewalk', 'tokens')
 }
 
-function cacheError(error: unknown, dir: string): RopewalkError {
+function cacheError(error: unknown, path: string): RopewalkError {
   return new RopewalkError(
     'ERR_CACHE',
-    `${dir}: the folder for token caches cannot be made (${(error as Error).message}): set cacheDir to one that can`,
+    `${path}: tokens cannot be kept there (${(error as Error).message}): set cacheDir to a folder where they can`,
     { cause: error },
   )
 }
@@ -128,16 +128,16 @@ interface Cached {
   documents: number[]
 }
 
-/** Opens and checks a file of the cache; undefined where there is none, RopewalkError where it is damaged. */
+/** Opens and checks a file of the cache; undefined where there is none, ERR_CACHE_DAMAGED where it is not as written. */
 async function openCached(path: string): Promise<Cached | undefined> {
   const handle = await open(path, 'r').catch((error: NodeJS.ErrnoException) => {
     if (error.code === 'ENOENT') return undefined
-    throw error
+    throw cacheError(error, path)
   })
   if (!handle) return undefined
   try {
     const damaged = (what: string): never => {
-      throw new RopewalkError('ERR_CACHE', `${path}: the cached tokens are damaged (${what})`)
+      throw new RopewalkError('ERR_CACHE_DAMAGED', `${path}: the cached tokens are damaged (${what})`)
     }
     const { size } = await handle.stat()
     if (size < TRAILER_BYTES) damaged(`${size} bytes`)

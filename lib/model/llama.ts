@@ -215,7 +215,8 @@ export class Llama {
     await this.exclusive(() => this.device.upload(value, data))
   }
 
-  /** Continues a text token by token. Ends after maxTokens, at a stop id, or where the context window is full. */
+  /** Continues a text token by token. Ends after maxTokens, at a stop id, or where the window is full
+   * (a prompt beyond the window is continued all the same). */
   async *generate(options: GenerateOptions): AsyncGenerator<GeneratedToken> {
     const { maxTokens = 64, stopIds = this.config.eosIds, signal } = options
     if (!Number.isInteger(maxTokens) || maxTokens < 1) throw new RangeError(`maxTokens is ${maxTokens}, must be >= 1`)
@@ -224,7 +225,9 @@ export class Llama {
     if (typeof options.prompt === 'string' && !tokenizer) await this.tokenizer() // throws, and says what is missing
     const prompt = typeof options.prompt === 'string' ? tokenizer!.encode(options.prompt) : [...options.prompt]
     const { ids } = readBatch([prompt], this.config)
-    const capacity = Math.min(ids.length + maxTokens, Math.max(this.contextWindow, ids.length + 1))
+    // A text inside the window ends with it; one that is already beyond (a baseline that extrapolates) goes on.
+    const whole = ids.length + maxTokens
+    const capacity = ids.length < this.contextWindow ? Math.min(whole, this.contextWindow) : whole
     const text = await this.exclusive(async () => new Continuation(this.device, this.config, this.weights, capacity))
     const written: number[] = []
     let shown = ''
@@ -235,9 +238,9 @@ export class Llama {
         const id = choose(logits)
         if (stopIds.includes(id)) return
         written.push(id)
-        const whole = tokenizer ? completeText(tokenizer.decode(written, { skipSpecialTokens: true })) : ''
-        yield { id, text: whole.slice(shown.length) }
-        shown = whole
+        const said = tokenizer ? completeText(tokenizer.decode(written, { skipSpecialTokens: true })) : ''
+        yield { id, text: said.slice(shown.length) }
+        shown = said
         if (text.length < capacity - 1 && i + 1 < capacity - ids.length) {
           logits = await this.exclusive(() => text.feed([id], signal))
         }

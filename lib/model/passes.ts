@@ -81,22 +81,27 @@ export function disposePass(pass: Pass): void {
   freeBatch(pass.tensors)
 }
 
+/** Bytes of arenas that are kept for calls of the same shape, beside the newest. */
+const KEPT_BYTES = 256 << 20
+
 /** The passes used last, so that calls of the same shape record and allocate only once. */
 export class PassCache {
   private readonly passes = new Map<string, Pass>()
 
-  constructor(private readonly capacity = 4) {}
-
   get(kind: PassKind, rows: number, time: number, record: () => Pass): Pass {
     const key = `${kind} ${rows} ${time}`
-    const pass = this.passes.get(key) ?? record()
+    const known = this.passes.get(key)
     this.passes.delete(key)
-    this.passes.set(key, pass)
-    for (const [oldest, unused] of this.passes) {
-      if (this.passes.size <= this.capacity) break
-      this.passes.delete(oldest)
-      disposePass(unused)
+    // Before a new one is allocated, the oldest go: memory for two large shapes may not be there.
+    let bytes = 0
+    for (const [name, pass] of [...this.passes].reverse()) {
+      bytes += pass.plan.peakBytes
+      if (bytes <= KEPT_BYTES) continue
+      this.passes.delete(name)
+      disposePass(pass)
     }
+    const pass = known ?? record()
+    this.passes.set(key, pass)
     return pass
   }
 

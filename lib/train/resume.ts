@@ -1,6 +1,7 @@
 import { quote, RopewalkError } from '../errors.js'
 import type { JsonValue } from '../files/json.js'
 import type { Llama } from '../model/llama.js'
+import { writeRope } from '../rope.js'
 import type { TrainerRecord } from './checkpoint.js'
 import type { Settings } from './options.js'
 
@@ -28,8 +29,10 @@ export function decisiveOptions(settings: Settings): TrainerRecord['options'] {
 
 /** What decides the model beside its weights, as it stands in trainer.json. */
 export function decisiveModel({ config, dtype }: Llama): TrainerRecord['model'] {
-  const { raw: _, bosId: _bos, eosIds: _eos, ...fields } = config
-  return JSON.parse(JSON.stringify({ ...fields, dtype })) as TrainerRecord['model']
+  const { raw: _, bosId: _bos, eosIds: _eos, originalMaxPositionEmbeddings: original, ...fields } = config
+  // As config.json says it: a config that was read, stretched or not, and one that was saved are then the same.
+  const rope = writeRope(config.rope, original)
+  return JSON.parse(JSON.stringify({ ...fields, rope, dtype })) as TrainerRecord['model']
 }
 
 /** Throws RopewalkError ERR_RESUME that names the first difference, what was saved and what is given now. */

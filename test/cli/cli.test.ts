@@ -1,4 +1,4 @@
-import { type ChildProcess, spawn } from 'node:child_process'
+import { spawn } from 'node:child_process'
 import { cpSync, existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
@@ -127,7 +127,7 @@ t.test('failures end with code 1 and the reason', async (t) => {
 t.test('doctor', async (t) => {
   const { code, stdout } = await ropewalk('doctor')
   t.equal(code, 0)
-  t.match(stdout, /ok  node .*ok  platform .*ok  addon .*ok  cpu .*self-check.*largest error/s)
+  t.match(stdout, /ok  node .*ok  platform .*ok  addon .*ok  cpu .*ok  self-check.*largest error/s)
   t.match(stdout.trimEnd().split('\n').at(-1)!, /^ready\. Next: ropewalk/)
   const report = JSON.parse((await ropewalk('doctor', '--json')).stdout)
   t.match(report, { ok: true, version, verdict: /ready/ })
@@ -180,7 +180,7 @@ t.test('a model is extended, evaluated and used', async (t) => {
   const seen = JSON.parse((await ropewalk('inspect', out, '--json')).stdout)
   t.match(seen, { contextWindow: 512, config: { rope: { type: 'linear', factor: 16 } } })
 
-  const windows = ['eval', 'perplexity', out, '--data', text, '--windows', '128,512', '--stride', '128', '--baseline']
+  const windows = ['eval', 'perplexity', out, '--data', text, '--windows', '128,512', '--baseline']
   const report = JSON.parse((await ropewalk(...windows, '--json', '--no-bos')).stdout)
   t.same(
     [report.results, report.baseline].map((list) => list.map(({ window }: { window: number }) => window)),
@@ -190,7 +190,7 @@ t.test('a model is extended, evaluated and used', async (t) => {
     ],
   )
   t.not(report.results[0].nll, report.baseline[0].nll)
-  const table = await ropewalk(...windows, '--truncate', '600')
+  const table = await ropewalk(...windows, '--truncate', '600', '--stride', '100')
   t.equal(table.code, 0)
   t.match(table.stdout, /window +stride.*\nmodel +128.*\nmodel +512.*\nbaseline +128.*\nbaseline +512/)
   t.match(table.stderr, /baseline, window 512 \d+\/\d+ perplexity/)
@@ -264,14 +264,15 @@ t.test('positions alone are rewritten with --steps 0', async (t) => {
   t.match(reason(onTop), /cannot be put on top/)
 })
 
-/** A process of the compiled command, and what it has written to stderr. */
-function start(...args: string[]): { child: ChildProcess; stderr: () => string; ended: Promise<number | null> } {
-  const child = spawn(process.execPath, [join(root, 'dist/cli/main.js'), ...args], {
-    stdio: ['ignore', 'ignore', 'pipe'],
-  })
-  let stderr = ''
-  child.stderr!.setEncoding('utf8').on('data', (part: string) => (stderr += part))
-  return { child, stderr: () => stderr, ended: new Promise((resolve) => child.on('close', resolve)) }
+/** A process of the compiled command, and what it has written. */
+function start(...args: string[]) {
+  const child = spawn(process.execPath, [join(root, 'dist/cli/main.js'), ...args])
+  const written = { stdout: '', stderr: '' }
+  for (const name of ['stdout', 'stderr'] as const) {
+    child[name].setEncoding('utf8').on('data', (part: string) => (written[name] += part))
+  }
+  const ended = new Promise<number | null>((resolve) => child.on('close', resolve))
+  return { child, ended, stdout: () => written.stdout, stderr: () => written.stderr }
 }
 
 async function until(condition: () => boolean): Promise<void> {
@@ -304,7 +305,7 @@ t.test('a signal ends a run after its step, and the printed command goes on', as
   const [, stopped] = /stopped after step (\d+) of 100000, saved in .*\.checkpoints/.exec(first.stderr()) ?? []
   t.ok(Number(stopped) >= 2)
   const command = first.stderr().trimEnd().split('\n').at(-1)!
-  t.match(command, /^ropewalk extend .*'.*a folder\/it'\\''s text\.txt'.* --resume$/)
+  t.match(command, /^ropewalk extend .* --resume .*'.*a folder\/it'\\''s text\.txt'.* --steps 100000/)
   t.notOk(existsSync(out), 'no model before the run is done')
 
   const second = start(...args, '--resume')
@@ -320,6 +321,14 @@ t.test('the compiled command', async (t) => {
   const bad = start('inspect', join(dir, 'missing'))
   t.equal(await bad.ended, 1)
   t.match(bad.stderr(), /^ropewalk: .*missing: no such folder[^\n]*\n$/)
+
+  process.env.PREBUILDS_ONLY = '1' // node-gyp-build then passes over what was built here
+  const broken = start('doctor')
+  delete process.env.PREBUILDS_ONLY
+  t.equal(await broken.ended, existsSync(join(root, 'prebuilds')) ? 0 : 1)
+  if (!existsSync(join(root, 'prebuilds'))) {
+    t.match(broken.stdout(), /BAD addon +no native addon for .*\nnot ready: addon\. Next: npx ropewalk build/s)
+  }
 })
 
 t.test('a bar on a terminal, lines elsewhere', async (t) => {

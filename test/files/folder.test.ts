@@ -176,6 +176,10 @@ t.test('what is missing or of another kind', async (t) => {
     spoil(where)
     await t.rejects(openModelFolder(where), expected, name)
   }
+  const nested = copy('mha-f32')
+  fs.rmSync(join(nested, 'tokenizer.json'))
+  fs.mkdirSync(join(nested, 'tokenizer.json'))
+  await t.rejects(openModelFolder(nested), { code: 'ERR_NOT_A_FILE', message: /tokenizer\.json: not a regular file/ })
   const both = copy('mha-f32')
   fs.writeFileSync(join(both, 'pytorch_model.bin'), 'x')
   fs.writeFileSync(join(both, index), '{}')
@@ -358,6 +362,9 @@ t.test('links: inside the folder and to the blobs of the cache, nowhere else', a
   )
   link(snapshot, 'model.safetensors', '../../blobs/deep/m')
   await t.rejects(open(snapshot), { code: 'ERR_PATH' }, 'blobs lie in blobs itself')
+  const odd = cache('models--org--odd')
+  fs.renameSync(join(odd, '..'), join(odd, '..', '..', 'snapshot'))
+  await t.rejects(open(join(dir, 'hub/models--org--odd/snapshot/0123abc')), { code: 'ERR_PATH' }, 'no snapshots folder')
   await t.rejects(open(cache('no-model')), { code: 'ERR_PATH' }, 'a folder that only looks alike')
 })
 
@@ -384,6 +391,8 @@ t.test('saving: whole or not at all', async (t) => {
     code: 'ERR_EXISTS',
     message: /model: exists already.*overwrite: true/,
   })
+  const unread: TensorEntry = { ...tiny('w'), data: () => t.fail('refused before anything is read') as never }
+  await t.rejects(saveModelFolder(target, options({ tensors: [unread] })), { code: 'ERR_EXISTS' })
   const failing = (error: Error): TensorEntry => ({ ...tiny('x'), data: () => Promise.reject(error) })
   const full = Object.assign(new Error('no space left'), { code: 'ENOSPC' })
   const failures: [SaveOptions, object][] = [
@@ -465,6 +474,11 @@ t.test('durable files', async (t) => {
   await t.rejects(replaceFolder(next, place), { code: 'ERR_EXISTS' })
   await t.rejects(replaceFolder(join(dir, 'absent'), place, { overwrite: true }), { code: 'ENOENT' })
   t.equal(fs.readFileSync(join(place, 'name'), 'utf8'), place, 'the old one is back')
+  const inside = join(next, 'inside')
+  fs.mkdirSync(inside)
+  fs.writeFileSync(join(inside, 'name'), 'kept')
+  await t.rejects(replaceFolder(next, inside, { overwrite: true }), { code: 'EINVAL' })
+  t.strictSame(fs.readdirSync(next).sort(), ['inside', 'name'], 'renamed back where the new one cannot take the place')
   await replaceFolder(next, place, { overwrite: true })
   t.equal(fs.readFileSync(join(place, 'name'), 'utf8'), next)
 })

@@ -1,6 +1,6 @@
 import { execFileSync } from 'node:child_process'
 import { createHash } from 'node:crypto'
-import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, truncateSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -289,6 +289,13 @@ t.test('bad files: each is refused with file, tensor, rule and numbers', async (
     t.ok(error.message.startsWith(path), `${name}: the file is named`)
     t.match(error, { name: 'RopewalkError', code: /^ERR_/ }, name)
   }
+})
+
+t.test('a header beyond the limit is refused unread, also where the file is long enough for it', async (t) => {
+  const path = file(make('{}', 0, 100000001n))
+  truncateSync(path, 100000009)
+  await t.rejects(openSafetensors(path), /header length 100000001, but the limit is 100000000/)
+  rmSync(path)
 })
 
 t.test('every truncation and every extension of a real file is refused', async (t) => {

@@ -169,6 +169,7 @@ t.test('forged parquet: no count is believed', async (t) => {
   const before = process.memoryUsage().rss
   // every byte set to values that make counts, lengths and offsets wild
   let refused = 0
+  const messages = new Set<string>()
   for (const name of [
     'NONE v1.0 plain',
     'NONE v2.0 dictionary',
@@ -179,7 +180,7 @@ t.test('forged parquet: no count is believed', async (t) => {
   ]) {
     const original = Buffer.from(golden.files[name], 'base64')
     for (let at = 4; at < original.length; at++) {
-      const value = at % 2 === 0 ? 0xff : 0x80
+      const value = [0xff, 0x80, 0x7e][at % 3]
       const forged = Buffer.from(original)
       forged[at] = value
       const error = await all([file('forged.parquet', forged)]).then(
@@ -188,10 +189,21 @@ t.test('forged parquet: no count is believed', async (t) => {
       )
       if (error === undefined) continue
       refused++
+      messages.add(error.message)
       if (error.name !== 'RopewalkError') t.fail(`${name}, byte ${at} = ${value}: ${error.stack}`)
     }
   }
-  t.ok(refused > 1000)
+  t.ok(refused > 500)
+  for (const guard of [
+    /values, but the row group has 4 rows/,
+    /a page of \d+ values, but \d are left/,
+    /the file has \d+/,
+  ]) {
+    t.ok(
+      [...messages].some((message) => guard.test(message)),
+      `some of them by ${guard}`,
+    )
+  }
   const grown = (process.memoryUsage().rss - before) / 2 ** 20
   t.ok(grown < 600, `${grown.toFixed(0)} MiB more after ${refused} refusals`)
 
@@ -217,6 +229,35 @@ t.test('forged parquet: no count is believed', async (t) => {
   for (const [name, forged, message] of cases) {
     await t.rejects(all([file('forged.parquet', forged)]), { code: 'ERR_PARQUET', message }, name)
   }
+  // bombs: both counts of 4 become 2^30 (which two bytes of the footer they are is found by trying)
+  const huge = [0x80, 0x80, 0x80, 0x80, 0x08]
+  const start = bytes.length - 8 - bytes.readUInt32LE(bytes.length - 8)
+  const fours = [...bytes.keys()].filter((at) => at >= start && bytes[at] === 8)
+  const bombs: string[] = []
+  for (const a of fours) {
+    for (const b of fours.filter((b) => b > a)) {
+      const end = bytes.subarray(b + 1, -8)
+      const footer = [...bytes.subarray(start, a), ...huge, ...bytes.subarray(a + 1, b), ...huge, ...end]
+      const forged = Buffer.from([...bytes.subarray(0, start), ...footer, 0, 0, 0, 0, ...Buffer.from('PAR1')])
+      forged.writeUInt32LE(footer.length, forged.length - 8)
+      await all([file('forged.parquet', forged)]).catch((error) => bombs.push(error.message))
+    }
+  }
+  t.ok(bombs.some((message) => /column "text": 1073741824 values cannot come from \d+ bytes/.test(message)))
+  // a page header (type 0) that claims 2^29 bytes of a few
+  const page = /\x15\x00\x15.\x15.\x2c/gs
+  const header = [...bytes.toString('latin1').matchAll(page)].map((match) => match.index)[1]
+  const claim = Buffer.from([
+    ...bytes.subarray(0, header + 3),
+    0x80,
+    0x80,
+    0x80,
+    0x80,
+    0x04,
+    ...bytes.subarray(header + 4),
+  ])
+  const claiming = Buffer.concat([claim.subarray(0, start), bytes.subarray(start)])
+  await t.rejects(all([file('forged.parquet', claiming)]), { message: /a page of 536870912 bytes cannot come from/ })
   // a footer of nothing but continuation bytes must not be quadratic, nor a list of claimed length allocate
   const hostile: [number[], RegExp][] = [
     [[0x16, ...Array<number>(5000).fill(0xff)], /more than 64 bits/],

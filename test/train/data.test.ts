@@ -1,0 +1,289 @@
+import * as fs from 'node:fs'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import t from 'tap'
+import { openTokens } from '../../lib/files/tokens.js'
+import { type DataCursor, DataLoader, type DataSettings, type Sample } from '../../lib/train/data.js'
+import { learningRateAt, type ScheduleSettings } from '../../lib/train/schedule.js'
+import { permutation } from '../../lib/train/shuffle.js'
+
+const dir = fs.mkdtempSync(join(tmpdir(), 'ropewalk-data-'))
+t.teardown(() => fs.rmSync(dir, { recursive: true }))
+
+const BOS = 1
+const EOS = 2
+/** permutation(10, seed, stream) for (0, 0), (0, 1) and (2^40 + 1, 0). */
+const PINNED = [
+  [2, 8, 5, 6, 9, 7, 0, 1, 4, 3],
+  [6, 2, 0, 3, 5, 7, 8, 1, 9, 4],
+  [6, 1, 8, 0, 7, 9, 3, 4, 2, 5],
+]
+let encoded = 0
+/** A token for each character, so that tests can say what they expect. */
+const encoder = {
+  hash: 'characters',
+  encode: (text: string) => {
+    encoded++
+    return [BOS, ...Array.from(text, (c) => c.charCodeAt(0))]
+  },
+}
+const ids = (text: string): number[] => Array.from(text, (c) => c.charCodeAt(0))
+
+let serial = 0
+function file(texts: readonly string[], name = `${serial++}.jsonl`): string {
+  const path = join(dir, name)
+  fs.writeFileSync(path, texts.map((text) => `${JSON.stringify({ text })}\n`).join(''))
+  return path
+}
+
+const settings = (more: Partial<DataSettings> & { data: readonly string[] }): DataSettings => ({
+  ...{ context: 4, packing: 'concat', seed: 0, validation: undefined, eosId: EOS, field: 'text' },
+  cacheDir: join(dir, 'cache'),
+  ...more,
+})
+const open = (more: Partial<DataSettings> & { data: readonly string[] }) => DataLoader.open(settings(more), encoder)
+
+const rowsOf = ({ tokens }: Sample): number[][] => {
+  const { dims, data } = tokens as { dims: number[]; data: Int32Array }
+  return Array.from({ length: dims[0]! }, (_, row) => [...data.subarray(row * dims[1]!, (row + 1) * dims[1]!)])
+}
+const start: DataCursor = { epoch: 0, index: 0 }
+async function take(loader: DataLoader, count: number, rows = 1, from = start): Promise<number[][]> {
+  const taken: number[][] = []
+  for (let cursor = from; taken.length < count; ) {
+    const { sample, cursor: after } = await loader.next(cursor, rows)
+    taken.push(...rowsOf(sample))
+    cursor = after
+  }
+  return taken
+}
+
+const letters = (n: number): string => Array.from({ length: n }, (_, i) => String.fromCharCode(97 + (i % 26))).join('')
+
+t.test('schedule', async (t) => {
+  const base: ScheduleSettings = { learningRate: 2, warmupSteps: 20, schedule: 'constant', steps: 120, finalFraction: 0.1 }
+  const at = (step: number, more: Partial<ScheduleSettings> = {}) => learningRateAt(step, { ...base, ...more })
+  t.equal(at(0), 0.2, 'a tenth of the peak')
+  t.ok(Math.abs(at(10) - 1.1) < 1e-12, 'half way up')
+  t.ok(Math.abs(at(19) - 1.91) < 1e-12)
+  for (const step of [20, 21, 119, 100000]) t.equal(at(step), 2)
+  t.equal(at(0, { warmupSteps: 0 }), 2, 'no warm-up: the peak at once')
+  for (const schedule of ['linear', 'cosine'] as const) {
+    t.equal(at(20, { schedule }), 2)
+    t.ok(Math.abs(at(70, { schedule }) - 1.1) < 1e-12, `${schedule}: half way down`)
+    t.ok(Math.abs(at(120, { schedule }) - 0.2) < 1e-12, `${schedule}: the final fraction`)
+    t.equal(at(500, { schedule }), at(120, { schedule }))
+    t.equal(at(20, { schedule, steps: 20 }), 0.2, 'no room to fall')
+    t.ok(Math.abs(at(119, { schedule, finalFraction: 0 })) < 0.021)
+  }
+  t.ok(Math.abs(at(45, { schedule: 'linear' }) - 1.55) < 1e-12)
+  t.ok(Math.abs(at(45, { schedule: 'cosine' }) - (0.2 + 1.8 * (0.5 + Math.SQRT1_2 / 2))) < 1e-12)
+})
+
+t.test('permutations', async (t) => {
+  // Pinned: another order in another release would break the resume of old runs.
+  t.strictSame([...permutation(10, 0, 0)], PINNED[0])
+  t.strictSame([...permutation(10, 0, 1)], PINNED[1])
+  t.strictSame([...permutation(10, 2 ** 40 + 1, 0)], PINNED[2])
+  t.strictSame([...permutation(1000, 7, 3)].sort((a, b) => a - b), [...Array(1000).keys()])
+  t.strictSame([...permutation(0, 1, 1)], [])
+  // Each item comes to each place equally often: chi-square of 5 x 5 counts, 16 degrees of freedom.
+  const counts = Array.from({ length: 25 }, () => 0)
+  for (let seed = 0; seed < 5000; seed++) permutation(5, seed, 0).forEach((item, place) => counts[5 * item + place]++)
+  const chi = counts.reduce((sum, count) => sum + (count - 1000) ** 2 / 1000, 0)
+  t.ok(chi < 45, `chi-square ${chi}`)
+})
+
+t.test('concatenated windows', async (t) => {
+  const data = [file(['abcde', '', 'fgh']), file(['ij'])]
+  // 1abcde2 1fgh2 1ij2: 16 tokens
+  const stream = [BOS, ...ids('abcde'), EOS, BOS, ...ids('fgh'), EOS, BOS, ...ids('ij'), EOS]
+  const loader = await open({ data })
+  t.strictSame(loader.size, { tokens: 16, documents: 3, windows: 4, validationWindows: 0 })
+  const epoch = await take(loader, 4)
+  const windows = [0, 4, 8, 12].map((at) => stream.slice(at, at + 4))
+  t.strictSame(epoch, [...permutation(4, 0, 0)].map((i) => windows[i]), 'every window once, in the order of the seed')
+  t.strictSame(await take(loader, 4, 2), epoch, 'rows do not change the order')
+  const eight = await take(loader, 8)
+  t.strictSame(eight.slice(4), [...permutation(4, 0, 1)].map((i) => windows[i]), 'another order in the next epoch')
+  t.strictSame(await take(loader, 9, 3), await take(loader, 9), 'micro-batches cross the end of an epoch')
+  const { sample, cursor } = await loader.next({ epoch: 0, index: 3 }, 2)
+  t.strictSame(cursor, { epoch: 1, index: 1 })
+  t.strictSame(rowsOf(sample), [eight[3], eight[4]], 'a cursor is all that is needed to go on')
+  t.strictSame(sample.options, {}, 'attention runs across documents')
+  t.match(sample.origin[0], /^window \d \(\d\.jsonl, document \d, tokens \d+\.\.\d+\)$/)
+  const third = (await Promise.all([0, 1, 2, 3].map((index) => loader.next({ epoch: 0, index }, 1)))).flatMap((n) => n.sample.origin)
+  t.ok(third.some((origin) => /^window 3 \(.*jsonl, document 1, tokens 12\.\.15\)$/.test(origin)), 'the document of the second file')
+  await loader.close()
+
+  const other = await open({ data, seed: 1, context: 3 })
+  t.equal(other.size.windows, 5, 'the last token is left over')
+  t.not(other.hash, loader.hash)
+  t.notSame(await take(other, 5), await take(other, 5, 1, { epoch: 1, index: 0 }))
+  await other.close()
+  const plain = await open({ data, eosId: undefined })
+  t.equal(plain.size.tokens, 13)
+  await plain.close()
+  await t.rejects(open({ data, context: 17 }), {
+    code: 'ERR_DATA',
+    message: /a window of context 17 takes 17 tokens, but .* have 16: use a smaller context or more data/,
+  })
+  fs.writeFileSync(join(dir, 'binary.txt'), Buffer.from([1, 0, 2]))
+  await t.rejects(open({ data: [join(dir, 'binary.txt')] }), { code: 'ERR_BINARY' })
+  fs.writeFileSync(join(dir, 'empty.txt'), '')
+  await t.rejects(open({ data: [join(dir, 'empty.txt')] }), { code: 'ERR_EMPTY' })
+  await t.rejects(open({ data: [join(dir, 'none.txt')] }), { code: 'ERR_NOT_FOUND' })
+})
+
+t.test('documents apart', async (t) => {
+  const data = [file(['ab', 'c', 'defghij'])]
+  // 1ab2 1c2 1defghij2: 4 + 3 + 9 = 16 tokens, windows of 8
+  const loader = await open({ data, context: 8, packing: 'documents' })
+  const { sample } = await loader.next(start, 2)
+  const windows = rowsOf(sample)
+  const row = windows.findIndex(([, second]) => second === ids('a')[0])
+  const of = (name: 'labels' | 'positions' | 'first', at: number) => [
+    ...(sample.options[name] as { data: Int32Array }).data.subarray(8 * at, 8 * at + 8),
+  ]
+  t.strictSame(of('positions', row), [0, 1, 2, 3, 0, 1, 2, 0])
+  t.strictSame(of('first', row), [0, 0, 0, 0, 4, 4, 4, 7])
+  t.strictSame(
+    of('labels', row),
+    windows[row]!.map((id, i) => (i === 4 || i === 7 ? -100 : id)),
+    'no document predicts the next one',
+  )
+  t.strictSame(of('positions', 1 - row), [0, 1, 2, 3, 4, 5, 6, 7], 'a cut document goes on as one of its own')
+  t.strictSame(of('first', 1 - row), [0, 0, 0, 0, 0, 0, 0, 0])
+  t.strictSame(of('labels', 1 - row), windows[1 - row])
+  await loader.close()
+  const boundary = await open({ data: [file(['ab', 'cd', 'ef'])], context: 4, packing: 'documents' })
+  for (let index = 0; index < 3; index++) {
+    const { options } = (await boundary.next({ epoch: 0, index }, 1)).sample
+    t.strictSame([...(options.first as { data: Int32Array }).data], [0, 0, 0, 0], 'a document that starts with the window')
+    t.notOk([...(options.labels as { data: Int32Array }).data].includes(-100))
+  }
+  await boundary.close()
+})
+
+t.test('validation', async (t) => {
+  const data = [file([letters(78)])] // 80 tokens, 20 windows
+  const all = await open({ data })
+  const everything = (await take(all, 20)).map(String).sort()
+  await all.close()
+  for (const [validation, size] of [[0.25, 5], [0.001, 1], [7, 7]] as const) {
+    const loader = await open({ data, validation })
+    t.equal(loader.size.validationWindows, size)
+    t.equal(loader.size.windows, 20 - size)
+    const held: number[][] = []
+    const counts: number[] = []
+    for await (const { sample, count } of loader.validation(3)) {
+      t.equal(rowsOf(sample).length, 3, 'always full groups')
+      held.push(...rowsOf(sample).slice(0, count))
+      counts.push(count)
+    }
+    t.equal(held.length, size)
+    t.equal(counts.at(-1), size % 3 || 3)
+    const trained = await take(loader, 20 - size)
+    t.strictSame([...held, ...trained].map(String).sort(), everything, 'each window on one side')
+    t.not(loader.hash, all.hash)
+    await loader.close()
+  }
+  await t.rejects(open({ data, validation: 20 }), { code: 'ERR_DATA', message: /validation takes 20 of 20 windows/ })
+  const own = await open({ data, validation: [file(['xyz'])] })
+  t.equal(own.size.windows, 20)
+  for await (const { sample, count } of own.validation(1)) {
+    t.equal(count, 1)
+    t.strictSame(rowsOf(sample), [[BOS, ...ids('xyz')]])
+  }
+  await own.close()
+  await t.rejects(open({ data, validation: [file(['x'])] }), { code: 'ERR_DATA', message: /^validation: / })
+})
+
+t.test('cache', async (t) => {
+  const cacheDir = join(dir, 'own-cache')
+  const data = [file(Array.from({ length: 300 }, (_, i) => letters(i % 50)))]
+  const warnings: string[] = []
+  const stages: string[] = []
+  const options = {
+    ...{ data, cacheDir, onWarning: (message: string) => warnings.push(message) },
+    onProgress: ({ stage, bytes, totalBytes }: { stage: string; bytes: number; totalBytes: number }) => {
+      t.ok(bytes <= totalBytes)
+      stages.push(stage)
+    },
+  }
+  const first = await open(options)
+  const want = await take(first, first.size.windows)
+  await first.close()
+  t.ok(stages.includes('hash') && stages.includes('tokenize'))
+  const [name, ...more] = fs.readdirSync(cacheDir)
+  t.strictSame(more, [], 'one file, nothing temporary')
+  const path = join(cacheDir, name!)
+  const bytes = fs.readFileSync(path)
+
+  encoded = 0
+  const same = async (what: string) => {
+    const loader = await open(options)
+    t.equal(loader.hash, first.hash)
+    t.strictSame(await take(loader, loader.size.windows), want, what)
+    await loader.close()
+  }
+  await same('from the cache')
+  t.equal(encoded, 0)
+  // every part of the file: tokens, ends, JSON, trailer, checksum; and what a crash leaves
+  const places = [0, 4000, bytes.length - 64 - 200, bytes.length - 66, bytes.length - 60, bytes.length - 45, bytes.length - 1]
+  for (const [i, place] of places.entries()) {
+    const damaged = Buffer.from(bytes)
+    damaged[place]! ^= 1 << (i % 8)
+    fs.writeFileSync(path, damaged)
+    await same(`made again: byte ${place}`)
+    t.match(warnings.at(-1), /the cached tokens are damaged .*made again/)
+    t.equal(warnings.length, i + 1)
+    t.ok(fs.readFileSync(path).equals(bytes), 'and the same as before')
+  }
+  for (const length of [0, 10, 64, bytes.length - 1]) {
+    fs.truncateSync(path, length)
+    await same(`made again: ${length} bytes`)
+  }
+  t.equal(warnings.length, places.length + 4)
+
+  // Another tokenizer, field or file is another entry.
+  const other = await DataLoader.open(settings(options), { ...encoder, hash: 'other' })
+  t.not(other.hash, first.hash)
+  await other.close()
+  fs.appendFileSync(data[0]!, `${JSON.stringify({ text: 'more' })}\n`)
+  const changed = await open(options)
+  t.not(changed.hash, first.hash)
+  await changed.close()
+
+  // Several at a time, in this process as in several.
+  const together = join(dir, 'together')
+  const loaders = await Promise.all(Array.from({ length: 5 }, () => open({ ...options, cacheDir: together })))
+  for (const loader of loaders) {
+    t.equal(loader.hash, changed.hash)
+    await loader.close()
+  }
+  t.equal(fs.readdirSync(together).length, 1)
+
+  const abort = new AbortController()
+  abort.abort()
+  await t.rejects(open({ ...options, cacheDir: join(dir, 'aborted'), signal: abort.signal }), { name: 'AbortError' })
+  fs.writeFileSync(join(dir, 'a-file'), '')
+  await t.rejects(open({ ...options, cacheDir: join(dir, 'a-file') }), { message: /set cacheDir/ })
+})
+
+t.test('long tokenising leaves the event loop free', async (t) => {
+  const data = [file(Array.from({ length: 400 }, () => 'x'))]
+  const slow = (text: string): number[] => {
+    for (const end = performance.now() + 0.5; performance.now() < end; );
+    return ids(text)
+  }
+  let turns = 0
+  const timer = setInterval(() => turns++, 1)
+  const cacheDir = join(dir, 'slow')
+  const tokens = await openTokens(data, { encode: slow, tokenizerHash: 's', eosId: undefined, field: 'text', cacheDir })
+  clearInterval(timer)
+  t.equal(tokens.tokens, 400)
+  t.ok(turns >= 5, `${turns} turns for others`)
+  await t.rejects(tokens.read(390, 11), RangeError)
+  await tokens.close()
+})
