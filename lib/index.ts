@@ -13,7 +13,14 @@ export type { Tokenizer } from './files/tokenizer.js'
 export type { BatchOptions, HostTensor, Tokens } from './model/batch.js'
 export type { LlamaConfig } from './model/config.js'
 export type { SamplingOptions } from './model/generate.js'
-export { type GeneratedToken, type GenerateOptions, Llama, type LoadOptions, type SaveOptions } from './model/llama.js'
+export {
+  type CreateOptions,
+  type GeneratedToken,
+  type GenerateOptions,
+  Llama,
+  type SaveOptions,
+} from './model/llama.js'
+export type { LoadOptions } from './model/load.js'
 export {
   extendRope,
   inverseFrequencies,

@@ -1,11 +1,10 @@
-import { type FileHandle, open } from 'node:fs/promises'
+import { join } from 'node:path'
 import { quote, RopewalkError } from '../errors.js'
 import { type ModelFolder, openModelFolder } from '../files/folder.js'
 import { saveModelFolder } from '../files/save.js'
 import { loadTokenizer, type Tokenizer } from '../files/tokenizer.js'
-import type { RopeExtension } from '../rope.js'
 import { fromBfloat16, toBfloat16 } from '../runtime/bfloat16.js'
-import { Device, type FileDType } from '../runtime/device.js'
+import { Device } from '../runtime/device.js'
 import type { DType } from '../runtime/tensor.js'
 import { type Batch, type BatchOptions, type HostTensor, readBatch, type Tokens } from './batch.js'
 import {
@@ -18,21 +17,17 @@ import {
   writeConfig,
 } from './config.js'
 import { requireFinite } from './finite.js'
+import { initialize } from './initialize.js'
 import { Continuation, sampler, type SamplingOptions } from './generate.js'
+import { checkLoadOptions, checkpointDtype, checkTensors, type LoadOptions, readWeights } from './load.js'
 import { Parameters } from './parameters.js'
 import { disposePass, type Pass, PassCache, type PassKind, recordPass, runPass } from './passes.js'
 
-export interface LoadOptions {
-  /** 'auto' (default), 'cpu', 'cuda', 'cuda:1', 'simt' (tests) or 'dry' (plans only). */
-  device?: string
-  /** How weights are kept; default: as in the checkpoint (float16 becomes float32). Arithmetic is float32 on the CPU. */
-  dtype?: 'float32' | 'bfloat16'
-  /** Stretches the context, relative to what the checkpoint already says; 'none' drops the checkpoint's scaling. */
-  rope?: RopeExtension | 'none'
-  /** CPU threads; default: one for each core that this process may use. */
-  threads?: number
-  /** Called while weights are read. */
-  onProgress?: (done: { bytes: number; totalBytes: number }) => void
+export interface CreateOptions extends Pick<LoadOptions, 'device' | 'dtype' | 'threads'> {
+  /** Of the random weights; the same seed gives the same model. */
+  seed?: number
+  /** A folder whose tokenizer the model uses, and takes along when it is saved. */
+  tokenizer?: string
 }
 
 export interface SaveOptions {
@@ -61,9 +56,6 @@ export interface GeneratedToken {
 const DTYPE_OF = { float32: 'f32', bfloat16: 'bf16' } as const satisfies Record<string, DType>
 const FILE_DTYPE_OF = { float32: 'F32', bfloat16: 'BF16' } as const
 
-/** Old checkpoints carry the rotation frequencies as tensors; they follow from the config. */
-const DERIVED = /\.rotary_emb\.inv_freq$/
-
 /** A LLaMA on a device. Every method that computes is asynchronous; calls on one model run one after the other. */
 export class Llama {
   private readonly passes = new PassCache()
@@ -80,7 +72,7 @@ export class Llama {
     readonly path: string,
     /** What was unusual about the folder. */
     readonly warnings: readonly string[],
-    private readonly folder: Pick<ModelFolder, 'dir' | 'generationConfig' | 'tokenizerPath'>,
+    private readonly folder: Partial<Pick<ModelFolder, 'dir' | 'generationConfig' | 'tokenizerPath'>>,
   ) {}
 
   /**
@@ -101,7 +93,7 @@ export class Llama {
       const weights = new Parameters(device, DTYPE_OF[dtype], parameterShapes(config))
       const model = new Llama(config, device, weights, path, warnings, folder)
       if (!device.dry) {
-        await model.readWeights(folder, options.onProgress)
+        await readWeights(folder, weights, options.onProgress)
         await model.requireFinite()
       }
       return model
@@ -110,6 +102,26 @@ export class Llama {
       throw error
     } finally {
       await folder.close()
+    }
+  }
+
+  /**
+   * A new model with random weights, for training from scratch: matrices normal with deviation initializer_range (0.02),
+   * norms 1, as transformers initialises them. `config` is the content of a config.json.
+   */
+  static async create(config: Record<string, unknown>, options: CreateOptions = {}): Promise<Llama> {
+    const { seed = 0, tokenizer: dir, dtype = 'float32', ...rest } = options
+    checkLoadOptions('new model', { dtype, ...rest })
+    const read = readConfig(config, 'config')
+    const device = Device.open(rest.device, rest.threads === undefined ? {} : { threads: rest.threads })
+    try {
+      const weights = new Parameters(device, DTYPE_OF[dtype], parameterShapes(read))
+      if (!device.dry) await initialize(weights, (config.initializer_range as number | undefined) ?? 0.02, seed)
+      const folder = dir === undefined ? {} : { dir, tokenizerPath: join(dir, 'tokenizer.json') }
+      return new Llama(read, device, weights, dir ?? 'new model', [], folder)
+    } catch (error) {
+      device.dispose()
+      throw error
     }
   }
 
@@ -266,7 +278,7 @@ export class Llama {
           data: () => this.device.downloadChunks(value),
         })),
         generationConfig: this.folder.generationConfig,
-        copyFrom: this.folder.dir,
+        ...(this.folder.dir !== undefined && { copyFrom: this.folder.dir }),
         ...options,
       })
     })
@@ -305,30 +317,6 @@ export class Llama {
     return requireFinite(this.weights, this.path)
   }
 
-  private async readWeights(folder: ModelFolder, onProgress: LoadOptions['onProgress']): Promise<void> {
-    const wanted = [...this.weights]
-    const totalBytes = wanted.reduce((sum, { name }) => sum + folder.tensors.get(name)!.bytes, 0)
-    let bytes = 0
-    const files = new Map<string, FileHandle>()
-    try {
-      for (const { name, value } of wanted) {
-        const tensor = folder.tensors.get(name)!
-        try {
-          let file = files.get(tensor.path)
-          if (!file) files.set(tensor.path, (file = await open(tensor.path)))
-          await this.device.read(value, file.fd, tensor.offset, tensor.dtype as FileDType)
-        } catch (error) {
-          throw new RopewalkError('ERR_READ', `${tensor.path}: ${name}: ${(error as Error).message}`)
-        }
-        bytes += tensor.bytes
-        onProgress?.({ bytes, totalBytes })
-      }
-    } finally {
-      for (const file of files.values()) await file.close()
-    }
-    await this.weights.clearPadding()
-  }
-
   private async runPass(kind: PassKind, batch: Batch): Promise<Float32Array> {
     const { device, config, weights } = this
     if (device.dry) throw new Error('the dry device plans, it does not compute: load the model on another device')
@@ -347,52 +335,6 @@ export class Llama {
     }
     return this.weights.get(name)
   }
-}
-
-function checkLoadOptions(path: string, options: LoadOptions): void {
-  if (typeof path !== 'string' || path === '') throw new TypeError(`path must be a folder's name, is ${quote(path)}`)
-  const known = ['device', 'dtype', 'rope', 'threads', 'onProgress']
-  for (const key of Object.keys(options)) {
-    if (!known.includes(key)) throw new TypeError(`unknown option ${quote(key)}; known are ${known.join(', ')}`)
-  }
-  const { dtype } = options
-  if (dtype !== undefined && dtype !== 'float32' && dtype !== 'bfloat16') {
-    throw new RangeError(`dtype is ${quote(dtype)}, but must be "float32" or "bfloat16"`)
-  }
-}
-
-/** Every parameter is there with its dims, and nothing is that would be ignored. */
-function checkTensors(folder: ModelFolder, config: LlamaConfig, path: string, warnings: string[]): void {
-  const fail = (message: string): never => {
-    throw new RopewalkError('ERR_TENSORS', message)
-  }
-  const shapes = parameterShapes(config)
-  for (const { name, dims } of shapes) {
-    const tensor = folder.tensors.get(name)
-    if (!tensor)
-      fail(
-        `${path}: ${name} (${dims.join(',')}) is missing: the checkpoint is incomplete, or config.json is another model's`,
-      )
-    else if (tensor.dims.join() !== dims.join()) {
-      fail(`${tensor.path}: ${name} is (${tensor.dims.join(',')}), but config.json makes it (${dims.join(',')})`)
-    } else if (!['F32', 'BF16', 'F16', 'F64'].includes(tensor.dtype)) {
-      fail(`${tensor.path}: ${name} has dtype ${tensor.dtype}; weights must be F32, BF16, F16 or F64`)
-    }
-  }
-  const expected = new Set(shapes.map(({ name }) => name))
-  for (const [name, tensor] of folder.tensors) {
-    if (expected.has(name) || DERIVED.test(name)) continue
-    if (config.tied && name === 'lm_head.weight') {
-      warnings.push('lm_head.weight is in the file although tie_word_embeddings is true; the embedding is used instead')
-      continue
-    }
-    fail(`${tensor.path}: ${name} is no parameter of this model: ignoring it would change what the model computes`)
-  }
-}
-
-function checkpointDtype(folder: ModelFolder): 'float32' | 'bfloat16' {
-  for (const tensor of folder.tensors.values()) if (tensor.dtype !== 'BF16') return 'float32'
-  return 'bfloat16'
 }
 
 function requireTargets(batch: Batch): void {

@@ -76,11 +76,11 @@ export async function listCheckpoints(output: string): Promise<{ path: string; s
   return found.sort((a, b) => b.step - a.step)
 }
 
-/** Removes what a run that was killed in the middle of a save has left. */
+/** Removes what a run that was killed in the middle of a save has left; what cannot be deleted now is left once more. */
 export async function removeLeftovers(output: string): Promise<void> {
   const names = await readdir(output).catch(() => [])
   for (const name of names) {
-    if (LEFTOVER.test(name)) await rm(join(output, name), { recursive: true, force: true })
+    if (LEFTOVER.test(name)) await rm(join(output, name), { recursive: true, force: true }).catch(() => undefined)
   }
 }
 
@@ -160,17 +160,27 @@ function sumsText(files: Sums): string {
 
 /**
  * Deletes checkpoints beyond the newest `keep` healthy ones. `healthy` remembers those that were read back, so that
- * each is read once; damaged ones do not count and go when they are older than all that stay.
+ * each is read once; damaged ones do not count and go when they are older than all that stay. A deletion that fails is a
+ * warning: the new checkpoint is safe, and the next save tries again.
  */
-export async function pruneCheckpoints(output: string, keep: number, healthy: Set<string>): Promise<void> {
+export async function pruneCheckpoints(
+  output: string,
+  keep: number,
+  healthy: Set<string>,
+  warn: (message: string) => void,
+): Promise<void> {
   let kept = 0
   for (const { path } of await listCheckpoints(output)) {
     if (kept >= keep) {
       // Out of sight first: a deletion that is cut short must not look like a damaged checkpoint.
       const aside = temporaryName(path, 'old')
-      await rename(path, aside)
-      await rm(aside, { recursive: true, force: true })
       healthy.delete(path)
+      try {
+        await rename(path, aside)
+        await rm(aside, { recursive: true, force: true })
+      } catch (error) {
+        warn(`${path}: this old checkpoint could not be deleted (${(error as Error).message})`)
+      }
       continue
     }
     if (!healthy.has(path) && !(await damage(path))) healthy.add(path)

@@ -217,7 +217,7 @@ export class Trainer {
       this.healthy.add(path)
       this.companions = path
       this.savedStep = step
-      await pruneCheckpoints(output, keep, this.healthy)
+      await pruneCheckpoints(output, keep, this.healthy, (message) => this.warn(message))
       onProgress({ stage: 'checkpoint', path, step })
       return path
     })

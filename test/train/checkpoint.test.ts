@@ -286,7 +286,8 @@ t.test('a full disk', async (t) => {
   try {
     execFileSync('mount', ['-t', 'tmpfs', '-o', 'size=2m', 'tmpfs', disk], { stdio: 'ignore' })
   } catch {
-    return t.skip('mounting a small tmpfs takes root')
+    t.pass('a full disk', { skip: 'mounting a small tmpfs takes root' })
+    return
   }
   t.teardown(() => execFileSync('umount', [disk]))
   const free = (): number => {
