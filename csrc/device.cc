@@ -100,7 +100,7 @@ void read_exactly(int fd, void* to, size_t bytes, int64_t at) {
     if (got < 0) throw std::runtime_error(std::string("reading failed: ") + std::strerror(errno));
     if (got == 0)
       throw std::runtime_error("the file ends at byte " + std::to_string(at + static_cast<int64_t>(done)) + ", " +
-                               std::to_string(bytes - done) + " bytes too early: it changed while it was read");
+                               std::to_string(bytes - done) + " bytes too early: it is truncated, or changed while it was read");
     done += static_cast<size_t>(got);
   }
 }

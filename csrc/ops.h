@@ -36,7 +36,7 @@ struct Tensor {
 #define OPT_INOUT(name, dtype, dims) Tensor name;
 #define TMP(name, dtype, dims) Tensor name;
 #define INT(name) int64_t name;
-#define FLT(name) float name;
+#define FLT(name) double name;
 #define FLOPS(expression)
 #define OP(name, row) \
   struct name##_args { \

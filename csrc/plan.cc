@@ -83,7 +83,7 @@ DecodedPlan decode_plan(std::string name, const double* words, size_t count, con
           const int64_t value = reader.integer();
           if (pass) put(start, offset, value);
         } else if (field.field == Field::real) {
-          const float value = static_cast<float>(reader.real());
+          const double value = reader.real();
           if (pass) put(start, offset, value);
         } else {
           const Tensor tensor = read_tensor(reader, buffers, info.name, field);

@@ -18,7 +18,7 @@ const cpp = [...filesIn('csrc', /\.(cc|h|cu)$/), ...filesIn('test/native', /\.(c
 const commands = [
   [
     bin('prettier'),
-    [fix ? '--write' : '--check', '--log-level', 'warn', 'lib', 'test', 'bench', 'scripts', '!test/fixtures'],
+    [fix ? '--write' : '--check', '--log-level', 'warn', 'lib', 'test', 'bench', 'scripts'],
   ],
   [bin('eslint'), [...(fix ? ['--fix'] : []), '--max-warnings=0', 'lib', 'test', 'scripts']],
   [bin('clang-format'), fix ? ['-i', ...cpp] : ['--dry-run', '--Werror', ...cpp]],

@@ -22,19 +22,21 @@ void update(Context& context, const adamw_args& a) {
   const float* hyper = a.hyper.as<float>();
   if (hyper[kApply] == 0.0f) return;
   const float rate = hyper[kRate], scale = hyper[kScale];
-  const float keep = 1.0f - rate * a.weight_decay;
+  const float keep = static_cast<float>(1.0 - rate * a.weight_decay);
   const float step = rate / hyper[kCorrection1];
   const float inverse_root = 1.0f / __builtin_sqrtf(hyper[kCorrection2]);
-  const float rest1 = 1.0f - a.beta1, rest2 = 1.0f - a.beta2;
+  // From f64: 1 - 0.999f is off by 1.3e-5 of itself.
+  const float rest1 = static_cast<float>(1.0 - a.beta1), rest2 = static_cast<float>(1.0 - a.beta2);
+  const float beta2 = static_cast<float>(a.beta2), eps = static_cast<float>(a.eps);
   float* master = a.master.as<float>();
   W* p = a.p.as<W>();
   for_each_vector(context, a.p.size(), [&](int64_t i, auto load, auto store) {
     const vf g = load(a.g.as<G>() + i) * scale;
     vf m = load(a.m.as<float>() + i), v = load(a.v.as<float>() + i);
     m += rest1 * (g - m);
-    v = a.beta2 * v + rest2 * (g * g);
+    v = beta2 * v + rest2 * (g * g);
     vf weight = master ? load(master + i) : load(p + i);
-    weight = weight * keep - step * (m / (sqrt(v) * inverse_root + a.eps));
+    weight = weight * keep - step * (m / (sqrt(v) * inverse_root + eps));
     store(a.m.as<float>() + i, m);
     store(a.v.as<float>() + i, v);
     if (master) store(master + i, weight);

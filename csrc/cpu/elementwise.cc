@@ -22,7 +22,7 @@ void cast_as(Context& context, const cast_args& a) {
 template <typename F>
 void fill_as(Context& context, const fill_args& a) {
   for_each_vector(context, a.y.size(),
-                  [&](int64_t i, auto, auto store) { store(a.y.as<F>() + i, splat(a.value)); });
+                  [&](int64_t i, auto, auto store) { store(a.y.as<F>() + i, splat(static_cast<float>(a.value))); });
 }
 
 }  // namespace

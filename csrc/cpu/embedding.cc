@@ -2,8 +2,8 @@
 //
 // ids (N) i32, w and dw (V,C), y and dy (N,C). Memory traffic: forward 2 N C elements; backward V C written once (read
 // too, with add) and N C read.
-// The backward pass splits the columns, never the rows: each task walks over all ids in order and owns its columns, so
-// that a row's sum has one fixed order whatever the number of threads, and no sorting is needed.
+// The backward pass first sorts the row numbers n by id, keeping their order (a counting sort, N + V integers); each row
+// of dw is then summed in f32 in the order of n and written once, whatever the number of threads and the dtypes.
 #include "cpu.h"
 #include "simd.h"
 
@@ -32,28 +32,44 @@ void gather(Context& context, const embedding_fwd_args& a) {
   });
 }
 
+// Fills `start` (V+1) and `order`: the row numbers with id v are order[start[v] .. start[v+1]).
+void sort_by_id(const int32_t* ids, int64_t rows, int64_t vocabulary, int64_t* start, int64_t* order) {
+  for (int64_t v = 0; v <= vocabulary; v++) start[v] = 0;
+  for (int64_t n = 0; n < rows; n++)
+    if (ids[n] >= 0 && ids[n] < vocabulary) start[ids[n] + 1]++;
+  for (int64_t v = 0; v < vocabulary; v++) start[v + 1] += start[v];
+  for (int64_t n = 0; n < rows; n++)
+    if (ids[n] >= 0 && ids[n] < vocabulary) order[start[ids[n]]++] = n;
+  for (int64_t v = vocabulary; v > 0; v--) start[v] = start[v - 1];
+  start[0] = 0;
+}
+
 template <typename F, typename G>
 void scatter(Context& context, const embedding_bwd_args& a) {
   const int64_t rows = a.dy.dims[0], channels = a.dy.dims[1], vocabulary = a.dw.dims[0];
-  constexpr int64_t kColumns = 64;
-  parallel(context, (channels + kColumns - 1) / kColumns, [&](int64_t task, int) {
-    const int64_t begin = task * kColumns;
-    const int64_t end = begin + kColumns < channels ? begin + kColumns : channels;
-    if (a.add.data != a.dw.data) {
-      for (int64_t v = 0; v < vocabulary; v++) {
-        G* to = a.dw.as<G>() + v * channels;
-        for (int64_t c = begin; c < end; c++)
-          store_one(to + c, a.add ? to_float(a.add.as<G>()[v * channels + c]) : 0.0f);
+  auto* start = static_cast<int64_t*>(context.scratch(0, static_cast<size_t>(vocabulary + 1 + rows) * sizeof(int64_t)));
+  int64_t* order = start + vocabulary + 1;
+  sort_by_id(a.ids.as<int32_t>(), rows, vocabulary, start, order);
+  const F* dy = a.dy.as<F>();
+  const G* add = a.add.as<G>();
+  const bool in_place = a.add.data == a.dw.data;
+  constexpr int64_t kRows = 64;
+  parallel(context, (vocabulary + kRows - 1) / kRows, [&](int64_t task, int) {
+    const int64_t end = task * kRows + kRows < vocabulary ? task * kRows + kRows : vocabulary;
+    for (int64_t v = task * kRows; v < end; v++) {
+      if (in_place && start[v] == start[v + 1]) continue;
+      const int64_t row = v * channels;
+      int64_t c = 0;
+      for (; c + VL <= channels; c += VL) {
+        vf total = {};
+        for (int64_t i = start[v]; i < start[v + 1]; i++) total += load(dy + order[i] * channels + c);
+        store(a.dw.as<G>() + row + c, add ? load(add + row + c) + total : total);
       }
-    }
-    for (int64_t n = 0; n < rows; n++) {
-      const int64_t id = a.ids.as<int32_t>()[n];
-      if (id < 0 || id >= vocabulary) continue;
-      const F* from = a.dy.as<F>() + n * channels;
-      G* to = a.dw.as<G>() + id * channels;
-      int64_t c = begin;
-      for (; c + VL <= end; c += VL) store(to + c, load(to + c) + load(from + c));
-      for (; c < end; c++) store_one(to + c, to_float(to[c]) + to_float(from[c]));
+      for (; c < channels; c++) {
+        float total = 0;
+        for (int64_t i = start[v]; i < start[v + 1]; i++) total += to_float(dy[order[i] * channels + c]);
+        store_one(a.dw.as<G>() + row + c, add ? to_float(add[row + c]) + total : total);
+      }
     }
   });
 }

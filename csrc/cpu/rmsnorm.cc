@@ -33,7 +33,7 @@ void forward(Context& context, const rmsnorm_fwd_args& a) {
         }
       float total = sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
       for (; c < channels; c++) total += to_float(x[c]) * to_float(x[c]);
-      const float rstd = 1.0f / __builtin_sqrtf(total / static_cast<float>(channels) + a.eps);
+      const float rstd = 1.0f / __builtin_sqrtf(total / static_cast<float>(channels) + static_cast<float>(a.eps));
       a.rstd.as<float>()[n] = rstd;
       for (c = 0; c + VL <= channels; c += VL) store(y + c, load(w + c) * (load(x + c) * rstd));
       for (; c < channels; c++) store_one(y + c, to_float(w[c]) * (to_float(x[c]) * rstd));

@@ -502,10 +502,7 @@ export interface LinearCrossEntropyBwd {
 }
 
 /** The same and, in the same pass over the chunks, the gradients of sum_n weight[n] nll[n]. */
-export function linearCrossEntropyBwd(
-  recorder: Recorder,
-  args: LinearCrossEntropyBwd,
-): { nll: Tensor; dx: Tensor; dw: Tensor } {
+export function linearCrossEntropyBwd(recorder: Recorder, args: LinearCrossEntropyBwd): { nll: Tensor; dx: Tensor; dw: Tensor } {
   return recorder.emit(OPS[14], args) as { nll: Tensor; dx: Tensor; dw: Tensor }
 }
 

@@ -71,7 +71,8 @@ export class Plan {
   located(tensor: Tensor): Tensor {
     if (!(tensor.storage instanceof Scratch)) return tensor
     const index = this.scratch.get(tensor.storage)
-    if (index === undefined || !this.arena) throw new Error(`${tensor.describe()} is not part of plan "${this.name}"`)
+    if (index === undefined) throw new Error(`${tensor.describe()} is not part of plan "${this.name}"`)
+    if (!this.arena) throw new Error(`plan "${this.name}" is not loaded: its tensors have no place yet`)
     return new Tensor(this.arena, this.placements[index]!.offset + tensor.offset, tensor.dtype, tensor.dims)
   }
 

@@ -86,7 +86,7 @@ export async function removeLeftovers(output: string): Promise<void> {
 
 /**
  * Writes the checkpoint of `record.step` and reads it back. The model must be at rest. `companions` is the folder with
- * the tokenizer. Throws RopewalkError ERR_NOT_FINITE (nothing is written), ERR_NO_SPACE, ERR_WRITE, ERR_CHECKPOINT;
+ * the tokenizer, if there is one. Throws RopewalkError ERR_NOT_FINITE (nothing is written), ERR_NO_SPACE, ERR_WRITE, ERR_CHECKPOINT;
  * earlier checkpoints are then as they were.
  */
 export async function writeCheckpoint(
@@ -94,7 +94,7 @@ export async function writeCheckpoint(
   model: Llama,
   optimizer: AdamW,
   record: TrainerRecord,
-  companions: string,
+  companions: string | undefined,
 ): Promise<string> {
   const target = join(output, checkpointName(record.step))
   await model.requireFinite()
@@ -115,7 +115,7 @@ export async function writeCheckpoint(
         bytes: value.bytes,
         data: () => device.downloadChunks(value),
       })),
-      copyFrom: companions,
+      ...(companions !== undefined && { copyFrom: companions }),
     })
     for (const { name, bytes, sha256 } of saved) sums[name] = { bytes, sha256 }
     const entries: TensorEntry[] = states(optimizer).flatMap(([prefix, buffer]) =>
@@ -204,7 +204,8 @@ export async function verifyCheckpoint(path: string): Promise<TrainerRecord> {
   const { text, value } = await readJson(SUMS)
   const files = isObject(value) ? (value.files as Sums | undefined) : undefined
   if (typeof files !== 'object' || text !== sumsText(files)) return fail(SUMS, 'is not what was written')
-  for (const name of ['config.json', STATE, RECORD]) if (!Object.hasOwn(files, name)) fail(SUMS, `does not list ${name}`)
+  for (const name of ['config.json', STATE, RECORD])
+    if (!Object.hasOwn(files, name)) fail(SUMS, `does not list ${name}`)
   for (const [name, { bytes, sha256 }] of Object.entries(files)) {
     if (!/^[\w.-]+$/.test(name)) fail(SUMS, `lists ${quote(name)}`)
     const file = join(path, name)
@@ -215,10 +216,12 @@ export async function verifyCheckpoint(path: string): Promise<TrainerRecord> {
     if (size !== bytes) fail(name, `has ${size} bytes, but ${bytes} were written`)
     // a disk that cannot give the bytes back has lost them
     const found = await sha256File(file).catch((error: Error) => fail(name, error.message))
-    if (found !== sha256) fail(name, `its SHA-256 is ${found.slice(0, 16)}..., but ${String(sha256).slice(0, 16)}... was written`)
+    if (found !== sha256)
+      fail(name, `its SHA-256 is ${found.slice(0, 16)}..., but ${String(sha256).slice(0, 16)}... was written`)
   }
   const record = (await readJson(RECORD)).value as unknown as TrainerRecord
-  if (record.version !== 1) fail(RECORD, `format version ${quote(record.version)} is not one that this release reads (1)`)
+  if (record.version !== 1)
+    fail(RECORD, `format version ${quote(record.version)} is not one that this release reads (1)`)
   return record
 }
 

@@ -204,7 +204,7 @@ function countWindows(file: TokenFile, paths: readonly string[], context: number
 /** Index of the document that holds a token: the first whose end lies behind it. */
 function documentAt(ends: Float64Array, token: number): number {
   let low = 0
-  for (let high = ends.length; low < high; ) {
+  for (let high = ends.length; low < high;) {
     const middle = (low + high) >>> 1
     if (ends[middle]! <= token) low = middle + 1
     else high = middle

@@ -1,8 +1,30 @@
 import { type FileHandle, open, readFile } from 'node:fs/promises'
 import { writeAll, writeFailure, writeFileDurable } from '../files/durable.js'
 
+export interface StepResult {
+  /** Steps done, this one included. */
+  step: number
+  /** Mean negative log-likelihood, in nats, of all predictions of the step, before its update. */
+  loss: number
+  /** 2-norm of the gradients before clipping. */
+  gradNorm: number
+  learningRate: number
+  /** Tokens that went in. */
+  tokens: number
+  seconds: number
+  tokensPerSecond: number
+  /** flopsPerStep / seconds. */
+  flopsPerSecond: number
+  /** flopsPerStep / (seconds x peakFlops), where the option `peakFlops` is given. */
+  mfu?: number
+  /** True where loss or gradients were not finite: weights, moments and t of the bias corrections stayed as they were. */
+  skipped: boolean
+  /** At evaluations: `loss` over the validation windows, and what `evaluate` gave. */
+  validation?: Record<string, number>
+}
+
 /**
- * metrics.jsonl: one JSON object a step, written when the step is done, one write a line. Numbers that are not finite
+ * metrics.jsonl: the result of each step as a line of JSON, written when the step is done, one write a line. Numbers that are not finite
  * are null. It is made durable by `sync`, at every checkpoint.
  */
 export class MetricsLog {
@@ -26,7 +48,7 @@ export class MetricsLog {
     return new MetricsLog(path, await open(path, 'a'))
   }
 
-  async append(metrics: object): Promise<void> {
+  async append(metrics: StepResult): Promise<void> {
     const line = Buffer.from(`${JSON.stringify(metrics)}\n`)
     try {
       await writeAll(this.handle, line)

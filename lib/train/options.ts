@@ -141,7 +141,9 @@ const oneOf =
   (value, name) => {
     text(value, name)
     if (known.includes(value as string)) return
-    throw new RangeError(`${name} is ${quote(value)}, but must be one of ${known.join(', ')}${didYouMean(value as string, known)}`)
+    throw new RangeError(
+      `${name} is ${quote(value)}, but must be one of ${known.join(', ')}${didYouMean(value as string, known)}`,
+    )
   }
 
 const CHECKS: Record<keyof TrainerOptions, Check> = {
@@ -152,7 +154,8 @@ const CHECKS: Record<keyof TrainerOptions, Check> = {
   accumulate: whole(1),
   learningRate: atLeastZero,
   betas: (value, name) => {
-    if (!Array.isArray(value) || value.length !== 2) throw new TypeError(`${name} is ${quote(value)}, but must be two numbers`)
+    if (!Array.isArray(value) || value.length !== 2)
+      throw new TypeError(`${name} is ${quote(value)}, but must be two numbers`)
     value.forEach((entry, i) => beta(entry, `${name}[${i}]`))
   },
   eps: aboveZero,
@@ -187,11 +190,14 @@ const list = (value: string | readonly string[] | undefined): readonly string[] 
 
 /** Checks options and fills in defaults. Throws TypeError or RangeError that names the option, its value and the rule. */
 export function readOptions(options: TrainerOptions): Settings {
-  if (typeof options !== 'object' || options === null) throw new TypeError(`options are ${quote(options)}, but must be an object`)
+  if (typeof options !== 'object' || options === null)
+    throw new TypeError(`options are ${quote(options)}, but must be an object`)
   for (const [name, value] of Object.entries(options)) {
     if (!Object.hasOwn(CHECKS, name)) {
       const known = Object.keys(CHECKS)
-      throw new TypeError(`unknown option ${quote(name)}${didYouMean(name, known) || `; known are ${known.join(', ')}`}`)
+      throw new TypeError(
+        `unknown option ${quote(name)}${didYouMean(name, known) || `; known are ${known.join(', ')}`}`,
+      )
     }
     if (value !== undefined) CHECKS[name as keyof TrainerOptions](value, name)
   }

@@ -1,13 +1,49 @@
+import { relative, resolve } from 'node:path'
 import { quote, RopewalkError } from '../errors.js'
 import type { JsonValue } from '../files/json.js'
 import type { Llama } from '../model/llama.js'
 import { writeRope } from '../rope.js'
-import type { TrainerRecord } from './checkpoint.js'
+import { findCheckpoint, listCheckpoints, removeLeftovers, type TrainerRecord } from './checkpoint.js'
 import type { Settings } from './options.js'
+
+/**
+ * The checkpoint that the options ask to go on from, undefined for a start from the beginning. Throws RopewalkError
+ * ERR_EXISTS where the run would mix its checkpoints with others, ERR_NOT_FOUND, ERR_CHECKPOINT.
+ */
+export async function checkpointToResume(
+  { output, resume }: Settings,
+  warn: (message: string) => void,
+): Promise<{ path: string; record: TrainerRecord } | undefined> {
+  if (output !== undefined) await removeLeftovers(output)
+  const [newest] = output === undefined ? [] : await listCheckpoints(output)
+  const inside = typeof resume === 'string' && !relative(resolve(output ?? ''), resolve(resume)).startsWith('..')
+  if (newest && resume !== true && !inside) {
+    throw new RopewalkError(
+      'ERR_EXISTS',
+      `${output}: there are checkpoints of an earlier run (the newest is ${newest.path}): ` +
+        'set resume: true to go on from there, or choose another output',
+    )
+  }
+  if (resume === false) return undefined
+  const found = await findCheckpoint(resume === true ? output! : resume, warn)
+  if (!found && typeof resume === 'string') {
+    throw new RopewalkError('ERR_NOT_FOUND', `${resume}: there is no checkpoint to resume`)
+  }
+  // Of two lines of checkpoints in one folder, the one with the higher numbers would outlive the other.
+  if (found && newest && typeof resume === 'string' && newest.step > found.record.step) {
+    throw new RopewalkError(
+      'ERR_EXISTS',
+      `${found.path}: there are later checkpoints in ${output} (the newest is ${newest.path}): ` +
+        'move those away, set resume: true to go on from the newest, or choose another output',
+    )
+  }
+  return found
+}
 
 /** The options that decide what a run computes, as they stand in trainer.json. */
 export function decisiveOptions(settings: Settings): TrainerRecord['options'] {
-  const { batchSize, accumulate, learningRate, eps, weightDecay, maxGradNorm, warmupSteps, schedule, seed, packing } = settings
+  const { batchSize, accumulate, learningRate, eps, weightDecay, maxGradNorm, warmupSteps, schedule, seed, packing } =
+    settings
   // A constant rate does not depend on how long the run is to be: it may be made longer.
   const falls = schedule !== 'constant'
   return {

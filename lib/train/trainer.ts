@@ -1,72 +1,31 @@
-import { join, relative, resolve } from 'node:path'
+import { stat } from 'node:fs/promises'
+import { join, resolve } from 'node:path'
 import { RopewalkError } from '../errors.js'
 import { requireSpace } from '../files/durable.js'
 import { type Batch, type BatchOptions, readBatch, type Tokens } from '../model/batch.js'
-import { parameterShapes } from '../model/config.js'
 import type { Llama } from '../model/llama.js'
-import { Parameters } from '../model/parameters.js'
-import { Device } from '../runtime/device.js'
 import {
   checkpointBytes,
   checkpointName,
-  findCheckpoint,
   listCheckpoints,
   makeFolder,
   pruneCheckpoints,
   readCheckpoint,
-  removeLeftovers,
   type TrainerRecord,
   writeCheckpoint,
 } from './checkpoint.js'
 import { type DataCursor, DataLoader } from './data.js'
-import { MetricsLog } from './metrics.js'
+import { MetricsLog, type StepResult } from './metrics.js'
 import { AdamW } from './optimizer.js'
 import { readOptions, type Settings, type TrainerOptions } from './options.js'
 import { TrainingPasses } from './passes.js'
-import { decisiveModel, decisiveOptions, requireSame } from './resume.js'
+import { planTraining, type TrainingPlan } from './plan.js'
+import { checkpointToResume, decisiveModel, decisiveOptions, requireSame } from './resume.js'
 import { learningRateAt } from './schedule.js'
 
+export type { StepResult } from './metrics.js'
 export type { TrainerOptions, TrainerProgress } from './options.js'
-
-/** Exact bytes and counted operations of a run, known before anything is allocated. */
-export interface TrainingPlan {
-  weightsBytes: number
-  gradientBytes: number
-  /** Moments, float32 masters of bfloat16 weights, and a few scalars. */
-  optimizerBytes: number
-  /** Activations and temporaries at their peak. */
-  activationBytes: number
-  /** Tokens, labels and rotation tables. */
-  batchBytes: number
-  /** The sum: what the device holds while it trains. */
-  totalBytes: number
-  /** Bytes of a checkpoint on the disk, but for headers and the tokenizer. */
-  checkpointBytes: number
-  /** Counted floating-point operations of a step: products at 2 M N K, attention over the visible half only. */
-  flopsPerStep: number
-}
-
-export interface StepResult {
-  /** Steps done, this one included. */
-  step: number
-  /** Mean negative log-likelihood, in nats, of all predictions of the step, before its update. */
-  loss: number
-  /** 2-norm of the gradients before clipping. */
-  gradNorm: number
-  learningRate: number
-  /** Tokens that went in. */
-  tokens: number
-  seconds: number
-  tokensPerSecond: number
-  /** flopsPerStep / seconds. */
-  flopsPerSecond: number
-  /** flopsPerStep / (seconds x peakFlops), where the option `peakFlops` is given. */
-  mfu?: number
-  /** True where loss or gradients were not finite: weights, moments and t of the bias corrections stayed as they were. */
-  skipped: boolean
-  /** At evaluations: `loss` over the validation windows, and what `evaluate` gave. */
-  validation?: Record<string, number>
-}
+export type { TrainingPlan } from './plan.js'
 
 export interface TrainerState {
   /** Steps done. */
@@ -103,8 +62,8 @@ export class Trainer {
   /** As read or written last; `data` says where in which data the run is. */
   private data: TrainerRecord['data'] = null
   private savedStep: number | undefined
-  /** A folder with the tokenizer that stays: the newest checkpoint, before the first one the model's own. */
-  private companions: string
+  /** The folder whose tokenizer goes with checkpoints: the newest one, before the first the model's, if it has any. */
+  private companions: string | undefined
   private readonly healthy = new Set<string>()
   private running = false
   private disposed = false
@@ -115,29 +74,12 @@ export class Trainer {
     options: TrainerOptions = {},
   ) {
     this.settings = readOptions(options)
-    this.companions = model.path
     if (this.settings.context !== undefined) this.requireWindow(this.settings.context, 'context')
   }
 
   /** Memory and operations of the steps that `run` takes; needs the option `context`, and no device. */
   plan(): TrainingPlan {
-    const { model, settings } = this
-    const { batchSize, accumulate } = settings
-    const device = Device.open('dry')
-    const weights = new Parameters(device, model.weights.dtype, parameterShapes(model.config))
-    const optimizer = new AdamW(weights, settings)
-    const context = this.requireContext()
-    const passes = new TrainingPasses(model.config, weights, optimizer, batchSize, context, accumulate, this.validates)
-    return {
-      weightsBytes: weights.buffer.bytes,
-      gradientBytes: optimizer.gradientBytes,
-      optimizerBytes: optimizer.stateBytes,
-      activationBytes: passes.arenaBytes,
-      batchBytes: passes.batchBytes,
-      totalBytes: device.allocatedBytes,
-      checkpointBytes: checkpointBytes(weights, optimizer),
-      flopsPerStep: passes.flops,
-    }
+    return planTraining(this.model, this.settings, this.requireContext())
   }
 
   /**
@@ -255,8 +197,11 @@ export class Trainer {
   private async prepare(): Promise<void> {
     const { model, settings } = this
     if (model.device.dry) throw new Error('the dry device plans, it does not train: load the model on another device')
-    const checkpoint = await this.checkpointToResume()
+    const checkpoint = await checkpointToResume(settings, (message) => this.warn(message))
     if (checkpoint) requireSame(checkpoint.path, checkpoint.record, settings, model)
+    // A model that was made, not loaded, may have no folder; one that has is not to lose its tokenizer in silence.
+    const folder = await stat(model.path).catch(() => undefined)
+    this.companions = folder?.isDirectory() ? model.path : undefined
     model.releasePasses()
     const optimizer = new AdamW(model.weights, settings)
     try {
@@ -279,28 +224,6 @@ export class Trainer {
       optimizer.dispose()
       throw error
     }
-  }
-
-  private async checkpointToResume(): Promise<{ path: string; record: TrainerRecord } | undefined> {
-    const { output, resume } = this.settings
-    if (output !== undefined) {
-      await removeLeftovers(output)
-      const [newest] = await listCheckpoints(output)
-      const inside = typeof resume === 'string' && !relative(resolve(output), resolve(resume)).startsWith('..')
-      if (newest && resume !== true && !inside) {
-        throw new RopewalkError(
-          'ERR_EXISTS',
-          `${output}: there are checkpoints of an earlier run (the newest is ${newest.path}): ` +
-            'set resume: true to go on from there, or choose another output',
-        )
-      }
-    }
-    if (resume === false) return undefined
-    const found = await findCheckpoint(resume === true ? output! : resume, (message) => this.warn(message))
-    if (!found && typeof resume === 'string') {
-      throw new RopewalkError('ERR_NOT_FOUND', `${resume}: there is no checkpoint to resume`)
-    }
-    return found
   }
 
   /** Refuses before the first step what the disk could not hold after hours. */
@@ -330,7 +253,10 @@ export class Trainer {
     let loader: DataLoader
     try {
       const onWarning = (message: string): void => this.warn(message)
-      loader = await DataLoader.open({ ...settings, data, context: settings.context!, eosId, signal, onWarning }, tokenizer)
+      loader = await DataLoader.open(
+        { ...settings, data, context: settings.context!, eosId, signal, onWarning },
+        tokenizer,
+      )
     } catch (error) {
       if (!signal?.aborted || error instanceof RopewalkError) throw error
       this.state.interrupted = true
@@ -375,7 +301,9 @@ export class Trainer {
     const { settings, state } = this
     const { rows, time } = batches[0]!
     if (!batches.some(({ targets }) => targets > 0)) {
-      throw new RangeError('no label counts: every row needs at least two tokens, and a label that is not -100 after the first')
+      throw new RangeError(
+        'no label counts: every row needs at least two tokens, and a label that is not -100 after the first',
+      )
     }
     const learningRate = learningRateAt(state.step, settings)
     const passes = this.passesFor(rows, time, batches.length)

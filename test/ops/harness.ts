@@ -313,6 +313,8 @@ async function runOnce(c: OpCase, device: Device, shift: number): Promise<Outcom
 /** Largest |error| of an f32 result divided by what it may be, over all cases of this file so far. */
 export const worst = { ratio: 0, label: 'none' }
 
+const show = (x: number): string => (Object.is(x, -0) ? '-0' : String(x))
+
 /** How far `got` is from the truth, against how far the naive computation is; undefined where that is well. */
 function compare(c: OpCase, field: string, got: HostTensor, exact: ArrayLike<number>, naive: ArrayLike<number>) {
   if (exact.length !== got.size || naive.length !== got.size) {
@@ -327,7 +329,7 @@ function compare(c: OpCase, field: string, got: HostTensor, exact: ArrayLike<num
     const rounded = round(naive[i]!)
     const value = got.values[i]!
     if (c.bitwise || !Number.isFinite(rounded)) {
-      if (!Object.is(value, rounded)) return `${field}[${i}] is ${value}, expected ${rounded}`
+      if (!Object.is(value, rounded)) return `${field}[${i}] is ${show(value)}, expected ${show(rounded)}`
       continue
     }
     if (!Number.isFinite(value)) return `${field}[${i}] is ${value}, expected ${exact[i]}`

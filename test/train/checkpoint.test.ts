@@ -3,7 +3,8 @@ import * as fs from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import t from 'tap'
-import { Llama, type LoadOptions } from '../../lib/model/llama.js'
+import { Llama } from '../../lib/model/llama.js'
+import type { LoadOptions } from '../../lib/model/load.js'
 import { checkpointName, findCheckpoint, verifyCheckpoint } from '../../lib/train/checkpoint.js'
 import { Trainer, type TrainerOptions } from '../../lib/train/trainer.js'
 import { fixtures } from '../golden.js'
@@ -15,7 +16,12 @@ const load = (name = 'gqa-linear4-f32', options: LoadOptions = {}) =>
   Llama.load(name.includes('/') ? name : join(fixtures, name), { device: 'cpu', ...options })
 
 const data = join(dir, 'data.jsonl')
-const texts = ['a short one', 'the rope was laid along the walk', 'and every strand of it was stretched until it held', 'end']
+const texts = [
+  'a short one',
+  'the rope was laid along the walk',
+  'and every strand of it was stretched until it held',
+  'end',
+]
 fs.writeFileSync(data, texts.map((text) => `${JSON.stringify({ text })}\n`).join(''))
 /** The data have 5 windows: 6 steps cross the end of an epoch. */
 const base: TrainerOptions = { data, context: 16, steps: 6, learningRate: 1e-3, cacheDir: join(dir, 'cache') }
@@ -27,7 +33,12 @@ const folder = (): string => join(dir, `output-${serial++}`)
 const sums = (output: string, step: number): string =>
   fs.readFileSync(join(output, checkpointName(step), 'checksums.json'), 'utf8')
 
-async function train(output: string, options: TrainerOptions, name?: string, load_: LoadOptions = {}): Promise<Trainer> {
+async function train(
+  output: string,
+  options: TrainerOptions,
+  name?: string,
+  load_: LoadOptions = {},
+): Promise<Trainer> {
   using model = await load(name, load_)
   using trainer = new Trainer(model, { ...base, output, ...options })
   for await (const { skipped } of trainer.run()) if (skipped) throw new Error('a step was skipped')
@@ -125,6 +136,23 @@ t.test('a checkpoint is a model', async (t) => {
   }
 })
 
+t.test('a model that was made, not loaded', async (t) => {
+  const config = JSON.parse(fs.readFileSync(join(fixtures, 'mha-f32', 'config.json'), 'utf8'))
+  const tokens = [Array.from({ length: 20 }, (_, i) => (i * 31) % 250)]
+  for (const tokenizer of [undefined, join(fixtures, 'mha-f32')]) {
+    const output = folder()
+    using model = await Llama.create(config, { device: 'cpu', ...(tokenizer && { tokenizer }) })
+    using trainer = new Trainer(model, { output })
+    await trainer.step(tokens)
+    const path = await trainer.save()
+    t.equal(fs.existsSync(join(path, 'tokenizer.json')), tokenizer !== undefined)
+    const { loss } = await trainer.step(tokens)
+    using loaded = await load(path)
+    using resumed = new Trainer(loaded, { resume: path })
+    t.equal((await resumed.step(tokens)).loss, loss)
+  }
+})
+
 t.test('what does not fit is refused', async (t) => {
   const output = folder()
   await train(output, { steps: 2 })
@@ -145,7 +173,9 @@ t.test('what does not fit is refused', async (t) => {
   await refuse({ appendEos: false }, /the data are not those of the run/)
   await refuse({ validation: 1 }, /the data are not those of the run/)
   await refuse({}, /the model's dtype was "float32" .* is "bfloat16" now/, undefined, { dtype: 'bfloat16' })
-  await refuse({}, /the model's maxPositionEmbeddings was 128 .* is 256/, undefined, { rope: { type: 'linear', factor: 2 } })
+  await refuse({}, /the model's maxPositionEmbeddings was 128 .* is 256/, undefined, {
+    rope: { type: 'linear', factor: 2 },
+  })
   const other = join(dir, 'other.jsonl')
   fs.copyFileSync(data, other)
   await train(output, { steps: 3, resume: true, data: other })
@@ -162,7 +192,14 @@ t.test('damage is found, and the checkpoint before it is used', async (t) => {
   await train(output, { steps: 4, saveEvery: 2 })
   const newest = join(output, checkpointName(4))
   const names = fs.readdirSync(newest)
-  t.strictSame(names.sort(), ['checksums.json', 'config.json', 'model.safetensors', 'tokenizer.json', 'trainer.json', 'trainer.safetensors'])
+  t.strictSame(names.sort(), [
+    'checksums.json',
+    'config.json',
+    'model.safetensors',
+    'tokenizer.json',
+    'trainer.json',
+    'trainer.safetensors',
+  ])
   t.equal((await findCheckpoint(output, t.fail))!.path, newest)
   let seed = 1
   const random = (n: number): number => (seed = (seed * 48271) % 2147483647) % n
@@ -177,7 +214,8 @@ t.test('damage is found, and the checkpoint before it is used', async (t) => {
     const chosen = await findCheckpoint(output, (message) => warnings.push(message))
     tried++
     // what is wrong is named, but for a sum that was changed itself: then the file it belongs to is
-    const says = warnings.length === 1 && warnings[0]!.startsWith(newest) && warnings[0]!.includes('is damaged; going on from')
+    const says =
+      warnings.length === 1 && warnings[0]!.startsWith(newest) && warnings[0]!.includes('is damaged; going on from')
     const file = name === 'checksums.json' || warnings[0]!.startsWith(join(newest, name))
     if (chosen!.path === join(output, checkpointName(2)) && says && file) found++
     else t.fail(`${name}: ${chosen!.path} ${warnings.join()}`)
@@ -199,7 +237,9 @@ t.test('damage is found, and the checkpoint before it is used', async (t) => {
 
   fs.truncateSync(join(newest, 'trainer.safetensors'), 1000)
   const trainer = await train(output, { resume: true })
-  t.match(trainer.warnings, [/checkpoint-000004.trainer.safetensors: has 1000 bytes.*going on from .*checkpoint-000002/])
+  t.match(trainer.warnings, [
+    /checkpoint-000004.trainer.safetensors: has 1000 bytes.*going on from .*checkpoint-000002/,
+  ])
   const straight = folder()
   await train(straight, {})
   t.equal(sums(output, 6), sums(straight, 6), 'and ends where it should')
@@ -225,18 +265,28 @@ t.test('two healthy checkpoints stay', async (t) => {
   await train(output, { steps: 3, saveEvery: 1 })
   t.strictSame(await healthy(), [3, 2])
   fs.truncateSync(join(output, checkpointName(3), 'model.safetensors'), 77)
-  for (const junk of ['checkpoint-000003.tmp-77-aabbccdd', 'checkpoint-000003.tmp-77-aabbccdd.tmp-77-00000000', 'checkpoint-000001.old-1-a']) {
+  for (const junk of [
+    'checkpoint-000003.tmp-77-aabbccdd',
+    'checkpoint-000003.tmp-77-aabbccdd.tmp-77-00000000',
+    'checkpoint-000001.old-1-a',
+  ]) {
     fs.mkdirSync(join(output, junk))
     fs.writeFileSync(join(output, junk, 'file'), 'left by a run that was killed')
   }
   await train(output, { steps: 3, resume: true, saveEvery: 1 })
   t.strictSame(await healthy(), [3, 2], 'the damaged one was written again')
   fs.truncateSync(join(output, checkpointName(3), 'model.safetensors'), 77)
-  using model = await load()
-  using trainer = new Trainer(model, { ...base, output, resume: join(output, checkpointName(2)), steps: 4, saveEvery: 2 })
-  for await (const _ of trainer.run());
+  await t.rejects(train(output, { resume: join(output, checkpointName(2)) }), {
+    code: 'ERR_EXISTS',
+    message: /there are later checkpoints .*checkpoint-000003/,
+  })
+  await train(output, { steps: 4, resume: true, saveEvery: 2 })
   t.strictSame(await healthy(), [4, 2], 'a damaged one does not count')
-  t.strictSame(fs.readdirSync(output).sort(), [2, 3, 4].map(checkpointName).concat('metrics.jsonl'), 'nothing is left over')
+  t.strictSame(
+    fs.readdirSync(output).sort(),
+    [2, 3, 4].map(checkpointName).concat('metrics.jsonl'),
+    'nothing is left over',
+  )
   await train(output, { steps: 5, resume: true, keep: 2 })
   t.strictSame(fs.readdirSync(output).sort(), [4, 5].map(checkpointName).concat('metrics.jsonl'))
   await train(output, { steps: 7, resume: true, keep: Infinity, saveEvery: 1 })
@@ -261,7 +311,9 @@ t.test(`${kills} kills change no bit`, async (t) => {
   /** Runs until the end, or until `delay` ms after the first step. */
   const child = (delay: number | undefined): Promise<NodeJS.Signals | null> =>
     new Promise((resolve, reject) => {
-      const run = spawn(process.execPath, [...loader, '--input-type=module', '-e', code], { stdio: ['ignore', 'pipe', 'pipe'] })
+      const run = spawn(process.execPath, [...loader, '--input-type=module', '-e', code], {
+        stdio: ['ignore', 'pipe', 'pipe'],
+      })
       let errors = ''
       run.stderr.on('data', (chunk) => (errors += chunk))
       run.stdout.once('data', () => delay !== undefined && setTimeout(() => run.kill('SIGKILL'), delay))
@@ -276,7 +328,11 @@ t.test(`${kills} kills change no bit`, async (t) => {
   t.equal(await child(undefined), null)
   t.ok(killed >= 1, `${killed} were killed before they were done`)
   t.equal(sums(output, steps), sums(straight, steps), 'as if nothing had happened')
-  t.strictSame(metricsOf(output), Array.from({ length: steps }, (_, i) => i + 1), 'each step stands once in the metrics')
+  t.strictSame(
+    metricsOf(output),
+    Array.from({ length: steps }, (_, i) => i + 1),
+    'each step stands once in the metrics',
+  )
   t.strictSame(fs.readdirSync(output).sort(), [steps - 1, steps].map(checkpointName).concat('metrics.jsonl'))
 })
 
@@ -301,7 +357,10 @@ t.test('a full disk', async (t) => {
   }
   const output = join(disk, 'output')
   leave(1_000_000)
-  await t.rejects(train(output, { saveEvery: 1 }), { code: 'ERR_NO_SPACE', message: /output: the disk is full: \d+ bytes .* needed, \d+ bytes/ })
+  await t.rejects(train(output, { saveEvery: 1 }), {
+    code: 'ERR_NO_SPACE',
+    message: /output: the disk is full: \d+ bytes .* needed, \d+ bytes/,
+  })
   t.notOk(fs.existsSync(join(output, 'metrics.jsonl')), 'refused before the first step')
 
   leave(1_900_000)
@@ -316,7 +375,11 @@ t.test('a full disk', async (t) => {
   await t.rejects(run(), full, 'noticed before a byte is written')
   t.strictSame(fs.readdirSync(output).sort(), [checkpointName(2), 'metrics.jsonl'])
   leave(spaces.shift()!)
-  await t.rejects(trainer.save(), { code: 'ERR_NO_SPACE', message: /checkpoint-000004.*: the disk is full: \d+ bytes/ }, 'noticed while writing')
+  await t.rejects(
+    trainer.save(),
+    { code: 'ERR_NO_SPACE', message: /checkpoint-000004.*: the disk is full: \d+ bytes/ },
+    'noticed while writing',
+  )
   t.strictSame(fs.readdirSync(output).sort(), [checkpointName(2), 'metrics.jsonl'], 'nothing half-written stays')
   t.equal((await verifyCheckpoint(join(output, checkpointName(2)))).step, 2, 'the old one is whole')
   t.match(trainer.state, { step: 4, applied: 4 })

@@ -154,7 +154,11 @@ t.before(async () => {
 })
 
 /** Takes up the run in `output` at its newest checkpoint, goes on to step 3 and saves, on a disk. */
-async function attempt(output: string, disk: Disk, then?: (trainer: Trainer) => Promise<void>): Promise<Error | undefined> {
+async function attempt(
+  output: string,
+  disk: Disk,
+  then?: (trainer: Trainer) => Promise<void>,
+): Promise<Error | undefined> {
   using trainer = new Trainer(model, { ...options, output, resume: true })
   await trainer.save() // nothing new: only takes up the checkpoint
   while (trainer.state.step < 3) await trainer.step(tokens)
@@ -162,7 +166,9 @@ async function attempt(output: string, disk: Disk, then?: (trainer: Trainer) => 
   try {
     await trainer.save()
     // an old checkpoint that cannot be deleted is told, and no reason to stop
-    return trainer.warnings[0] === undefined ? undefined : Object.assign(new Error(trainer.warnings[0]), { code: 'warning' })
+    return trainer.warnings[0] === undefined
+      ? undefined
+      : Object.assign(new Error(trainer.warnings[0]), { code: 'warning' })
   } catch (error) {
     disk.remove()
     await then?.(trainer)
@@ -195,7 +201,12 @@ async function callsOfSave(): Promise<string[]> {
   const disk = new Disk(Infinity)
   const output = stand()
   await attempt(output, disk)
-  return disk.calls.map((call) => call.replaceAll(`${output}/`, '').replaceAll(output, '').replace(/-\d+-[0-9a-f]{8}/g, ''))
+  return disk.calls.map((call) =>
+    call
+      .replaceAll(`${output}/`, '')
+      .replaceAll(output, '')
+      .replace(/-\d+-[0-9a-f]{8}/g, ''),
+  )
 }
 
 t.test('every file, their folder, its name, then the deletion', async (t) => {
@@ -204,7 +215,14 @@ t.test('every file, their folder, its name, then the deletion', async (t) => {
   const at = (call: string): number => calls.indexOf(call)
   const commit = at(`rename ${name}.tmp -> ${name}`)
   t.ok(commit > 0)
-  for (const file of ['config.json', 'model.safetensors', 'tokenizer.json', 'trainer.json', 'trainer.safetensors', 'checksums.json']) {
+  for (const file of [
+    'config.json',
+    'model.safetensors',
+    'tokenizer.json',
+    'trainer.json',
+    'trainer.safetensors',
+    'checksums.json',
+  ]) {
     const synced = calls.findIndex((call) => call.startsWith(`sync ${name}.tmp`) && call.endsWith(`/${file}`))
     t.ok(synced > 0 && synced < commit, file)
   }
@@ -252,7 +270,11 @@ t.test('the power fails at every call', async (t) => {
 
 t.test('every call fails', async (t) => {
   const count = (await callsOfSave()).length
-  for (const [code, every] of [['EIO', 1], ['ENOSPC', 3], ['EDQUOT', 7]] as const) {
+  for (const [code, every] of [
+    ['EIO', 1],
+    ['ENOSPC', 3],
+    ['EDQUOT', 7],
+  ] as const) {
     for (let at = 1; at <= count; at += every) {
       const output = stand()
       const disk = new Disk(at, code)
@@ -266,7 +288,8 @@ t.test('every call fails', async (t) => {
       })
       const what = `${code} at ${disk.calls[at - 1]}`
       if (!error || went === false) t.fail(`${what}: ${error ? 'the run was harmed' : 'not reported'}`)
-      else if (!error.message.includes(output) || !(error as { code?: string }).code) t.fail(`${what}: ${error.message}`)
+      else if (!error.message.includes(output) || !(error as { code?: string }).code)
+        t.fail(`${what}: ${error.message}`)
       if (disk.syncsAfterFailure > 0) t.fail(`${what}: an fsync that failed was tried again`)
       await holds(t, output, what)
     }

@@ -50,7 +50,7 @@ const rowsOf = ({ tokens }: Sample): number[][] => {
 const start: DataCursor = { epoch: 0, index: 0 }
 async function take(loader: DataLoader, count: number, rows = 1, from = start): Promise<number[][]> {
   const taken: number[][] = []
-  for (let cursor = from; taken.length < count; ) {
+  for (let cursor = from; taken.length < count;) {
     const { sample, cursor: after } = await loader.next(cursor, rows)
     taken.push(...rowsOf(sample))
     cursor = after
@@ -61,7 +61,13 @@ async function take(loader: DataLoader, count: number, rows = 1, from = start): 
 const letters = (n: number): string => Array.from({ length: n }, (_, i) => String.fromCharCode(97 + (i % 26))).join('')
 
 t.test('schedule', async (t) => {
-  const base: ScheduleSettings = { learningRate: 2, warmupSteps: 20, schedule: 'constant', steps: 120, finalFraction: 0.1 }
+  const base: ScheduleSettings = {
+    learningRate: 2,
+    warmupSteps: 20,
+    schedule: 'constant',
+    steps: 120,
+    finalFraction: 0.1,
+  }
   const at = (step: number, more: Partial<ScheduleSettings> = {}) => learningRateAt(step, { ...base, ...more })
   t.equal(at(0), 0.2, 'a tenth of the peak')
   t.ok(Math.abs(at(10) - 1.1) < 1e-12, 'half way up')
@@ -85,7 +91,10 @@ t.test('permutations', async (t) => {
   t.strictSame([...permutation(10, 0, 0)], PINNED[0])
   t.strictSame([...permutation(10, 0, 1)], PINNED[1])
   t.strictSame([...permutation(10, 2 ** 40 + 1, 0)], PINNED[2])
-  t.strictSame([...permutation(1000, 7, 3)].sort((a, b) => a - b), [...Array(1000).keys()])
+  t.strictSame(
+    [...permutation(1000, 7, 3)].sort((a, b) => a - b),
+    [...Array(1000).keys()],
+  )
   t.strictSame([...permutation(0, 1, 1)], [])
   // Each item comes to each place equally often: chi-square of 5 x 5 counts, 16 degrees of freedom.
   const counts = Array.from({ length: 25 }, () => 0)
@@ -102,18 +111,31 @@ t.test('concatenated windows', async (t) => {
   t.strictSame(loader.size, { tokens: 16, documents: 3, windows: 4, validationWindows: 0 })
   const epoch = await take(loader, 4)
   const windows = [0, 4, 8, 12].map((at) => stream.slice(at, at + 4))
-  t.strictSame(epoch, [...permutation(4, 0, 0)].map((i) => windows[i]), 'every window once, in the order of the seed')
+  t.strictSame(
+    epoch,
+    [...permutation(4, 0, 0)].map((i) => windows[i]),
+    'every window once, in the order of the seed',
+  )
   t.strictSame(await take(loader, 4, 2), epoch, 'rows do not change the order')
   const eight = await take(loader, 8)
-  t.strictSame(eight.slice(4), [...permutation(4, 0, 1)].map((i) => windows[i]), 'another order in the next epoch')
+  t.strictSame(
+    eight.slice(4),
+    [...permutation(4, 0, 1)].map((i) => windows[i]),
+    'another order in the next epoch',
+  )
   t.strictSame(await take(loader, 9, 3), await take(loader, 9), 'micro-batches cross the end of an epoch')
   const { sample, cursor } = await loader.next({ epoch: 0, index: 3 }, 2)
   t.strictSame(cursor, { epoch: 1, index: 1 })
   t.strictSame(rowsOf(sample), [eight[3], eight[4]], 'a cursor is all that is needed to go on')
   t.strictSame(sample.options, {}, 'attention runs across documents')
   t.match(sample.origin[0], /^window \d \(\d\.jsonl, document \d, tokens \d+\.\.\d+\)$/)
-  const third = (await Promise.all([0, 1, 2, 3].map((index) => loader.next({ epoch: 0, index }, 1)))).flatMap((n) => n.sample.origin)
-  t.ok(third.some((origin) => /^window 3 \(.*jsonl, document 1, tokens 12\.\.15\)$/.test(origin)), 'the document of the second file')
+  const third = (await Promise.all([0, 1, 2, 3].map((index) => loader.next({ epoch: 0, index }, 1)))).flatMap(
+    (n) => n.sample.origin,
+  )
+  t.ok(
+    third.some((origin) => /^window 3 \(.*jsonl, document 1, tokens 12\.\.15\)$/.test(origin)),
+    'the document of the second file',
+  )
   await loader.close()
 
   const other = await open({ data, seed: 1, context: 3 })
@@ -159,7 +181,11 @@ t.test('documents apart', async (t) => {
   const boundary = await open({ data: [file(['ab', 'cd', 'ef'])], context: 4, packing: 'documents' })
   for (let index = 0; index < 3; index++) {
     const { options } = (await boundary.next({ epoch: 0, index }, 1)).sample
-    t.strictSame([...(options.first as { data: Int32Array }).data], [0, 0, 0, 0], 'a document that starts with the window')
+    t.strictSame(
+      [...(options.first as { data: Int32Array }).data],
+      [0, 0, 0, 0],
+      'a document that starts with the window',
+    )
     t.notOk([...(options.labels as { data: Int32Array }).data].includes(-100))
   }
   await boundary.close()
@@ -170,7 +196,11 @@ t.test('validation', async (t) => {
   const all = await open({ data })
   const everything = (await take(all, 20)).map(String).sort()
   await all.close()
-  for (const [validation, size] of [[0.25, 5], [0.001, 1], [7, 7]] as const) {
+  for (const [validation, size] of [
+    [0.25, 5],
+    [0.001, 1],
+    [7, 7],
+  ] as const) {
     const loader = await open({ data, validation })
     t.equal(loader.size.validationWindows, size)
     t.equal(loader.size.windows, 20 - size)
@@ -230,7 +260,15 @@ t.test('cache', async (t) => {
   await same('from the cache')
   t.equal(encoded, 0)
   // every part of the file: tokens, ends, JSON, trailer, checksum; and what a crash leaves
-  const places = [0, 4000, bytes.length - 64 - 200, bytes.length - 66, bytes.length - 60, bytes.length - 45, bytes.length - 1]
+  const places = [
+    0,
+    4000,
+    bytes.length - 64 - 200,
+    bytes.length - 66,
+    bytes.length - 60,
+    bytes.length - 45,
+    bytes.length - 1,
+  ]
   for (const [i, place] of places.entries()) {
     const damaged = Buffer.from(bytes)
     damaged[place]! ^= 1 << (i % 8)
@@ -274,7 +312,7 @@ t.test('cache', async (t) => {
 t.test('long tokenising leaves the event loop free', async (t) => {
   const data = [file(Array.from({ length: 400 }, () => 'x'))]
   const slow = (text: string): number[] => {
-    for (const end = performance.now() + 0.5; performance.now() < end; );
+    for (const end = performance.now() + 0.5; performance.now() < end;);
     return ids(text)
   }
   let turns = 0

@@ -2,7 +2,8 @@ import * as fs from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import t from 'tap'
-import { Llama, type LoadOptions } from '../../lib/model/llama.js'
+import { Llama } from '../../lib/model/llama.js'
+import type { LoadOptions } from '../../lib/model/load.js'
 import { DataLoader } from '../../lib/train/data.js'
 import { type StepResult, Trainer, type TrainerOptions } from '../../lib/train/trainer.js'
 import { caseNames, fixtures, norm, openGolden, relativeError } from '../golden.js'
@@ -89,7 +90,11 @@ t.test('options', async (t) => {
     [{ betas: 0.9 }, TypeError, /betas is 0.9, but must be two numbers/],
     [{ betas: [0.9, 1] }, RangeError, /betas\[1\] is 1, but must be in \[0, 1\)/],
     [{ eps: 0 }, RangeError, /eps is 0/],
-    [{ schedule: 'cosin' }, RangeError, /schedule is "cosin", but must be one of constant, linear, cosine; did you mean "cosine"\?/],
+    [
+      { schedule: 'cosin' },
+      RangeError,
+      /schedule is "cosin", but must be one of constant, linear, cosine; did you mean "cosine"\?/,
+    ],
     [{ packing: 'none' }, RangeError, /packing is "none", but must be one of concat, documents/],
     [{ finalFraction: 2 }, RangeError, /finalFraction is 2/],
     [{ data: [] }, RangeError, /data is an empty list/],
@@ -105,7 +110,8 @@ t.test('options', async (t) => {
     [{ seed: -1 }, RangeError, /seed is -1/],
     [{ context: 4096 }, RangeError, /context is 4096, but the model's context window is 128: .* factor: 32 /],
   ]
-  for (const [options, type, message] of bad) t.throws(() => new Trainer(model, options as never), { name: type.name, message })
+  for (const [options, type, message] of bad)
+    t.throws(() => new Trainer(model, options as never), { name: type.name, message })
   t.throws(() => new Trainer(model, null as never), TypeError)
   using trainer = new Trainer(model, {})
   t.throws(() => trainer.plan(), { message: /context is missing/ })
@@ -125,7 +131,10 @@ t.test('options', async (t) => {
 })
 
 t.test('memory and operations are known before', async (t) => {
-  for (const [name, dtype] of [['gqa-linear4-f32', 'float32'], ['mha-bf16', 'bfloat16']] as const) {
+  for (const [name, dtype] of [
+    ['gqa-linear4-f32', 'float32'],
+    ['mha-bf16', 'bfloat16'],
+  ] as const) {
     for (const more of [{}, { batchSize: 2, accumulate: 3, validation: 2 }]) {
       const options = { ...base, ...more, steps: 2 }
       using planned = await Llama.load(join(fixtures, name), { device: 'dry' })
@@ -161,7 +170,10 @@ t.test('run', async (t) => {
     onProgress: (progress) => seen.push(progress.stage),
   })
   const results = await all(trainer)
-  t.strictSame(results.map(({ step }) => step), [1, 2, 3, 4, 5, 6])
+  t.strictSame(
+    results.map(({ step }) => step),
+    [1, 2, 3, 4, 5, 6],
+  )
   for (const { tokens, seconds, tokensPerSecond, mfu, flopsPerSecond, skipped, learningRate, step } of results) {
     t.equal(tokens, 128)
     t.equal(tokensPerSecond, tokens / seconds)
@@ -175,7 +187,10 @@ t.test('run', async (t) => {
   t.equal(results[5]!.validation!.score, await model.loss(tokens))
   t.strictSame(fs.readdirSync(output).sort(), ['checkpoint-000004', 'checkpoint-000006', 'metrics.jsonl'])
   const lines = fs.readFileSync(join(output, 'metrics.jsonl'), 'utf8').trim().split('\n')
-  t.strictSame(lines.map((line) => JSON.parse(line)), results)
+  t.strictSame(
+    lines.map((line) => JSON.parse(line)),
+    results,
+  )
   t.ok(seen.includes('checkpoint') && seen.includes('hash'))
   t.strictSame(await all(trainer), [], 'done is done')
   t.match(trainer.state, { step: 6, applied: 6, skipped: 0, tokens: 768, interrupted: false })
@@ -193,7 +208,11 @@ t.test('run', async (t) => {
 t.test('micro-batches are one batch', async (t) => {
   const losses: number[][] = []
   const norms: number[][] = []
-  for (const [batchSize, accumulate] of [[4, 1], [2, 2], [1, 4]] as const) {
+  for (const [batchSize, accumulate] of [
+    [4, 1],
+    [2, 2],
+    [1, 4],
+  ] as const) {
     using model = await load()
     using trainer = new Trainer(model, { ...base, batchSize, accumulate, packing: 'documents' })
     const results = await all(trainer)
@@ -224,7 +243,10 @@ t.test('packed documents do not see each other', async (t) => {
     fs.writeFileSync(path, texts.map((text) => `${JSON.stringify({ text })}\n`).join(''))
     const encoder = { hash: path, encode: (text: string) => Array.from(text, (c) => c.charCodeAt(0)) }
     const settings = { data: [path], context: 20, packing: 'documents', seed: 0, validation: undefined } as const
-    const loader = await DataLoader.open({ ...settings, eosId: 2, field: 'text', cacheDir: join(dir, 'cache') }, encoder)
+    const loader = await DataLoader.open(
+      { ...settings, eosId: 2, field: 'text', cacheDir: join(dir, 'cache') },
+      encoder,
+    )
     const { sample } = await loader.next({ epoch: 0, index: 0 }, 1)
     await loader.close()
     return sample
@@ -245,11 +267,18 @@ t.test('packed documents do not see each other', async (t) => {
     }),
   )
   for (const [name, { data }] of gradients[0]!) t.strictSame(data, gradients[1]!.get(name)!.data, name)
-  t.notSame((await model.tokenLosses(one.tokens)).data.subarray(10), (await model.tokenLosses(two.tokens)).data.subarray(10))
+  t.notSame(
+    (await model.tokenLosses(one.tokens)).data.subarray(10),
+    (await model.tokenLosses(two.tokens)).data.subarray(10),
+  )
 })
 
 t.test('a loss that is not finite changes nothing', async (t) => {
-  for (const [name, value] of [['mha-f32', NaN], ['mha-f32', 3e38], ['mha-bf16', Infinity]] as const) {
+  for (const [name, value] of [
+    ['mha-f32', NaN],
+    ['mha-f32', 3e38],
+    ['mha-bf16', Infinity],
+  ] as const) {
     using model = await load(name)
     const output = join(dir, `bad-${name}-${value}`)
     using trainer = new Trainer(model, { maxSkipped: 3, learningRate: 1e-3, output, context: 32 })
@@ -262,8 +291,9 @@ t.test('a loss that is not finite changes nothing', async (t) => {
     const optimizer = (trainer as any).optimizer
     const states = async () =>
       Promise.all(
-        [optimizer.m, optimizer.v, optimizer.masters].map(async (buffer) =>
-          buffer && Buffer.from(await model.device.download(model.weights.flat(buffer, 'f32'))).toString('base64'),
+        [optimizer.m, optimizer.v, optimizer.masters].map(
+          async (buffer) =>
+            buffer && Buffer.from(await model.device.download(model.weights.flat(buffer, 'f32'))).toString('base64'),
         ),
       )
     const moments = await states()
@@ -321,7 +351,10 @@ t.test('a signal ends a run after its step', async (t) => {
   // A second run of the same trainer goes on.
   using again = new Trainer(model, base)
   for await (const { step } of again.run()) if (step === 2) break
-  t.strictSame((await all(again)).map(({ step }) => step), [3, 4])
+  t.strictSame(
+    (await all(again)).map(({ step }) => step),
+    [3, 4],
+  )
   const one = again.run()
   using other = new Trainer(model, base)
   const first = other.run()

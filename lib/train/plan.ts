@@ -1,0 +1,46 @@
+import { parameterShapes } from '../model/config.js'
+import type { Llama } from '../model/llama.js'
+import { Parameters } from '../model/parameters.js'
+import { Device } from '../runtime/device.js'
+import { checkpointBytes } from './checkpoint.js'
+import { AdamW } from './optimizer.js'
+import type { Settings } from './options.js'
+import { TrainingPasses } from './passes.js'
+
+/** Exact bytes and counted operations of a run, known before anything is allocated. */
+export interface TrainingPlan {
+  weightsBytes: number
+  gradientBytes: number
+  /** Moments, float32 masters of bfloat16 weights, and a few scalars. */
+  optimizerBytes: number
+  /** Activations and temporaries at their peak. */
+  activationBytes: number
+  /** Tokens, labels and rotation tables. */
+  batchBytes: number
+  /** The sum: what the device holds while it trains. */
+  totalBytes: number
+  /** Bytes of a checkpoint on the disk, but for headers and the tokenizer. */
+  checkpointBytes: number
+  /** Counted floating-point operations of a step: products at 2 M N K, attention over the visible half only. */
+  flopsPerStep: number
+}
+
+/** Records the steps of a run on the dry device, in the same way as for a real one. */
+export function planTraining(model: Llama, settings: Settings, context: number): TrainingPlan {
+  const { batchSize, accumulate, validation } = settings
+  const device = Device.open('dry')
+  const weights = new Parameters(device, model.weights.dtype, parameterShapes(model.config))
+  const optimizer = new AdamW(weights, settings)
+  const validates = validation !== undefined
+  const passes = new TrainingPasses(model.config, weights, optimizer, batchSize, context, accumulate, validates)
+  return {
+    weightsBytes: weights.buffer.bytes,
+    gradientBytes: optimizer.gradientBytes,
+    optimizerBytes: optimizer.stateBytes,
+    activationBytes: passes.arenaBytes,
+    batchBytes: passes.batchBytes,
+    totalBytes: device.allocatedBytes,
+    checkpointBytes: checkpointBytes(weights, optimizer),
+    flopsPerStep: passes.flops,
+  }
+}
