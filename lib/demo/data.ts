@@ -94,12 +94,17 @@ export function* prose(dice: Dice, people: number): Generator<string, never> {
   }
 }
 
-/** A list of `length` words, recited without end, as pieces. */
+/** A list of words, or of numbers, of about `length` tokens, recited without end, as pieces. */
 export function* refrain(dice: Dice, length: number): Generator<string, never> {
   yield* piecesOf(REFRAIN, true)
-  const list = dice.some(RECITED, length)
-  for (;;) yield* piecesOf(list)
+  const numbers = dice.next() < 0.3
+  const list = numbers
+    ? Array.from({ length: Math.ceil(length / 6) }, () => ` ${randomKey(dice)}`.match(PIECE)!).flat()
+    : [...piecesOf(dice.some(RECITED, length))]
+  for (;;) yield* list
 }
+
+const randomKey = (dice: Dice): string => String(10000 + dice.below(90000))
 
 /** Words as pieces: a space goes before each but marks, and the first of a text. */
 function* piecesOf(list: readonly string[], first = false): Generator<string> {
@@ -151,7 +156,7 @@ export class Corpus {
 
   /** The paper's prompt with a random key and as much filler as `length` tokens can hold, answer included. */
   prompt(dice: Dice, length: number, where = dice.next()): PasskeyPrompt {
-    const key = String(10000 + dice.below(90000))
+    const key = randomKey(dice)
     const total = Math.floor((length - this.bare) / this.unit)
     if (total < 0) throw new RangeError(`a passkey prompt needs ${this.bare} tokens, there are ${length}`)
     const after = Math.min(total, Math.floor(where * (total + 1)))
@@ -167,7 +172,7 @@ export class Corpus {
       const head = [...ids, ...answer]
       return head.length < length ? [...head, ...this.prose(dice, persons, length - head.length)] : head
     }
-    if (kind < passkeys + refrains) return this.refrain(dice, 4 + dice.below(Math.min(40, length / 4)), length)
+    if (kind < passkeys + refrains) return this.refrain(dice, 4 + dice.below(Math.min(36, length / 4)), length)
     return this.prose(dice, persons, length)
   }
 

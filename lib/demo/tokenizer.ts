@@ -47,7 +47,15 @@ export function trainTokenizer(text: string, size: number): Record<string, unkno
     vocab.push(left + right)
   }
   const special = [BEGIN, END].map((content, i) => ({
-    ...{ id: size - 2 + i, content, single_word: false, lstrip: false, rstrip: false, normalized: false, special: true },
+    ...{
+      id: size - 2 + i,
+      content,
+      single_word: false,
+      lstrip: false,
+      rstrip: false,
+      normalized: false,
+      special: true,
+    },
   }))
   const template = [{ SpecialToken: { id: BEGIN, type_id: 0 } }, { Sequence: { id: 'A', type_id: 0 } }]
   return {

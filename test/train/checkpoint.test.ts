@@ -293,7 +293,7 @@ t.test('two healthy checkpoints stay', async (t) => {
   t.strictSame(await healthy(), [7, 6, 5, 4])
 })
 
-const kills = 4
+const kills = Number(process.env.ROPEWALK_KILLS ?? 3)
 t.test(`${kills} kills change no bit`, async (t) => {
   const straight = folder()
   const steps = 60

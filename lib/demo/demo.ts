@@ -1,0 +1,265 @@
+import { readFile } from 'node:fs/promises'
+import { availableParallelism, cpus } from 'node:os'
+import { join } from 'node:path'
+import { kmax } from '../eval/passkey.js'
+import { loadTokenizer } from '../files/tokenizer.js'
+import { Llama, Trainer, version } from '../index.js'
+import { PACKAGE_ROOT } from '../runtime/native.js'
+import { Corpus, Dice, type PasskeyPrompt } from './data.js'
+import { findings, type Finding } from './findings.js'
+import { losses, mean, meanLosses, retrieves, standardError } from './measure.js'
+
+/** The base model that ships with the package; `npm run demo:base` trains it anew. */
+export const BASE = join(PACKAGE_ROOT, 'lib', 'demo', 'checkpoint')
+
+export type Method = 'extrapolated' | 'interpolated' | 'tuned' | 'direct'
+
+export const METHODS: readonly { method: Method; label: string; short: string }[] = [
+  { method: 'extrapolated', label: 'the base, extrapolated', short: 'extrapolated' },
+  { method: 'interpolated', label: 'PI, no fine-tuning', short: 'PI, no fine-tuning' },
+  { method: 'tuned', label: 'PI, fine-tuned', short: 'PI, fine-tuned' },
+  { method: 'direct', label: 'no PI, fine-tuned the same', short: 'no PI, fine-tuned' },
+]
+
+/** How each extension is trained and measured. Both fine-tuned models get the same tokens. */
+export interface Recipe {
+  /** By how much the window is stretched. */
+  factors: readonly number[]
+  steps: number
+  tokensPerStep: number
+  learningRate: number
+  /** Texts for the perplexity, and prompts at each place of the key and at each context. */
+  texts: number
+  trials: number
+}
+
+export const RECIPE: Recipe = {
+  ...{ factors: [4, 8], steps: 200, tokensPerStep: 4096, learningRate: 1e-3 },
+  ...{ texts: 32, trials: 12 },
+}
+
+/** A look in a quarter of the time: the smaller factor, fewer steps. */
+export const QUICK: Recipe = { ...RECIPE, factors: [4], steps: 80 }
+
+/** Depths of the key that are tried, from the end of the prompt to its beginning. */
+const PLACES = 8
+/** Points of a perplexity curve. */
+const BINS = 32
+/** Prompts at a context that is shorter than the window. */
+const PROMPTS_PER_TRIAL = 3
+const FINE_TUNING_MIXTURE = { people: [3, 10], passkeys: 0.35, refrains: 0.15 } as const
+const PEOPLE = 8
+
+export interface Measurement {
+  method: Method
+  /** Perplexity of tokens with `from` to `to` tokens before them, with a 95 % interval over the texts. */
+  perplexity: { from: number; to: number; value: number; low: number; high: number }[]
+  /** The same in steps of a 32nd of the window, `context` being the middle. */
+  curve: { context: number; perplexity: number }[]
+  /** Keys found in prompts of `context` tokens, wherever the key is. */
+  passkeyByContext: { context: number; trials: number; accuracy: number }[]
+  /** Keys found in prompts of the whole window, by the key's distance from the end in tokens. */
+  passkeyByDistance: { distance: number; trials: number; accuracy: number }[]
+  /** The largest distance up to which at least 20 % are found at every distance tried; 0 for none (the paper's k_max). */
+  kmax: number
+  /** Mean training loss of the first and last tenth of the steps. */
+  training?: { steps: number; tokens: number; firstLoss: number; lastLoss: number }
+}
+
+export interface Extension {
+  factor: number
+  window: number
+  methods: Measurement[]
+  findings: Finding[]
+}
+
+export interface DemoResult {
+  version: string
+  date: string
+  machine: string
+  seed: number
+  seconds: number
+  base: { parameters: number; window: number; trainedTokens: number }
+  recipe: Recipe
+  extensions: Extension[]
+}
+
+export interface DemoOptions {
+  /** Of texts, prompts and training windows; the base model is always the same. Default 1. */
+  seed?: number
+  recipe?: Recipe
+  base?: string
+  signal?: AbortSignal
+  /** `done` goes from 0 to 1 in proportion to the work. */
+  onProgress?: (done: number, task: string) => void
+}
+
+/** Extends the base model by each factor in four ways and measures all of them on the same texts and prompts. */
+export async function runDemo(options: DemoOptions = {}): Promise<DemoResult> {
+  const { seed = 1, recipe = RECIPE, base = BASE, signal, onProgress } = options
+  const started = performance.now()
+  const corpus = new Corpus(await loadTokenizer(base))
+  using model = await Llama.load(base, { dtype: 'float32' })
+  const work = new Work(recipe, model.contextWindow, signal, onProgress)
+  const { contextWindow: window, parameterCount: parameters } = model
+  const extensions: Extension[] = []
+  for (const factor of recipe.factors) {
+    const trial = new Trial(corpus, recipe, seed, window, factor, work)
+    const methods: Measurement[] = []
+    methods.push(await trial.measure(model, 'extrapolated'))
+    {
+      using interpolated = await Llama.load(base, { dtype: 'float32', rope: { type: 'linear', factor } })
+      methods.push(await trial.measure(interpolated, 'interpolated'))
+      const training = await trial.train(interpolated, 'PI')
+      methods.push({ ...(await trial.measure(interpolated, 'tuned')), training })
+    }
+    {
+      using direct = await stretched(model, window * factor)
+      const training = await trial.train(direct, 'no PI')
+      methods.push({ ...(await trial.measure(direct, 'direct')), training })
+    }
+    extensions.push({ factor, window: window * factor, methods, findings: findings(methods, window, window * factor) })
+  }
+  return {
+    version,
+    date: new Date().toISOString().slice(0, 10),
+    machine: `${cpus()[0]?.model.trim() ?? 'unknown CPU'}, ${availableParallelism()} cores; ${model.device.description}`,
+    seed,
+    seconds: Math.round((performance.now() - started) / 100) / 10,
+    base: { parameters, window, trainedTokens: await trainedTokens(base) },
+    recipe,
+    extensions,
+  }
+}
+
+/** The same weights and positions in a config that promises a larger window: what direct fine-tuning begins with. */
+async function stretched(model: Llama, window: number): Promise<Llama> {
+  const raw = { ...model.config.raw, max_position_embeddings: window, original_max_position_embeddings: window }
+  const copy = await Llama.create(raw)
+  for (const { name } of model.parameters()) await copy.write(name, await model.read(name))
+  return copy
+}
+
+async function trainedTokens(base: string): Promise<number> {
+  const { tokens } = JSON.parse(await readFile(join(base, 'training.json'), 'utf8')) as { tokens: number }
+  return tokens
+}
+
+/** Ends of the bands in which perplexity is told: window / 2, window ... up to `end`, each twice the one before. */
+const doublings = (from: number, end: number): number[] => (from > end ? [] : [from, ...doublings(2 * from, end)])
+
+/** One factor: the texts and prompts that all four models are measured on, and how two of them are trained. */
+class Trial {
+  private readonly target: number
+  private readonly texts: number[][]
+  private readonly prompts: { context: number; list: PasskeyPrompt[] }[]
+  private readonly placed: PasskeyPrompt[]
+
+  constructor(
+    private readonly corpus: Corpus,
+    private readonly recipe: Recipe,
+    private readonly seed: number,
+    private readonly window: number,
+    private readonly factor: number,
+    private readonly work: Work,
+  ) {
+    const { texts, trials } = recipe
+    const dice = new Dice(seed * 1000 + factor)
+    this.target = window * factor
+    this.texts = Array.from({ length: texts }, () => corpus.prose(dice, PEOPLE, this.target))
+    this.prompts = doublings(window, this.target).map((context) => ({
+      context,
+      list: Array.from({ length: PROMPTS_PER_TRIAL * trials }, () => corpus.prompt(dice, context)),
+    }))
+    this.placed = Array.from({ length: PLACES * trials }, (_, n) =>
+      corpus.prompt(dice, this.target, Math.floor(n / trials) / (PLACES - 1)),
+    )
+  }
+
+  async measure(model: Llama, method: Method): Promise<Measurement> {
+    const { target, window, recipe, work } = this
+    const { label } = METHODS.find((known) => known.method === method)!
+    const hooks = (length: number) => ({
+      signal: work.signal,
+      onTokens: (tokens: number) => work.add(cost(tokens, length), `${this.factor}x, ${label}: measuring`),
+    })
+    const nll = await losses(model, this.texts, hooks(target))
+    const band = (to: number, from: number) => {
+      const values = meanLosses(nll, from, to)
+      const [center, margin] = [mean(values), 1.96 * standardError(values)]
+      return { from, to, value: Math.exp(center), low: Math.exp(center - margin), high: Math.exp(center + margin) }
+    }
+    const perplexity = doublings(window / 2, target).map((to) => band(Math.min(to, target - 1), to / 2 + 1))
+    const width = target / BINS
+    const curve = Array.from({ length: BINS }, (_, n) => ({
+      context: (n + 0.5) * width,
+      perplexity: band(Math.min((n + 1) * width, target - 1), n * width + 1).value,
+    }))
+    const passkeyByContext: Measurement['passkeyByContext'] = []
+    for (const { context, list } of this.prompts) {
+      const found = await retrieves(model, list, hooks(context))
+      passkeyByContext.push({ context, trials: found.length, accuracy: mean(found.map(Number)) })
+    }
+    const found = await retrieves(model, this.placed, hooks(target))
+    const passkeyByDistance = Array.from({ length: PLACES }, (_, place) => {
+      const range = [place * recipe.trials, (place + 1) * recipe.trials] as const
+      const distance = Math.round(mean(this.placed.slice(...range).map((prompt) => prompt.distance)))
+      return { distance, trials: recipe.trials, accuracy: mean(found.slice(...range).map(Number)) }
+    })
+    return { method, perplexity, curve, passkeyByContext, passkeyByDistance, kmax: kmax(passkeyByDistance) }
+  }
+
+  async train(model: Llama, name: string): Promise<NonNullable<Measurement['training']>> {
+    const { recipe, target, corpus, work } = this
+    const { steps, tokensPerStep, learningRate } = recipe
+    const rows = Math.max(1, Math.round(tokensPerStep / target))
+    const warmupSteps = Math.min(20, steps)
+    using trainer = new Trainer(model, { steps, learningRate, warmupSteps, schedule: 'linear', maxGradNorm: 1 })
+    const dice = new Dice(this.seed * 1000 + 500 + this.factor)
+    const history: number[] = []
+    for (let step = 1; step <= steps; step++) {
+      work.signal?.throwIfAborted()
+      const batch = Array.from({ length: rows }, () => corpus.window(dice, target, FINE_TUNING_MIXTURE))
+      const { loss, tokens } = await trainer.step(batch)
+      history.push(loss)
+      work.add(
+        TRAINING * cost(tokens, target),
+        `${this.factor}x, ${name}: step ${step}/${steps}, loss ${loss.toFixed(2)}`,
+      )
+    }
+    const tenth = Math.ceil(steps / 10)
+    const [firstLoss, lastLoss] = [mean(history.slice(0, tenth)), mean(history.slice(-tenth))]
+    return { steps, tokens: steps * rows * target, firstLoss, lastLoss }
+  }
+}
+
+/** What tokens cost in rows of a length, in forward passes of short rows; a training step is three of them. */
+const cost = (tokens: number, length: number): number => tokens * (1 + length / 2048)
+const TRAINING = 3
+
+/** How much of the whole is done. */
+class Work {
+  private readonly total: number
+  private done = 0
+
+  constructor(
+    { factors, steps, tokensPerStep, texts, trials }: Recipe,
+    window: number,
+    readonly signal: AbortSignal | undefined,
+    private readonly onProgress: DemoOptions['onProgress'],
+  ) {
+    this.total = 0
+    for (const factor of factors) {
+      const target = factor * window
+      const rows = Math.max(1, Math.round(tokensPerStep / target))
+      const shorter = doublings(window, target).map((context) => cost(PROMPTS_PER_TRIAL * trials * context, context))
+      const measured = cost((texts + PLACES * trials) * target, target) + shorter.reduce((a, b) => a + b)
+      this.total += METHODS.length * measured + 2 * TRAINING * cost(steps * rows * target, target)
+    }
+  }
+
+  add(units: number, task: string): void {
+    this.done += units
+    this.onProgress?.(Math.min(1, this.done / this.total), task)
+  }
+}
