@@ -100,7 +100,8 @@ void read_exactly(int fd, void* to, size_t bytes, int64_t at) {
     if (got < 0) throw std::runtime_error(std::string("reading failed: ") + std::strerror(errno));
     if (got == 0)
       throw std::runtime_error("the file ends at byte " + std::to_string(at + static_cast<int64_t>(done)) + ", " +
-                               std::to_string(bytes - done) + " bytes too early: it is truncated, or changed while it was read");
+                               std::to_string(bytes - done) +
+                               " bytes too early: it is truncated, or changed while it was read");
     done += static_cast<size_t>(got);
   }
 }
@@ -129,10 +130,14 @@ float from_f16(uint16_t half) {
 
 float element(const void* block, FileDType dtype, int64_t i) {
   switch (dtype) {
-    case FileDType::bf16: return from_bits(static_cast<uint32_t>(static_cast<const uint16_t*>(block)[i]) << 16);
-    case FileDType::f16: return from_f16(static_cast<const uint16_t*>(block)[i]);
-    case FileDType::f64: return static_cast<float>(static_cast<const double*>(block)[i]);
-    default: return static_cast<const float*>(block)[i];
+    case FileDType::bf16:
+      return from_bits(static_cast<uint32_t>(static_cast<const uint16_t*>(block)[i]) << 16);
+    case FileDType::f16:
+      return from_f16(static_cast<const uint16_t*>(block)[i]);
+    case FileDType::f64:
+      return static_cast<float>(static_cast<const double*>(block)[i]);
+    default:
+      return static_cast<const float*>(block)[i];
   }
 }
 
@@ -155,8 +160,10 @@ void read_file(Buffer& to, size_t offset, DType dtype, int fd, int64_t file_offs
     if (!same) {
       for (int64_t i = 0; i < part; i++) {
         const float value = element(raw.data(), file_dtype, i);
-        if (dtype == DType::bf16) reinterpret_cast<uint16_t*>(converted.data())[i] = to_bf16(value);
-        else reinterpret_cast<float*>(converted.data())[i] = value;
+        if (dtype == DType::bf16)
+          reinterpret_cast<uint16_t*>(converted.data())[i] = to_bf16(value);
+        else
+          reinterpret_cast<float*>(converted.data())[i] = value;
       }
     }
     to.upload(offset + static_cast<size_t>(at) * to_bytes, same ? raw.data() : converted.data(),

@@ -28,7 +28,10 @@ class Device {
   // Appends a job for the device's thread. False after stop(): the job was not taken.
   bool submit(std::function<void()> job);
   // Ends the running plan between two operations and those that are queued now.
-  void cancel() { cancel_before_ = submitted_.load(); flag_.store(1); }
+  void cancel() {
+    cancel_before_ = submitted_.load();
+    flag_.store(1);
+  }
   // Ends the running plan, drops all jobs and joins the thread. Safe to call twice.
   void stop();
 
@@ -78,6 +81,7 @@ size_t file_dtype_bytes(FileDType dtype);
 
 // Reads `count` elements of a file straight into device memory, converting the dtype on the way where it differs. No
 // second copy of the tensor exists: the file is read in place, or through a staging block of a few MB.
-void read_file(Buffer& to, size_t offset, DType dtype, int fd, int64_t file_offset, FileDType file_dtype, int64_t count);
+void read_file(Buffer& to, size_t offset, DType dtype, int fd, int64_t file_offset, FileDType file_dtype,
+               int64_t count);
 
 }  // namespace rw

@@ -38,9 +38,9 @@ struct Tensor {
 #define INT(name) int64_t name;
 #define FLT(name) double name;
 #define FLOPS(expression)
-#define OP(name, row) \
+#define OP(name, row)  \
   struct name##_args { \
-    row \
+    row                \
   };
 #include "ops.def"
 #undef OP

@@ -33,8 +33,7 @@ Tensor read_tensor(Reader& reader, const std::vector<Memory>& buffers, const cha
   Tensor tensor = {};
   const int64_t buffer = reader.integer();
   if (buffer < 0) {
-    if (field.field != Field::optional)
-      throw std::runtime_error(std::string(op) + ": " + field.name + " is missing");
+    if (field.field != Field::optional) throw std::runtime_error(std::string(op) + ": " + field.name + " is missing");
     return tensor;
   }
   const int64_t offset = reader.integer(), dtype = reader.integer(), rank = reader.integer();

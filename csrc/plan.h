@@ -21,8 +21,8 @@ struct DecodedPlan {
   std::vector<rw_command> commands;
 };
 
-// `words`: for each op its opcode; for each tensor the buffer's index (or -1 where absent), byte offset, dtype, rank and
-// dims; for each scalar its value. Throws std::runtime_error on anything that does not fit.
+// `words`: for each op its opcode; for each tensor the buffer's index (or -1 where absent), byte offset, dtype, rank
+// and dims; for each scalar its value. Throws std::runtime_error on anything that does not fit.
 DecodedPlan decode_plan(std::string name, const double* words, size_t count, const std::vector<Memory>& buffers);
 
 }  // namespace rw

@@ -3,6 +3,7 @@
 // The work folder lies outside build/, which node-gyp deletes.
 import { spawnSync } from 'node:child_process'
 import { existsSync } from 'node:fs'
+import { availableParallelism } from 'node:os'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 
@@ -28,5 +29,5 @@ if (existsSync(cmakeJs)) {
   run(process.execPath, [cmakeJs, 'build', ...options])
 } else {
   run('cmake', ['-S', root, '-B', work, `-DROPEWALK_OUT=${out}`])
-  run('cmake', ['--build', work, '--parallel'])
+  run('cmake', ['--build', work, '--parallel', String(availableParallelism())])
 }

@@ -1,5 +1,4 @@
 // `npm run demo:base`: trains the base model of the demo from nothing into lib/demo/checkpoint, or the folder given.
-import { rmSync } from 'node:fs'
 import { setup } from './setup.js'
 
 setup()

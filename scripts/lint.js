@@ -16,10 +16,7 @@ function filesIn(folder, pattern) {
 
 const cpp = [...filesIn('csrc', /\.(cc|h|cu)$/), ...filesIn('test/native', /\.(cc|h)$/)]
 const commands = [
-  [
-    bin('prettier'),
-    [fix ? '--write' : '--check', '--log-level', 'warn', 'lib', 'test', 'bench', 'scripts'],
-  ],
+  [bin('prettier'), [fix ? '--write' : '--check', '--log-level', 'warn', 'lib', 'test', 'bench', 'scripts']],
   [bin('eslint'), [...(fix ? ['--fix'] : []), '--max-warnings=0', 'lib', 'test', 'scripts']],
   [bin('clang-format'), fix ? ['-i', ...cpp] : ['--dry-run', '--Werror', ...cpp]],
 ]

@@ -17,7 +17,7 @@ const json = (name: string) => JSON.parse(readFileSync(new URL(name, fixtures), 
 type Case = { name: string; invFreq: ArrayLike<number>; expected: number[] }
 
 /** Compares with the reference's float32 values; returns how many agree to the bit. */
-function compare(t: Tap.Test, { name, invFreq, expected }: Case): number {
+function compare(t: TapTest, { name, invFreq, expected }: Case): number {
   t.equal(invFreq.length, expected.length, `${name}: one frequency a pair`)
   let equal = 0
   let worst = 0
@@ -33,9 +33,7 @@ function compare(t: Tap.Test, { name, invFreq, expected }: Case): number {
   return equal
 }
 
-declare namespace Tap {
-  type Test = typeof t
-}
+type TapTest = typeof t
 
 t.test('frequencies and rotations of real head sizes equal transformers', async (t) => {
   let equal = 0

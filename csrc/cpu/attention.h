@@ -254,9 +254,9 @@ struct StripBounds {
 
 // One tile of keys against one strip of queries: s = q k^T, the running maximum m and sum l of its columns (base 2),
 // and o^T += v^T p^T. Rows [low, high) of the tile hold all that the strip sees; `bounds` is null where it sees all.
-static inline void attend_tile(const float* k, const float* v, bool v_finite, int64_t n0, int64_t low,
-                               int64_t high, const int32_t* bounds, const float* qt, float* ot, float* m, float* l,
-                               float* p, int64_t D) {
+static inline void attend_tile(const float* k, const float* v, bool v_finite, int64_t n0, int64_t low, int64_t high,
+                               const int32_t* bounds, const float* qt, float* ot, float* m, float* l, float* p,
+                               int64_t D) {
   multiply<strip_vectors, false>(k + low * D, D, qt, strip, D, p + low * strip, strip, high - low, false);
   vf top[strip_vectors], total[strip_vectors];
   vi first[strip_vectors], last[strip_vectors], grown = {};
@@ -288,8 +288,7 @@ static inline void attend_tile(const float* k, const float* v, bool v_finite, in
       store(l + j * VL, load(l + j * VL) * shrink[j]);
     }
     for (int64_t d = 0; d < D; d++)
-      for (int j = 0; j < strip_vectors; j++)
-        store(ot + d * strip + j * VL, load(ot + d * strip + j * VL) * shrink[j]);
+      for (int j = 0; j < strip_vectors; j++) store(ot + d * strip + j * VL, load(ot + d * strip + j * VL) * shrink[j]);
   }
   if (bounds) {
     for (int64_t n = low; n < high; n++)
@@ -376,8 +375,8 @@ static void attend(const Attend<F>& a, float* scratch) {
       for (int64_t g = 0; g < a.group; g++) {
         float* qt = heads + (g * strips + s) * per_head;
         float *ot = qt + D * strip, *m = ot + D * strip, *l = m + strip;
-        attend_tile(k, v_tile, v_finite, n0, low, high, sees_all ? nullptr : bounds + 2 * s * strip, qt, ot, m, l,
-                    p, D);
+        attend_tile(k, v_tile, v_finite, n0, low, high, sees_all ? nullptr : bounds + 2 * s * strip, qt, ot, m, l, p,
+                    D);
       }
     }
   }

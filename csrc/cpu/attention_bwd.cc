@@ -38,10 +38,10 @@ struct Sums {
 
 // The working set of a task. Transposed keys, values and their gradients have the keys in the lanes.
 struct Tiles {
-  float *kt, *vt, *dkt, *dvt;       // (D, key_block)
-  float *k, *q, *dout, *dq;         // (key_block, Dp), (query_rows, D) twice, (query_rows, Dp)
-  float *p, *ds, *lse, *delta;      // (query_rows, key_block) twice, (query_rows) twice
-  int32_t* first;                   // (query_rows)
+  float *kt, *vt, *dkt, *dvt;   // (D, key_block)
+  float *k, *q, *dout, *dq;     // (key_block, Dp), (query_rows, D) twice, (query_rows, Dp)
+  float *p, *ds, *lse, *delta;  // (query_rows, key_block) twice, (query_rows) twice
+  int32_t* first;               // (query_rows)
 };
 
 }  // namespace
@@ -207,8 +207,8 @@ static void chunk_backward(const attention_bwd_args& a, const Tiles& tile, const
       for (int64_t t0 = q_begin; t0 < q_end; t0 += query_rows) {
         int64_t rows = min_of(query_rows, q_end - t0);
         if (t0 + rows <= n0) continue;
-        block_backward<F>(a, tile, b, head * G + g, n0, keys, k_finite, t0, rows,
-                          sums.dq + t0 * sums.q_stride + g * D, sums.q_stride);
+        block_backward<F>(a, tile, b, head * G + g, n0, keys, k_finite, t0, rows, sums.dq + t0 * sums.q_stride + g * D,
+                          sums.q_stride);
       }
     transpose(sums.dk + n0 * sums.k_stride, sums.k_stride, tile.dkt, key_block, D, keys);
     transpose(sums.dv + n0 * sums.k_stride, sums.k_stride, tile.dvt, key_block, D, keys);

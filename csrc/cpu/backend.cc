@@ -82,8 +82,10 @@ class Pool final : public Context {
     if (sleeping_.load() > 0) wake_.notify_all();
     take(0);
     for (int spin = 0; busy_.load(std::memory_order_acquire) > 0; spin++) {
-      if (spin < kSpins) pause();
-      else std::this_thread::yield();
+      if (spin < kSpins)
+        pause();
+      else
+        std::this_thread::yield();
     }
     if (failure_) std::rethrow_exception(std::exchange(failure_, nullptr));
   }
@@ -162,8 +164,8 @@ const Kernels& choose_kernels() {
   }
 #if defined(__x86_64__)
   const bool any = !wanted || !*wanted;
-  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                        __builtin_cpu_supports("bmi2");
+  const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (!any && !std::strcmp(wanted, "avx2") && !has_avx2)
@@ -261,8 +263,8 @@ int run(rw_device* device, const char* plan, const rw_command* commands, size_t 
 
 const char* error() { return last_error.c_str(); }
 
-const rw_backend backend_functions = {RW_BACKEND_ABI, table_hash, "cpu", open, close,        describe, alloc,
-                            release,        copy,       copy,  host_visible, run,  error};
+const rw_backend backend_functions = {RW_BACKEND_ABI, table_hash, "cpu", open,         close, describe, alloc,
+                                      release,        copy,       copy,  host_visible, run,   error};
 
 }  // namespace
 

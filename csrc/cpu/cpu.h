@@ -31,9 +31,7 @@ template <typename Body>
 inline void parallel(Context& context, int64_t tasks, Body&& body) {
   context.run_tasks(
       tasks,
-      [](void* data, int64_t task, int thread) {
-        (*static_cast<std::remove_reference_t<Body>*>(data))(task, thread);
-      },
+      [](void* data, int64_t task, int thread) { (*static_cast<std::remove_reference_t<Body>*>(data))(task, thread); },
       const_cast<void*>(static_cast<const void*>(&body)));
 }
 
@@ -50,15 +48,15 @@ struct Kernels {
 namespace baseline {
 #include "../ops.def"
 extern const Kernels kernels;
-}
+}  // namespace baseline
 namespace avx2 {
 #include "../ops.def"
 extern const Kernels kernels;
-}
+}  // namespace avx2
 namespace avx512 {
 #include "../ops.def"
 extern const Kernels kernels;
-}
+}  // namespace avx512
 #undef IN
 #undef OP
 #undef FLOPS

@@ -29,12 +29,12 @@ inline void for_each_vector(Context& context, int64_t size, Body&& body) {
     const int64_t end = task * kBlock + kBlock < size ? task * kBlock + kBlock : size;
     int64_t at = task * kBlock;
     for (; at + VL <= end; at += VL)
-      body(at, [](const auto* p) { return load(p); }, [](auto* p, vf x) { store(p, x); });
+      body(
+          at, [](const auto* p) { return load(p); }, [](auto* p, vf x) { store(p, x); });
     const int64_t rest = end - at;
     if (rest > 0)
       body(
-          at, [rest](const auto* p) { return load_some(p, rest); },
-          [rest](auto* p, vf x) { store_some(p, x, rest); });
+          at, [rest](const auto* p) { return load_some(p, rest); }, [rest](auto* p, vf x) { store_some(p, x, rest); });
   });
 }
 

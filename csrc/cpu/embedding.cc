@@ -2,8 +2,8 @@
 //
 // ids (N) i32, w and dw (V,C), y and dy (N,C). Memory traffic: forward 2 N C elements; backward V C written once (read
 // too, with add) and N C read.
-// The backward pass first sorts the row numbers n by id, keeping their order (a counting sort, N + V integers); each row
-// of dw is then summed in f32 in the order of n and written once, whatever the number of threads and the dtypes.
+// The backward pass first sorts the row numbers n by id, keeping their order (a counting sort, N + V integers); each
+// row of dw is then summed in f32 in the order of n and written once, whatever the number of threads and the dtypes.
 #include "cpu.h"
 #include "simd.h"
 

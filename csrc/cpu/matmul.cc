@@ -184,8 +184,8 @@ void multiply_some_rows(Context& context, const Problem& p) {
       for (int64_t j = 0; j < columns; j += NR)
         for (int64_t i = 0; i < p.m; i += MR) {
           float* c = sums + i * GROUP + j;
-          micro_kernel_for(min(p.m - i, MR), columns - j)(
-              depth, work.shared + i / MR * panel + k * MR, b + j / NR * b_step, k ? c : nullptr, GROUP, c, GROUP);
+          micro_kernel_for(min(p.m - i, MR), columns - j)(depth, work.shared + i / MR * panel + k * MR,
+                                                          b + j / NR * b_step, k ? c : nullptr, GROUP, c, GROUP);
         }
     }
     finish(p, 0, j0, p.m, columns, sums, GROUP);
@@ -252,9 +252,7 @@ void multiply_few_rows(Context& context, const Problem& p) {
   for (int64_t i = 0; i < p.m; i++)
     for (int64_t k = 0; k < lda; k++) {
       float* x = work.shared + i * lda + k;
-      *x = k >= p.k                    ? 0
-           : p.a.dtype == DType::f32 ? *at<float>(p.a, i, k)
-                                       : to_float(*at<bf16>(p.a, i, k));
+      *x = k >= p.k ? 0 : p.a.dtype == DType::f32 ? *at<float>(p.a, i, k) : to_float(*at<bf16>(p.a, i, k));
     }
   for_tasks(context, p, ceil_div(p.n, chunk), [&](int64_t task, int thread) {
     float* sums = work.own(thread);

@@ -1,9 +1,10 @@
 // rmsnorm_fwd: rstd[n] = 1 / sqrt(mean_c x[n,c]^2 + eps), y[n,c] = w[c] x[n,c] rstd[n]. arXiv 1910.07467.
-// rmsnorm_bwd: with g = w dy and s[n] = rstd[n]^3 / C sum_c g x: dx = add + rstd g - s x, dw[c] = dw_add + sum_n dy x rstd.
+// rmsnorm_bwd: with g = w dy and s[n] = rstd[n]^3 / C sum_c g x: dx = add + rstd g - s x, dw[c] = dw_add + sum_n dy x
+// rstd.
 //
 // x, y, dy, dx (N,C), w and dw (C), rstd (N) f32. Memory traffic: forward 2 N C elements, backward 3 N C (4 with add).
-// dw: rows are split into at most 64 blocks by N alone, each block sums its rows in order into `partial` (64,C), and the
-// blocks are then added in order: the same bits for any number of threads.
+// dw: rows are split into at most 64 blocks by N alone, each block sums its rows in order into `partial` (64,C), and
+// the blocks are then added in order: the same bits for any number of threads.
 #include "cpu.h"
 #include "simd.h"
 

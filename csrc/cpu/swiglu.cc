@@ -1,7 +1,8 @@
 // swiglu_fwd: y = silu(gate) up, silu(g) = g s, s = 1 / (1 + e^-g). arXiv 2002.05202.
 // swiglu_bwd: dup = dy g s, dgate = dy up s (1 + g (1 - s)).
 //
-// All flat (N). Memory traffic: forward 3 N elements, backward 5 N. Nothing but gate and up is kept for the backward pass.
+// All flat (N). Memory traffic: forward 3 N elements, backward 5 N. Nothing but gate and up is kept for the backward
+// pass.
 #include "elementwise.h"
 
 namespace rw::cpu::RW_ISA {

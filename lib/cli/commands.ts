@@ -1,5 +1,7 @@
 import { didYouMean, quote } from '../errors.js'
 import { version } from '../index.js'
+import { build } from './build.js'
+import { demo } from './demo.js'
 import { doctor } from './doctor.js'
 import { evalPasskey, evalPerplexity } from './eval.js'
 import { extend } from './extend.js'
@@ -8,7 +10,16 @@ import { inspect } from './inspect.js'
 import { type Command, helpText, parseOptions, UsageError } from './options.js'
 import { Output, type Sink } from './output.js'
 
-const commands = [extend, evalPerplexity, evalPasskey, generate, inspect, doctor] as unknown as readonly Command[]
+const commands = [
+  demo,
+  extend,
+  evalPerplexity,
+  evalPasskey,
+  generate,
+  inspect,
+  doctor,
+  build,
+] as unknown as readonly Command[]
 
 /** `ropewalk help` */
 function overview(): string {

@@ -41,7 +41,7 @@ export const demo: Command<typeof options> = {
     let result: DemoResult
     try {
       const recipe = quick ? QUICK : RECIPE
-      const onProgress = (done: number, task: string): void => progress.update(Math.floor(100 * done), `%  ${task}`)
+      const onProgress = (done: number, task: string): void => progress.update(Math.floor(100 * done), `% ${task}`)
       result = await runDemo({ seed, recipe, signal: controller.signal, onProgress })
     } catch (error) {
       if (created) await rmdir(out).catch(() => undefined)

@@ -14,11 +14,12 @@ export const BASE = join(PACKAGE_ROOT, 'lib', 'demo', 'checkpoint')
 
 export type Method = 'extrapolated' | 'interpolated' | 'tuned' | 'direct'
 
+/** `short` is for the progress bar. */
 export const METHODS: readonly { method: Method; label: string; short: string }[] = [
-  { method: 'extrapolated', label: 'the base, extrapolated', short: 'extrapolated' },
-  { method: 'interpolated', label: 'PI, no fine-tuning', short: 'PI, no fine-tuning' },
-  { method: 'tuned', label: 'PI, fine-tuned', short: 'PI, fine-tuned' },
-  { method: 'direct', label: 'no PI, fine-tuned the same', short: 'no PI, fine-tuned' },
+  { method: 'extrapolated', label: 'the base, extrapolated', short: 'base' },
+  { method: 'interpolated', label: 'PI, no fine-tuning', short: 'PI' },
+  { method: 'tuned', label: 'PI, fine-tuned', short: 'PI tuned' },
+  { method: 'direct', label: 'no PI, fine-tuned the same', short: 'no PI' },
 ]
 
 /** How each extension is trained and measured. Both fine-tuned models get the same tokens. */
@@ -178,10 +179,10 @@ class Trial {
 
   async measure(model: Llama, method: Method): Promise<Measurement> {
     const { target, window, recipe, work } = this
-    const { label } = METHODS.find((known) => known.method === method)!
+    const { short } = METHODS.find((known) => known.method === method)!
     const hooks = (length: number) => ({
       signal: work.signal,
-      onTokens: (tokens: number) => work.add(cost(tokens, length), `${this.factor}x, ${label}: measuring`),
+      onTokens: (tokens: number) => work.add(cost(tokens, length), `${this.factor}x ${short}: measuring`),
     })
     const nll = await losses(model, this.texts, hooks(target))
     const band = (to: number, from: number) => {
@@ -222,10 +223,7 @@ class Trial {
       const batch = Array.from({ length: rows }, () => corpus.window(dice, target, FINE_TUNING_MIXTURE))
       const { loss, tokens } = await trainer.step(batch)
       history.push(loss)
-      work.add(
-        TRAINING * cost(tokens, target),
-        `${this.factor}x, ${name}: step ${step}/${steps}, loss ${loss.toFixed(2)}`,
-      )
+      work.add(TRAINING * cost(tokens, target), `${this.factor}x ${name}: step ${step}/${steps}`)
     }
     const tenth = Math.ceil(steps / 10)
     const [firstLoss, lastLoss] = [mean(history.slice(0, tenth)), mean(history.slice(-tenth))]

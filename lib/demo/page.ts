@@ -42,7 +42,7 @@ export function picture(result: DemoResult): string {
   const { extensions, base } = result
   const width = 2 * WIDTH
   const legend = METHODS.map(({ method, label }, i) => {
-    const left = 30 + i * 212
+    const left = 24 + i * 206
     return `${sample(STYLES[method], left, 16)}<text x="${left + 38}" y="20">${escapeXml(label)}</text>`
   })
   const height = 34 + extensions.length * HEIGHT

@@ -32,7 +32,7 @@ export const FONT = 'ui-sans-serif, system-ui, -apple-system, "Segoe UI", Roboto
 export const WIDTH = 440
 export const HEIGHT = 300
 const LEFT = 58
-const RIGHT = 14
+const RIGHT = 22
 const TOP = 34
 const BOTTOM = 46
 

@@ -202,7 +202,7 @@ async function openShards(
 function shardName(value: unknown, tensor: string, indexPath: string): string {
   const at = `${indexPath}: weight_map: ${quote(tensor)}: ${quote(value)}`
   if (typeof value !== 'string') throw new RopewalkError('ERR_INDEX', `${at}, but it must be a file name`)
-  // eslint-disable-next-line no-control-regex
+
   if (value === '' || value === '.' || value === '..' || /[/\\:\0]/.test(value)) {
     throw new RopewalkError('ERR_PATH', `${at} is not a plain file name: shards lie in the model folder itself`)
   }

@@ -9,16 +9,16 @@ import { sha256File, temporaryName, writeAll, writeFailure } from './durable.js'
 import { documentFiles, readDocuments } from './text.js'
 
 /**
- * Documents as token ids, in one file that is made once for the same texts and the same tokenizer:
+ * Documents as token ids, in shards on disk: one for each data file, made once for the same content and tokenizer, so
+ * that a file added to the data costs no more than itself.
  *
- *   ids u32 (N) | end of each document f64 (D) | documents of each data file, JSON | trailer (64 bytes)
- *   trailer: "RWTOKEN1", N f64, D f64, bytes of the JSON f64, SHA-256 of all before
+ *   ids u32 (N) | end of each document f64 (D) | trailer (64 bytes)
+ *   trailer: "RWTOKEN2", N f64, D f64, 0 f64, SHA-256 of all before
  *
- * It is a cache: nothing is fsynced, and a file that a crash or a disk has damaged is noticed by its checksum and made
- * again. Two processes may make it at the same time; either's result is whole when it gets its name.
+ * It is a cache: nothing is fsynced, and a shard that a crash or a disk has damaged is noticed by its checksum and made
+ * again. Two processes may make one at the same time; either's result is whole when it gets its name.
  */
 export interface TokenFile {
-  readonly path: string
   /** SHA-256 over the texts' files, the tokenizer and how documents were read: equal keys, equal tokens. */
   readonly key: string
   readonly tokens: number
@@ -28,7 +28,6 @@ export interface TokenFile {
   readonly files: readonly { path: string; documents: number }[]
   /** Token ids `at` .. `at + count`. */
   read(at: number, count: number): Promise<Int32Array>
-  close(): Promise<void>
 }
 
 export interface TokenOptions {
@@ -54,11 +53,17 @@ export interface TokenProgress {
   totalBytes: number
 }
 
-const MAGIC = 'RWTOKEN1'
+const MAGIC = 'RWTOKEN2'
 const TRAILER_BYTES = 64
 const CHUNK = 1 << 20
 /** Encoding runs on this thread; after so many milliseconds others have their turn. */
 const TURN = 10
+
+interface Shard {
+  path: string
+  tokens: number
+  ends: Float64Array
+}
 
 /** The tokens of files and folders of documents, from the cache or made now. Throws what reading documents throws. */
 export async function openTokens(paths: readonly string[], options: TokenOptions): Promise<TokenFile> {
@@ -66,45 +71,77 @@ export async function openTokens(paths: readonly string[], options: TokenOptions
   const sources: { path: string; bytes: number }[] = []
   for (const path of await documentFiles(paths)) sources.push({ path, bytes: (await stat(path)).size })
   const totalBytes = sources.reduce((sum, { bytes }) => sum + bytes, 0)
-  const hashes: string[] = []
+  const dir = options.cacheDir ?? defaultCacheDir()
+  const keys: string[] = []
   let bytes = 0
   for (const source of sources) {
     signal?.throwIfAborted()
-    hashes.push(extname(source.path).toLowerCase(), await sha256File(source.path))
+    const file = [extname(source.path).toLowerCase(), await sha256File(source.path)]
+    const identity = { format: MAGIC, tokenizer: tokenizerHash, eos: eosId ?? null, field, file }
+    keys.push(createHash('sha256').update(JSON.stringify(identity)).digest('hex'))
     onProgress?.({ stage: 'hash', bytes: (bytes += source.bytes), totalBytes })
   }
-  const identity = { format: MAGIC, tokenizer: tokenizerHash, eos: eosId ?? null, field, files: hashes }
-  const key = createHash('sha256').update(JSON.stringify(identity)).digest('hex')
-  const dir = options.cacheDir ?? defaultCacheDir()
-  const path = join(dir, `${key.slice(0, 32)}.tokens`)
 
-  const cached = await openCached(path).catch((error: unknown) => {
-    if (!(error instanceof RopewalkError && error.code === 'ERR_CACHE_DAMAGED')) throw error
-    onWarning?.(`${error.message}: it is made again`)
-    return undefined
-  })
-  if (!cached) {
-    await mkdir(dir, { recursive: true }).catch((error: unknown) => {
-      throw cacheError(error, dir)
+  const shards: Shard[] = []
+  let before = 0
+  for (const [i, source] of sources.entries()) {
+    const path = join(dir, `${keys[i]!.slice(0, 32)}.tokens`)
+    let shard = await openShard(path).catch((error: unknown) => {
+      if (!(error instanceof RopewalkError && error.code === 'ERR_CACHE_DAMAGED')) throw error
+      onWarning?.(`${error.message}: it is made again`)
+      return undefined
     })
-    await build(path, sources, totalBytes, options)
+    if (!shard) {
+      await mkdir(dir, { recursive: true }).catch((error: unknown) => {
+        throw cacheError(error, dir)
+      })
+      const progress = (done: number): void => onProgress?.({ stage: 'tokenize', bytes: before + done, totalBytes })
+      await build(path, source, options, progress)
+      shard = (await openShard(path))!
+    }
+    before += source.bytes
+    shards.push(shard)
   }
-  const { handle, tokens, ends, documents } = cached ?? (await openCached(path))!
+
+  const tokens = shards.reduce((sum, shard) => sum + shard.tokens, 0)
+  const ends = new Float64Array(shards.reduce((sum, shard) => sum + shard.ends.length, 0))
+  const starts: number[] = []
+  let documents = 0
+  let start = 0
+  for (const shard of shards) {
+    starts.push(start)
+    ends.set(
+      shard.ends.map((end) => start + end),
+      documents,
+    )
+    documents += shard.ends.length
+    start += shard.tokens
+  }
   return {
-    path,
-    key,
+    key: createHash('sha256').update(keys.join()).digest('hex'),
     tokens,
     ends,
-    files: sources.map((source, i) => ({ path: source.path, documents: documents[i] ?? 0 })),
+    files: sources.map(({ path }, i) => ({ path, documents: shards[i]!.ends.length })),
     async read(at, count) {
       if (!(Number.isInteger(at) && Number.isInteger(count) && at >= 0 && count > 0 && at + count <= tokens)) {
-        throw new RangeError(`tokens ${at} .. ${at + count} do not lie inside the ${tokens} of ${path}`)
+        throw new RangeError(`tokens ${at} .. ${at + count} do not lie inside the ${tokens} of ${paths.join(', ')}`)
       }
       const ids = new Int32Array(count)
-      await readExactly(handle, new Uint8Array(ids.buffer), at * 4, path)
+      for (const [i, shard] of shards.entries()) {
+        const from = Math.max(at, starts[i]!)
+        const to = Math.min(at + count, starts[i]! + shard.tokens)
+        if (from >= to) continue
+        const part = new Uint8Array(ids.buffer, (from - at) * 4, (to - from) * 4)
+        // opened for each read: thousands of files must not hold thousands of descriptors
+        const handle = await open(shard.path)
+        try {
+          await readExactly(handle, part, (from - starts[i]!) * 4, shard.path)
+        } finally {
+          await handle.close()
+        }
+      }
       return ids
     },
-    close: () => handle.close(),
   }
 }
 
@@ -121,15 +158,8 @@ function cacheError(error: unknown, path: string): RopewalkError {
   )
 }
 
-interface Cached {
-  handle: FileHandle
-  tokens: number
-  ends: Float64Array
-  documents: number[]
-}
-
-/** Opens and checks a file of the cache; undefined where there is none, ERR_CACHE_DAMAGED where it is not as written. */
-async function openCached(path: string): Promise<Cached | undefined> {
+/** Opens and checks a shard; undefined where there is none, ERR_CACHE_DAMAGED where it is not as written. */
+async function openShard(path: string): Promise<Shard | undefined> {
   const handle = await open(path, 'r').catch((error: NodeJS.ErrnoException) => {
     if (error.code === 'ENOENT') return undefined
     throw cacheError(error, path)
@@ -144,29 +174,26 @@ async function openCached(path: string): Promise<Cached | undefined> {
     const trailer = Buffer.alloc(TRAILER_BYTES)
     await readExactly(handle, trailer, size - TRAILER_BYTES, path)
     if (trailer.toString('latin1', 0, 8) !== MAGIC) damaged('no trailer')
-    const [tokens, count, text] = [8, 16, 24].map((at) => trailer.readDoubleLE(at)) as [number, number, number]
-    const sizes = [tokens, count, text].every((value) => Number.isSafeInteger(value) && value >= 0)
-    if (!sizes || tokens * 4 + count * 8 + text + TRAILER_BYTES !== size) damaged('sizes do not add up')
+    const [tokens, count] = [trailer.readDoubleLE(8), trailer.readDoubleLE(16)]
+    const sizes = [tokens, count].every((value) => Number.isSafeInteger(value) && value >= 0)
+    if (!sizes || tokens * 4 + count * 8 + TRAILER_BYTES !== size) damaged('sizes do not add up')
     const hash = createHash('sha256')
     const end = size - 33 // inclusive: all but the checksum
     for await (const chunk of createReadStream(path, { end, highWaterMark: CHUNK })) hash.update(chunk as Buffer)
     if (hash.digest().compare(trailer, 32) !== 0) damaged('checksum')
     const ends = new Float64Array(count)
     await readExactly(handle, new Uint8Array(ends.buffer), tokens * 4, path)
-    const json = Buffer.alloc(text)
-    await readExactly(handle, json, tokens * 4 + count * 8, path)
-    return { handle, tokens, ends, documents: JSON.parse(json.toString()) as number[] }
-  } catch (error) {
+    return { path, tokens, ends }
+  } finally {
     await handle.close()
-    throw error
   }
 }
 
 async function build(
   path: string,
-  sources: readonly { path: string; bytes: number }[],
-  totalBytes: number,
-  { encode, eosId, field, signal, onProgress }: TokenOptions,
+  source: { path: string; bytes: number },
+  { encode, eosId, field, signal }: TokenOptions,
+  progress: (bytes: number) => void,
 ): Promise<void> {
   const temporary = temporaryName(path)
   const handle = await open(temporary, 'wx').catch((error: unknown) => {
@@ -195,34 +222,26 @@ async function build(
   }
   try {
     const ends: number[] = []
-    const documents: number[] = []
-    let before = 0
     let turn = Date.now()
-    for (const source of sources) {
-      let bytes = 0
-      const first = ends.length
-      for await (const { text } of readDocuments([source.path], { field })) {
-        if (text === '') continue
-        await put(encode(text))
-        if (eosId !== undefined) await put([eosId])
-        if (tokens > (ends.at(-1) ?? 0)) ends.push(tokens)
-        bytes = Math.min(source.bytes, bytes + text.length)
-        if (Date.now() - turn < TURN) continue
-        onProgress?.({ stage: 'tokenize', bytes: before + bytes, totalBytes })
-        await setImmediate()
-        signal?.throwIfAborted()
-        turn = Date.now()
-      }
-      documents.push(ends.length - first)
-      onProgress?.({ stage: 'tokenize', bytes: (before += source.bytes), totalBytes })
+    let bytes = 0
+    for await (const { text } of readDocuments([source.path], { field })) {
+      if (text === '') continue
+      await put(encode(text))
+      if (eosId !== undefined) await put([eosId])
+      if (tokens > (ends.at(-1) ?? 0)) ends.push(tokens)
+      bytes = Math.min(source.bytes, bytes + text.length)
+      if (Date.now() - turn < TURN) continue
+      progress(bytes)
+      await setImmediate()
+      signal?.throwIfAborted()
+      turn = Date.now()
     }
+    progress(source.bytes)
     await flush()
     await write(new Uint8Array(Float64Array.from(ends).buffer))
-    const json = Buffer.from(JSON.stringify(documents))
-    await write(json)
     const trailer = Buffer.alloc(32)
     trailer.write(MAGIC, 'latin1')
-    ;[tokens, ends.length, json.length].forEach((value, i) => trailer.writeDoubleLE(value, 8 + 8 * i))
+    ;[tokens, ends.length].forEach((value, i) => trailer.writeDoubleLE(value, 8 + 8 * i))
     await write(trailer)
     await writeAll(handle, hash.digest())
     await handle.close()

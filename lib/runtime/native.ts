@@ -1,3 +1,5 @@
+import { createHash } from 'node:crypto'
+import { closeSync, existsSync, openSync, readdirSync, readFileSync, readSync } from 'node:fs'
 import { createRequire } from 'node:module'
 import { dirname, join } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -30,31 +32,94 @@ export interface Native {
   run(plan: number): Promise<void>
 }
 
-let loaded: Native | undefined
-
 /** The package's root: this file lies two levels below it, as source and as built code alike. */
 export const PACKAGE_ROOT = join(dirname(fileURLToPath(import.meta.url)), '..', '..')
 
+/** Where `ropewalk build` and `npm run build:native` put the addon. */
+export const BUILT_ADDON = join('build', 'Release', 'ropewalk.node')
+
+const REBUILD = 'npx ropewalk build (in a clone: npm run build:native)'
+
+let loaded: Native | undefined
+
 /** Loads the addon: build/Release if it was built here, else the prebuilt one for this platform. */
 export function native(): Native {
-  if (loaded) return loaded
-  let addon: Native
-  try {
-    addon = createRequire(import.meta.url)('node-gyp-build')(PACKAGE_ROOT) as Native
-  } catch (error) {
-    throw new RopewalkError(
-      'ERR_NO_ADDON',
-      `no native addon for ${process.platform}-${process.arch} (Node ${process.versions.node}): ` +
-        `${(error as Error).message.split('\n')[0]}. Build it from source: npx ropewalk build ` +
-        '(needs CMake >= 3.18 and a C++17 compiler)',
-    )
+  return (loaded ??= loadAddon(addonPath()))
+}
+
+/** The addon's file, relative to PACKAGE_ROOT. PREBUILDS_ONLY=1 passes over the one that was built here. */
+export function addonPath(): string {
+  const platform = `${process.platform}-${process.arch}`
+  const libc = process.platform !== 'linux' ? '' : readStart(process.execPath).includes('ld-musl') ? 'musl' : 'glibc'
+  const prebuilt = join('prebuilds', platform, `ropewalk.${libc && `${libc}.`}node`)
+  const paths = process.env.PREBUILDS_ONLY ? [prebuilt] : [BUILT_ADDON, prebuilt]
+  const found = paths.find((path) => existsSync(join(PACKAGE_ROOT, path)))
+  if (found) return found
+  const folder = join(PACKAGE_ROOT, 'prebuilds')
+  const others = existsSync(folder) ? readdirSync(folder, { recursive: true }).map(String) : []
+  const shipped = others.filter((path) => path.endsWith('.node')).join(', ') || 'none'
+  throw new RopewalkError(
+    'ERR_NO_ADDON',
+    `no native addon for ${platform}${libc && ` with ${libc}`} (Node ${process.versions.node}): looked in ` +
+      `${PACKAGE_ROOT} for ${paths.join(' and ')}; prebuilt ones here: ${shipped}. Build it from source: ${REBUILD}`,
+  )
+}
+
+/** Loads one addon file; `path` is relative to PACKAGE_ROOT. */
+function loadAddon(path: string): Native {
+  const file = join(PACKAGE_ROOT, path)
+  const remedy = path === BUILT_ADDON ? `rebuild it: ${REBUILD}` : `reinstall ropewalk, or build it here: ${REBUILD}`
+  const refuse = (reason: string, cause?: unknown): never => {
+    throw new RopewalkError('ERR_BAD_ADDON', `the native addon ${file} ${reason}; ${remedy}`, { cause })
   }
+  const fault = findFault(path)
+  if (fault) refuse(fault)
+  let addon: Partial<Native> = {}
+  try {
+    addon = createRequire(import.meta.url)(file) as Partial<Native>
+  } catch (error) {
+    const [reason = ''] = (error as Error).message.split('\n')
+    refuse(reason.startsWith('Module did not self-register') ? 'is not an addon' : `cannot be loaded: ${reason}`, error)
+  }
+  if (typeof addon.tableHash !== 'string') refuse("is not ropewalk's")
   if (addon.tableHash !== TABLE_HASH) {
     throw new RopewalkError(
       'ERR_STALE_ADDON',
-      `the native addon was built from another op table (${addon.tableHash}, expected ${TABLE_HASH}): rebuild it with ` +
-        'npm run build:native (in a clone) or npx ropewalk build',
+      `the native addon ${file} was built from another op table (${addon.tableHash}, expected ${TABLE_HASH}); ${remedy}`,
     )
   }
-  return (loaded = addon)
+  return addon as Native
+}
+
+/**
+ * Why a file must not be loaded, undefined where nothing speaks against it. The loader of Linux crashes on a truncated
+ * file, says "No such file" of one for another machine, and does not notice changed bytes.
+ */
+function findFault(path: string): string | undefined {
+  const bytes = readFileSync(join(PACKAGE_ROOT, path))
+  if (process.platform === 'linux') {
+    if (bytes.length < 64 || bytes.readUInt32BE(0) !== 0x7f454c46) return 'is damaged: it is no ELF file'
+    const node = readStart(process.execPath)
+    if (bytes[4] !== node[4] || bytes.readUInt16LE(18) !== node.readUInt16LE(18)) return 'is for another processor'
+    // The table of sections comes last in the file.
+    const end = Number(bytes.readBigUInt64LE(40)) + bytes.readUInt16LE(58) * bytes.readUInt16LE(60)
+    if (bytes.length < end) return `is damaged: it has ${bytes.length} of ${end} bytes`
+  }
+  if (path === BUILT_ADDON) return
+  const sums = join(PACKAGE_ROOT, 'prebuilds', 'SHA256SUMS')
+  const hash = createHash('sha256').update(bytes).digest('hex')
+  const listed = existsSync(sums) && readFileSync(sums, 'utf8').includes(`${hash}  `)
+  return listed ? undefined : `is not the one that was shipped: its SHA-256 ${hash} is not in ${sums}`
+}
+
+/** The first bytes of a file: of an ELF file its header and the name of its loader. */
+function readStart(file: string): Buffer {
+  const fd = openSync(file, 'r')
+  try {
+    const start = Buffer.alloc(2048)
+    readSync(fd, start)
+    return start
+  } finally {
+    closeSync(fd)
+  }
 }

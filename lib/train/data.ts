@@ -72,35 +72,29 @@ export class DataLoader {
     const options = { ...settings, encode: (text: string) => encoder.encode(text), tokenizerHash: encoder.hash }
     const file = await openTokens(data, options)
     let other: TokenFile | undefined
-    try {
-      const count = countWindows(file, data, context, 'data')
-      let training = Uint32Array.from({ length: count }, (_, i) => i)
-      let held: { file: TokenFile; windows: Uint32Array } | undefined
-      if (typeof validation === 'number') {
-        const size = validation < 1 ? Math.max(1, Math.round(count * validation)) : validation
-        if (size >= count) {
-          throw new RopewalkError(
-            'ERR_DATA',
-            `validation takes ${size} of ${count} windows of ${context} tokens and leaves none to train on: ` +
-              'use less validation, a smaller context or more data',
-          )
-        }
-        const drawn = permutation(count, seed, SPLIT_STREAM)
-        held = { file, windows: drawn.slice(0, size).sort() }
-        training = drawn.slice(size).sort()
-      } else if (validation) {
-        other = await openTokens(validation, options)
-        const windows = countWindows(other, validation, context, 'validation')
-        held = { file: other, windows: Uint32Array.from({ length: windows }, (_, i) => i) }
+    const count = countWindows(file, data, context, 'data')
+    let training = Uint32Array.from({ length: count }, (_, i) => i)
+    let held: { file: TokenFile; windows: Uint32Array } | undefined
+    if (typeof validation === 'number') {
+      const size = validation < 1 ? Math.max(1, Math.round(count * validation)) : validation
+      if (size >= count) {
+        throw new RopewalkError(
+          'ERR_DATA',
+          `validation takes ${size} of ${count} windows of ${context} tokens and leaves none to train on: ` +
+            'use less validation, a smaller context or more data',
+        )
       }
-      const identity = [file.key, other?.key ?? validation ?? null, context, packing]
-      const hash = createHash('sha256').update(JSON.stringify(identity)).digest('hex')
-      return new DataLoader(file, held, training, settings, hash)
-    } catch (error) {
-      await file.close()
-      await other?.close()
-      throw error
+      const drawn = permutation(count, seed, SPLIT_STREAM)
+      held = { file, windows: drawn.slice(0, size).sort() }
+      training = drawn.slice(size).sort()
+    } else if (validation) {
+      other = await openTokens(validation, options)
+      const windows = countWindows(other, validation, context, 'validation')
+      held = { file: other, windows: Uint32Array.from({ length: windows }, (_, i) => i) }
     }
+    const identity = [file.key, other?.key ?? validation ?? null, context, packing]
+    const hash = createHash('sha256').update(JSON.stringify(identity)).digest('hex')
+    return new DataLoader(file, held, training, settings, hash)
   }
 
   /** Tokens and documents of the data, and how many windows they make. */
@@ -140,11 +134,6 @@ export class DataLoader {
       while (group.length < rows) group.push(group[0]!)
       yield { sample: await this.sample(file, group), count }
     }
-  }
-
-  async close(): Promise<void> {
-    await this.file.close()
-    if (this.held && this.held.file !== this.file) await this.held.file.close()
   }
 
   private epoch(epoch: number): Uint32Array {
@@ -220,5 +209,5 @@ function describe(file: TokenFile, window: number, context: number): string {
     document -= documents
     return false
   })
-  return `window ${window} (${source ? basename(source.path) : file.path}, document ${document + 1}, tokens ${at}..${at + context - 1})`
+  return `window ${window} (${basename(source!.path)}, document ${document + 1}, tokens ${at}..${at + context - 1})`
 }

@@ -170,7 +170,6 @@ export class Trainer {
     this.disposed = true
     this.passes?.dispose()
     this.optimizer?.dispose()
-    void this.loader?.close()
     this.passes = this.optimizer = this.loader = undefined
   }
 
@@ -264,7 +263,6 @@ export class Trainer {
     }
     const saved = this.data
     if (saved && (saved.hash !== loader.hash || saved.tokenizer !== tokenizer.hash)) {
-      await loader.close()
       throw new RopewalkError(
         'ERR_RESUME',
         saved.tokenizer === tokenizer.hash

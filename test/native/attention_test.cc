@@ -182,10 +182,16 @@ struct Inputs {
   float scale;
 
   Inputs(const Shape& s, DType type)
-      : shape(s), q(type, {s.B, s.T, s.H, s.D}), k(type, {s.B, s.T, s.K, s.D}), v(type, {s.B, s.T, s.K, s.D}),
-        dout(type, {s.B, s.T, s.H, s.D}), cos(DType::f32, {table_rows, s.D / 2}),
+      : shape(s),
+        q(type, {s.B, s.T, s.H, s.D}),
+        k(type, {s.B, s.T, s.K, s.D}),
+        v(type, {s.B, s.T, s.K, s.D}),
+        dout(type, {s.B, s.T, s.H, s.D}),
+        cos(DType::f32, {table_rows, s.D / 2}),
         sin(DType::f32, {table_rows, s.D / 2}),
-        pos(DType::i32, {s.B, s.T}), first(DType::i32, {s.B, s.T}), scale(0.9f / std::sqrt(static_cast<float>(s.D))) {
+        pos(DType::i32, {s.B, s.T}),
+        first(DType::i32, {s.B, s.T}),
+        scale(0.9f / std::sqrt(static_cast<float>(s.D))) {
     q.fill_random(2);
     k.fill_random(2);
     v.fill_random(1);
@@ -267,9 +273,10 @@ template <typename Real>
 Reference<Real> forward_of(Inputs& in, DType type) {
   const Shape& s = in.shape;
   Reference<Real> out;
-  forward_reference<Real>(s, s.T, rotated<Real>(in.q, in.cos, in.sin, in.pos, s.H, s.D, type, false),
-                          rotated<Real>(in.k, in.cos, in.sin, in.pos, s.K, s.D, type, false), in.v.values<Real>(),
-                          in.first, [](int64_t, int64_t t) { return t; }, in.scale, type, out);
+  forward_reference<Real>(
+      s, s.T, rotated<Real>(in.q, in.cos, in.sin, in.pos, s.H, s.D, type, false),
+      rotated<Real>(in.k, in.cos, in.sin, in.pos, s.K, s.D, type, false), in.v.values<Real>(), in.first,
+      [](int64_t, int64_t t) { return t; }, in.scale, type, out);
   return out;
 }
 
@@ -332,8 +339,10 @@ struct Isa {
   void (*append)(cpu::Context&, const kv_append_args&);
   void (*cached)(cpu::Context&, const attention_cached_args&);
 };
-#define ISA(isa, present) \
-  {#isa, present, cpu::isa::attention_fwd, cpu::isa::attention_bwd, cpu::isa::kv_append, cpu::isa::attention_cached}
+#define ISA(isa, present)                                                                                            \
+  {                                                                                                                  \
+#isa, present, cpu::isa::attention_fwd, cpu::isa::attention_bwd, cpu::isa::kv_append, cpu::isa::attention_cached \
+  }
 const std::vector<Isa> isas = {
     ISA(baseline, true),
 #if defined(__x86_64__)
@@ -346,9 +355,14 @@ const std::vector<Isa> isas = {
 struct Outputs {
   Buffer o, lse, dq, dk, dv, kr, qr, delta;
   explicit Outputs(const Shape& s, DType type)
-      : o(type, {s.B, s.T, s.H, s.D}), lse(DType::f32, {s.B, s.H, s.T}), dq(type, {s.B, s.T, s.H, s.D}),
-        dk(type, {s.B, s.T, s.K, s.D}), dv(type, {s.B, s.T, s.K, s.D}), kr(type, {s.B, s.T, s.K, s.D}),
-        qr(type, {s.B, s.T, s.H, s.D}), delta(DType::f32, {s.B, s.H, s.T}) {}
+      : o(type, {s.B, s.T, s.H, s.D}),
+        lse(DType::f32, {s.B, s.H, s.T}),
+        dq(type, {s.B, s.T, s.H, s.D}),
+        dk(type, {s.B, s.T, s.K, s.D}),
+        dv(type, {s.B, s.T, s.K, s.D}),
+        kr(type, {s.B, s.T, s.K, s.D}),
+        qr(type, {s.B, s.T, s.H, s.D}),
+        delta(DType::f32, {s.B, s.H, s.T}) {}
   bool intact() const {
     return o.intact() && lse.intact() && dq.intact() && dk.intact() && dv.intact() && kr.intact() && qr.intact() &&
            delta.intact();

@@ -328,11 +328,13 @@ void test(const Isa& isa) {
 }  // namespace
 
 int main() {
-#define ISA(name)                                                                                    \
-  Isa {                                                                                              \
-    #name, cpu::name::matmul_nn, cpu::name::matmul_nt, cpu::name::matmul_tn,                         \
-        cpu::name::linear_cross_entropy_fwd, cpu::name::linear_cross_entropy_bwd                     \
-  }
+#define ISA(name)                          \
+  Isa{#name,                               \
+      cpu::name::matmul_nn,                \
+      cpu::name::matmul_nt,                \
+      cpu::name::matmul_tn,                \
+      cpu::name::linear_cross_entropy_fwd, \
+      cpu::name::linear_cross_entropy_bwd}
   test(ISA(baseline));
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&

@@ -136,16 +136,13 @@ t.test('concatenated windows', async (t) => {
     third.some((origin) => /^window 3 \(.*jsonl, document 1, tokens 12\.\.15\)$/.test(origin)),
     'the document of the second file',
   )
-  await loader.close()
 
   const other = await open({ data, seed: 1, context: 3 })
   t.equal(other.size.windows, 5, 'the last token is left over')
   t.not(other.hash, loader.hash)
   t.notSame(await take(other, 5), await take(other, 5, 1, { epoch: 1, index: 0 }))
-  await other.close()
   const plain = await open({ data, eosId: undefined })
   t.equal(plain.size.tokens, 13)
-  await plain.close()
   await t.rejects(open({ data, context: 17 }), {
     code: 'ERR_DATA',
     message: /a window of context 17 takes 17 tokens, but .* have 16: use a smaller context or more data/,
@@ -177,7 +174,6 @@ t.test('documents apart', async (t) => {
   t.strictSame(of('positions', 1 - row), [0, 1, 2, 3, 4, 5, 6, 7], 'a cut document goes on as one of its own')
   t.strictSame(of('first', 1 - row), [0, 0, 0, 0, 0, 0, 0, 0])
   t.strictSame(of('labels', 1 - row), windows[1 - row])
-  await loader.close()
   const boundary = await open({ data: [file(['ab', 'cd', 'ef'])], context: 4, packing: 'documents' })
   for (let index = 0; index < 3; index++) {
     const { options } = (await boundary.next({ epoch: 0, index }, 1)).sample
@@ -188,14 +184,12 @@ t.test('documents apart', async (t) => {
     )
     t.notOk([...(options.labels as { data: Int32Array }).data].includes(-100))
   }
-  await boundary.close()
 })
 
 t.test('validation', async (t) => {
   const data = [file([letters(78)])] // 80 tokens, 20 windows
   const all = await open({ data })
   const everything = (await take(all, 20)).map(String).sort()
-  await all.close()
   for (const [validation, size] of [
     [0.25, 5],
     [0.001, 1],
@@ -216,7 +210,6 @@ t.test('validation', async (t) => {
     const trained = await take(loader, 20 - size)
     t.strictSame([...held, ...trained].map(String).sort(), everything, 'each window on one side')
     t.not(loader.hash, all.hash)
-    await loader.close()
   }
   await t.rejects(open({ data, validation: 20 }), { code: 'ERR_DATA', message: /validation takes 20 of 20 windows/ })
   const own = await open({ data, validation: [file(['xyz'])] })
@@ -225,7 +218,6 @@ t.test('validation', async (t) => {
     t.equal(count, 1)
     t.strictSame(rowsOf(sample), [[BOS, ...ids('xyz')]])
   }
-  await own.close()
   await t.rejects(open({ data, validation: [file(['x'])] }), { code: 'ERR_DATA', message: /^validation: / })
 })
 
@@ -243,7 +235,6 @@ t.test('cache', async (t) => {
   }
   const first = await open(options)
   const want = await take(first, first.size.windows)
-  await first.close()
   t.ok(stages.includes('hash') && stages.includes('tokenize'))
   const [name, ...more] = fs.readdirSync(cacheDir)
   t.strictSame(more, [], 'one file, nothing temporary')
@@ -255,7 +246,6 @@ t.test('cache', async (t) => {
     const loader = await open(options)
     t.equal(loader.hash, first.hash)
     t.strictSame(await take(loader, loader.size.windows), want, what)
-    await loader.close()
   }
   await same('from the cache')
   t.equal(encoded, 0)
@@ -287,18 +277,15 @@ t.test('cache', async (t) => {
   // Another tokenizer, field or file is another entry.
   const other = await DataLoader.open(settings(options), { ...encoder, hash: 'other' })
   t.not(other.hash, first.hash)
-  await other.close()
   fs.appendFileSync(data[0]!, `${JSON.stringify({ text: 'more' })}\n`)
   const changed = await open(options)
   t.not(changed.hash, first.hash)
-  await changed.close()
 
   // Several at a time, in this process as in several.
   const together = join(dir, 'together')
   const loaders = await Promise.all(Array.from({ length: 5 }, () => open({ ...options, cacheDir: together })))
   for (const loader of loaders) {
     t.equal(loader.hash, changed.hash)
-    await loader.close()
   }
   t.equal(fs.readdirSync(together).length, 1)
 
@@ -323,5 +310,22 @@ t.test('long tokenising leaves the event loop free', async (t) => {
   t.equal(tokens.tokens, 400)
   t.ok(turns >= 5, `${turns} turns for others`)
   await t.rejects(tokens.read(390, 11), RangeError)
-  await tokens.close()
+})
+
+t.test('a shard for each file: one that is added costs only itself', async (t) => {
+  const cacheDir = t.testdir()
+  const [a, b] = [file(['abcdefgh']), file(['ijklmnop'])]
+  const read: string[] = []
+  const encode = (text: string): number[] => {
+    read.push(text)
+    return Array.from(text, (c) => c.charCodeAt(0))
+  }
+  const options = { encode, tokenizerHash: 'x', eosId: undefined, field: 'text', cacheDir }
+  const one = await openTokens([a], options)
+  const two = await openTokens([a, b], options)
+  t.strictSame(read, ['abcdefgh', 'ijklmnop'], 'each text is encoded once')
+  t.equal(readdirSync(cacheDir).length, 2)
+  t.not(one.key, two.key)
+  t.strictSame([...(await two.read(6, 4))], [...'ghij'].map((c) => c.charCodeAt(0)), 'across the border of two shards')
+  t.strictSame([...two.ends], [8, 16])
 })

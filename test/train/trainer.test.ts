@@ -201,7 +201,6 @@ t.test('run', async (t) => {
   const loader = await DataLoader.open({ ...settings, eosId: 2, cacheDir: base.cacheDir }, encoder)
   let sum = 0
   for await (const { sample } of loader.validation(1)) sum += await model.loss(sample.tokens)
-  await loader.close()
   t.ok(Math.abs(sum / 3 - results[5]!.validation!.loss!) < 1e-6)
 })
 
@@ -248,7 +247,6 @@ t.test('packed documents do not see each other', async (t) => {
       encoder,
     )
     const { sample } = await loader.next({ epoch: 0, index: 0 }, 1)
-    await loader.close()
     return sample
   }
   // two documents of 10 tokens each; the first differs
