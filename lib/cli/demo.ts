@@ -1,8 +1,9 @@
-import { mkdir, rmdir, rm } from 'node:fs/promises'
-import { join } from 'node:path'
+import { mkdir, rmdir } from 'node:fs/promises'
+import { dirname, join, resolve } from 'node:path'
+import { RopewalkError } from '../errors.js'
 import { type DemoResult, QUICK, RECIPE, runDemo } from '../demo/demo.js'
 import { page, picture, tableOf } from '../demo/page.js'
-import { requireSpace, writeFailure, writeFileDurable, temporaryName } from '../files/durable.js'
+import { requireSpace, temporaryName, writeFailure, writeFileDurable } from '../files/durable.js'
 import { type Command, commonOptions } from './options.js'
 import type { Output } from './output.js'
 
@@ -44,7 +45,7 @@ export const demo: Command<typeof options> = {
       const onProgress = (done: number, task: string): void => progress.update(Math.floor(100 * done), `% ${task}`)
       result = await runDemo({ seed, recipe, signal: controller.signal, onProgress })
     } catch (error) {
-      if (created) await rmdir(out).catch(() => undefined)
+      if (created !== undefined) await removeFolders(out, created)
       if (code === undefined) throw error
       progress.end()
       output.note('stopped; nothing was written')
@@ -63,17 +64,31 @@ export const demo: Command<typeof options> = {
   },
 }
 
-/** Makes sure, before two minutes of work, that the result can be written; true where the folder is new. */
-async function prepare(out: string): Promise<boolean> {
+/** Makes sure, before two minutes of work, that the result can be written; gives the first folder that it had to make. */
+async function prepare(out: string): Promise<string | undefined> {
   try {
-    const created = (await mkdir(out, { recursive: true })) !== undefined
+    const created = await mkdir(out, { recursive: true })
     await requireSpace(out, SPACE)
     const probe = temporaryName(join(out, 'index.html'))
     await mkdir(probe)
-    await rm(probe, { recursive: true })
+    await rmdir(probe)
     return created
   } catch (error) {
-    throw await writeFailure(error, out, SPACE)
+    const failure = await writeFailure(error, out, SPACE)
+    const { code, message } = failure as RopewalkError
+    if (code !== 'ERR_WRITE') throw failure
+    throw new RopewalkError(code, `${message}: choose another folder with --out`, { cause: error })
+  }
+}
+
+/** Removes the folders that were made for nothing, from the inside out, unless something else is in them by now. */
+async function removeFolders(out: string, created: string): Promise<void> {
+  for (let path = resolve(out); ; path = dirname(path)) {
+    const removed = await rmdir(path).then(
+      () => true,
+      () => false,
+    )
+    if (!removed || path === resolve(created)) return
   }
 }
 

@@ -324,8 +324,12 @@ t.test('a shard for each file: one that is added costs only itself', async (t) =
   const one = await openTokens([a], options)
   const two = await openTokens([a, b], options)
   t.strictSame(read, ['abcdefgh', 'ijklmnop'], 'each text is encoded once')
-  t.equal(readdirSync(cacheDir).length, 2)
+  t.equal(fs.readdirSync(cacheDir).length, 2)
   t.not(one.key, two.key)
-  t.strictSame([...(await two.read(6, 4))], [...'ghij'].map((c) => c.charCodeAt(0)), 'across the border of two shards')
+  t.strictSame(
+    [...(await two.read(6, 4))],
+    [...'ghij'].map((c) => c.charCodeAt(0)),
+    'across the border of two shards',
+  )
   t.strictSame([...two.ends], [8, 16])
 })
