@@ -103,7 +103,7 @@ t.test('what is missing or of another kind', async (t) => {
   const file = join(fixtures, 'mha-f32', 'model.safetensors')
   await t.rejects(openModelFolder(file), { code: 'ERR_NOT_A_FOLDER', message: /give .*mha-f32$/ })
 
-  const cases: [string, (where: string) => void, Record<string, unknown>][] = [
+  const cases: [string, (where: string) => void, any][] = [
     [
       'no config',
       (w) => fs.renameSync(join(w, 'config.json'), join(w, 'conifg.json')),
@@ -140,7 +140,7 @@ t.test('what is missing or of another kind', async (t) => {
       { code: 'ERR_SAFETENSORS', message: /model\.safetensors: .*truncated: re-download/ },
     ],
     ...['pytorch_model.bin', 'consolidated.00.pth', 'model.pt', 'last.ckpt', 'pytorch_model.bin.index.json'].map(
-      (name): [string, (where: string) => void, Record<string, unknown>] => [
+      (name): [string, (where: string) => void, any] => [
         name,
         (w) => fs.renameSync(join(w, 'model.safetensors'), join(w, name)),
         {
@@ -238,7 +238,7 @@ t.test('a shard index names plain files of its folder, and agrees with them', as
     return where
   }
   const norm = 'model.norm.weight'
-  const cases: [string, string, Record<string, unknown>][] = [
+  const cases: [string, string, any][] = [
     [
       'missing shard',
       change((_, w) => fs.rmSync(join(w, 'model-00002-of-00003.safetensors'))),
@@ -395,7 +395,7 @@ t.test('saving: whole or not at all', async (t) => {
   await t.rejects(saveModelFolder(target, options({ tensors: [unread] })), { code: 'ERR_EXISTS' })
   const failing = (error: Error): TensorEntry => ({ ...tiny('x'), data: () => Promise.reject(error) })
   const full = Object.assign(new Error('no space left'), { code: 'ENOSPC' })
-  const failures: [SaveOptions, Record<string, unknown>][] = [
+  const failures: [SaveOptions, any][] = [
     [
       options({ tensors: [tiny('w'), failing(full)] }),
       { code: 'ERR_NO_SPACE', message: /bytes are needed, \d+ bytes.* free/ },

@@ -54,7 +54,7 @@ t.test('folders: recursive, sorted, only what is known', async (t) => {
 })
 
 t.test('what is wrong is named', async (t) => {
-  const cases: [string, string | Uint8Array, Record<string, unknown>][] = [
+  const cases: [string, string | Uint8Array, any][] = [
     ['e.txt', '', { code: 'ERR_EMPTY', message: /e\.txt: the file is empty/ }],
     ['e.jsonl', '\n \n', { code: 'ERR_EMPTY', message: /e\.jsonl: no line with a document/ }],
     ['bin.txt', 'ab\0c', { code: 'ERR_BINARY', message: /bin\.txt: a NUL byte at offset 2/ }],
