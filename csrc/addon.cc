@@ -12,6 +12,7 @@
 #include <string>
 #include <vector>
 
+#include "blas.h"
 #include "device.h"
 #include "loader.h"
 
@@ -328,6 +329,49 @@ Napi::Value backends(const Napi::CallbackInfo& info) {
   return result;
 }
 
+// Runs `body` at once, on JavaScript's thread: only `ropewalk bench` may block it.
+template <typename Body>
+Napi::Value blocking(Napi::Env env, Body&& body) {
+  try {
+    return body();
+  } catch (const Napi::Error&) {
+    throw;
+  } catch (const std::exception& error) {
+    fail(env, error.what());
+  }
+}
+
+// (path: string, or '' for the usual names) -> { path, config, core }
+Napi::Value blas_open(const Napi::CallbackInfo& info) {
+  return blocking(info.Env(), [&]() -> Napi::Value {
+    const blas::Library& library = blas::open(info[0].ToString());
+    Napi::Object result = Napi::Object::New(info.Env());
+    result.Set("path", library.path);
+    result.Set("config", library.config);
+    result.Set("core", library.core);
+    return result;
+  });
+}
+
+// (a transposed, b transposed, m, n, k, repeats, threads) -> seconds
+Napi::Value blas_sgemm(const Napi::CallbackInfo& info) {
+  int sizes[5];
+  for (size_t i = 0; i < 5; i++) sizes[i] = static_cast<int>(integer(info, i + 2, 1, 1 << 20));
+  return blocking(info.Env(), [&]() -> Napi::Value {
+    return Napi::Number::New(info.Env(), blas::sgemm(info[0].ToBoolean(), info[1].ToBoolean(), sizes[0], sizes[1],
+                                                     sizes[2], sizes[3], sizes[4]));
+  });
+}
+
+// (bytes, repeats, threads) -> seconds
+Napi::Value copy_memory(const Napi::CallbackInfo& info) {
+  const auto bytes = static_cast<size_t>(integer(info, 0, 1, kMaxSize));
+  const int repeats = static_cast<int>(integer(info, 1, 1, 1 << 20));
+  const int threads = static_cast<int>(integer(info, 2, 1, 1024));
+  return blocking(info.Env(),
+                  [&]() -> Napi::Value { return Napi::Number::New(info.Env(), blas::copy(bytes, repeats, threads)); });
+}
+
 Napi::Object export_all(Napi::Env env, Napi::Object exports) {
   env.SetInstanceData(new Addon());
   char hash[17];
@@ -346,6 +390,9 @@ Napi::Object export_all(Napi::Env env, Napi::Object exports) {
   exports.Set("loadPlan", Napi::Function::New<load_plan>(env));
   exports.Set("freePlan", Napi::Function::New<free_plan>(env));
   exports.Set("run", Napi::Function::New<run>(env));
+  exports.Set("blasOpen", Napi::Function::New<blas_open>(env));
+  exports.Set("blasSgemm", Napi::Function::New<blas_sgemm>(env));
+  exports.Set("copyMemory", Napi::Function::New<copy_memory>(env));
   return exports;
 }
 

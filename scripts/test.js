@@ -15,6 +15,7 @@ if (files.length === 0) {
   nativeTests()
 }
 tap()
+if (files.length === 0) packageTest()
 console.log(`${total.passed} passed, ${total.failed} failed, ${total.skipped} skipped`)
 process.exit(total.failed > 0 ? 1 : 0)
 
@@ -62,6 +63,21 @@ function tap() {
   if (status !== 0 && of('fail') === 0) {
     total.failed++
     console.error(`not ok: tap ended with code ${status}`)
+  }
+}
+
+/** Makes the tarball and uses it as a stranger would; ends with a line "package: N passed, N failed, N skipped". */
+function packageTest() {
+  const { status, stdout } = spawnSync(process.execPath, ['scripts/package-test.js'], {
+    cwd: root,
+    encoding: 'utf8',
+    stdio: ['ignore', 'pipe', 'inherit'],
+  })
+  const summary = /(\d+) passed, (\d+) failed, (\d+) skipped\s*$/.exec(stdout)
+  if (summary) count(...summary.slice(1).map(Number))
+  if (!summary || (status !== 0 && Number(summary[2]) === 0)) {
+    total.failed++
+    console.error(`not ok: the package test ended with code ${status}`)
   }
 }
 

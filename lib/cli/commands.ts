@@ -1,5 +1,6 @@
 import { didYouMean, quote } from '../errors.js'
 import { version } from '../index.js'
+import { bench } from './bench.js'
 import { build } from './build.js'
 import { demo } from './demo.js'
 import { doctor } from './doctor.js'
@@ -18,6 +19,7 @@ const commands = [
   generate,
   inspect,
   doctor,
+  bench,
   build,
 ] as unknown as readonly Command[]
 

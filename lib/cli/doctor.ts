@@ -1,9 +1,7 @@
-import { createRequire } from 'node:module'
 import { availableParallelism, release, totalmem } from 'node:os'
-import { relative } from 'node:path'
 import { formatBytes } from '../errors.js'
 import { Device, version } from '../index.js'
-import { native, PACKAGE_ROOT } from '../runtime/native.js'
+import { addonPath, native } from '../runtime/native.js'
 import { matmulNt } from '../runtime/ops.gen.js'
 import { Recorder } from '../runtime/recorder.js'
 import { type Command, commonOptions } from './options.js'
@@ -64,8 +62,7 @@ function platform(): Check {
 function addon(): Check {
   try {
     native()
-    const build = createRequire(import.meta.url)('node-gyp-build') as { resolve(root: string): string }
-    return { name: 'addon', ok: true, detail: relative(PACKAGE_ROOT, build.resolve(PACKAGE_ROOT)) }
+    return { name: 'addon', ok: true, detail: addonPath() }
   } catch (error) {
     return { name: 'addon', ok: false, detail: (error as Error).message }
   }

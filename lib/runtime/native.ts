@@ -1,7 +1,7 @@
 import { createHash } from 'node:crypto'
 import { closeSync, existsSync, openSync, readdirSync, readFileSync, readSync } from 'node:fs'
 import { createRequire } from 'node:module'
-import { dirname, join } from 'node:path'
+import { dirname, join, relative } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { RopewalkError } from '../errors.js'
 import { TABLE_HASH } from './ops.gen.js'
@@ -47,22 +47,27 @@ export function native(): Native {
   return (loaded ??= loadAddon(addonPath()))
 }
 
-/** The addon's file, relative to PACKAGE_ROOT. PREBUILDS_ONLY=1 passes over the one that was built here. */
+/**
+ * The addon's file, relative to PACKAGE_ROOT, as node-gyp-build finds it: the one built here, else the prebuilt one for
+ * this platform. PREBUILDS_ONLY=1 passes over the one that was built here.
+ */
 export function addonPath(): string {
-  const platform = `${process.platform}-${process.arch}`
-  const libc = process.platform !== 'linux' ? '' : readStart(process.execPath).includes('ld-musl') ? 'musl' : 'glibc'
-  const prebuilt = join('prebuilds', platform, `ropewalk.${libc && `${libc}.`}node`)
-  const paths = process.env.PREBUILDS_ONLY ? [prebuilt] : [BUILT_ADDON, prebuilt]
-  const found = paths.find((path) => existsSync(join(PACKAGE_ROOT, path)))
-  if (found) return found
-  const folder = join(PACKAGE_ROOT, 'prebuilds')
-  const others = existsSync(folder) ? readdirSync(folder, { recursive: true }).map(String) : []
-  const shipped = others.filter((path) => path.endsWith('.node')).join(', ') || 'none'
-  throw new RopewalkError(
-    'ERR_NO_ADDON',
-    `no native addon for ${platform}${libc && ` with ${libc}`} (Node ${process.versions.node}): looked in ` +
-      `${PACKAGE_ROOT} for ${paths.join(' and ')}; prebuilt ones here: ${shipped}. Build it from source: ${REBUILD}`,
-  )
+  const { path } = createRequire(import.meta.url)('node-gyp-build') as { path(root: string): string }
+  try {
+    return relative(PACKAGE_ROOT, path(PACKAGE_ROOT))
+  } catch (cause) {
+    const platform = `${process.platform}-${process.arch}`
+    const folder = join(PACKAGE_ROOT, 'prebuilds')
+    const others = existsSync(folder) ? readdirSync(folder, { recursive: true }).map(String) : []
+    const shipped = others.filter((name) => name.endsWith('.node')).join(', ') || 'none'
+    const [line = ''] = (cause as Error).message.split('\n')
+    throw new RopewalkError(
+      'ERR_NO_ADDON',
+      `no native addon for ${platform} (${line}); looked in ${PACKAGE_ROOT} for ${BUILT_ADDON} and prebuilds/${platform}; ` +
+        `prebuilt ones here: ${shipped}. Build it from source: ${REBUILD}`,
+      { cause },
+    )
+  }
 }
 
 /** Loads one addon file; `path` is relative to PACKAGE_ROOT. */

@@ -135,7 +135,7 @@ t.test('what is wrong is named', async (t) => {
     edit(json)
     return JSON.stringify(json)
   }
-  const bad: [string, string, object][] = [
+  const bad: [string, string, any][] = [
     ['not JSON', '{', { code: 'ERR_JSON' }],
     ['no model', '{"version": "1.0"}', { code: 'ERR_TOKENIZER', message: /tokenizer\.json: no "model" object/ }],
     [

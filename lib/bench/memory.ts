@@ -1,0 +1,98 @@
+// Memory of a training step and of loading. Each is measured in a process of its own, in which nothing else took any:
+// this file is also what that process runs.
+import { fork } from 'node:child_process'
+import { once } from 'node:events'
+import { mkdtemp, rm } from 'node:fs/promises'
+import { tmpdir } from 'node:os'
+import { join } from 'node:path'
+import { fileURLToPath } from 'node:url'
+import { Llama } from '../model/llama.js'
+import { writeModel } from './load.js'
+import { type Fact, LLAMA_25M, randomTokens, startTraining } from './step.js'
+
+interface Task {
+  kind: 'step' | 'load'
+  time: number
+  threads: number
+  dir: string
+}
+
+/** Bytes. */
+interface Measured {
+  /** What was planned, or the weights. */
+  planned: number
+  /** What the device allocated, at most. */
+  allocated: number
+  /** The plan's own part: activations and temporaries. */
+  arena: number
+  /** Of the process before and after, and its largest. */
+  before: number
+  after: number
+  most: number
+}
+
+async function measure({ kind, time, threads, dir }: Task): Promise<Measured> {
+  const rss = (): number => process.memoryUsage().rss
+  const most = (): number => 1024 * process.resourceUsage().maxRSS
+  const before = rss()
+  if (kind === 'load') {
+    using model = await Llama.load(dir, { device: 'cpu', threads })
+    const allocated = model.device.peakAllocatedBytes
+    return { planned: 4 * model.parameterCount, allocated, arena: 0, before, after: rss(), most: most() }
+  }
+  const { model, trainer, dispose } = await startTraining(LLAMA_25M, time, threads)
+  for (let i = 0; i < 2; i++) await trainer.step(randomTokens(1, time, LLAMA_25M.vocab_size))
+  const { totalBytes: planned, activationBytes: arena } = trainer.plan()
+  const result = { planned, allocated: model.device.allocatedBytes, arena, before, after: rss(), most: most() }
+  dispose()
+  return result
+}
+
+async function inOwnProcess(task: Task): Promise<Measured> {
+  const child = fork(fileURLToPath(import.meta.url), { env: { ...process.env, [TASK]: JSON.stringify(task) } })
+  const [answer] = (await Promise.race([once(child, 'message'), once(child, 'close')])) as [unknown]
+  if (typeof answer !== 'object' || answer === null)
+    throw new Error(`the process that measures memory ended: ${answer}`)
+  return answer as Measured
+}
+
+/** Memory of a step of `time` tokens: planned, allocated, resident. */
+export async function stepMemory(time: number, threads: number): Promise<Fact[]> {
+  const { planned, allocated, arena, before, after, most } = await inOwnProcess({
+    kind: 'step',
+    time,
+    threads,
+    dir: '',
+  })
+  const name = `memory of a step, T ${time}`
+  return [
+    { name: `${name}: activations and temporaries planned`, value: arena, unit: 'bytes' },
+    { name: `${name}: planned, with weights, gradients, moments`, value: planned, unit: 'bytes' },
+    { name: `${name}: allocated by the device`, value: allocated, unit: 'bytes' },
+    { name: `${name}: allocated / planned`, value: allocated / planned, unit: 'ratio', least: 1, most: 1 },
+    { name: `${name}: resident before`, value: before, unit: 'bytes' },
+    { name: `${name}: resident after`, value: after, unit: 'bytes' },
+    { name: `${name}: largest resident / planned`, value: most / planned, unit: 'ratio', most: 1.1 },
+  ]
+}
+
+/** Memory of loading a file of about `bytes`: what the process grew by, at most, against the weights. */
+export async function loadMemory(bytes: number, threads: number): Promise<Fact[]> {
+  const dir = await mkdtemp(join(tmpdir(), 'ropewalk-bench-'))
+  try {
+    await writeModel(dir, bytes)
+    const { planned, before, most } = await inOwnProcess({ kind: 'load', time: 0, threads, dir })
+    const name = 'memory of loading'
+    return [
+      { name: `${name}: weights`, value: planned, unit: 'bytes' },
+      { name: `${name}: growth of the process / weights`, value: (most - before) / planned, unit: 'ratio', most: 1.1 },
+    ]
+  } finally {
+    await rm(dir, { recursive: true, force: true })
+  }
+}
+
+const TASK = 'ROPEWALK_BENCH_TASK'
+const task = process.env[TASK]
+if (task !== undefined && process.send)
+  process.send(await measure(JSON.parse(task) as Task), () => process.disconnect())

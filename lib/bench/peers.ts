@@ -1,0 +1,154 @@
+// The peers, each where it is installed: OpenBLAS inside this process, PyTorch and transformers in a Python one.
+import { type ChildProcessWithoutNullStreams, spawn } from 'node:child_process'
+import { join } from 'node:path'
+import { createInterface } from 'node:readline'
+import { native, PACKAGE_ROOT } from '../runtime/native.js'
+import type { Side } from './measure.js'
+
+/** What csrc/addon.cc exports for this command alone; each call blocks until it is done. */
+interface BenchNative {
+  blasOpen(path: string): { path: string; config: string; core: string }
+  blasSgemm(ta: boolean, tb: boolean, m: number, n: number, k: number, repeats: number, threads: number): number
+  copyMemory(bytes: number, repeats: number, threads: number): number
+}
+
+const addon = (): BenchNative => native() as unknown as BenchNative
+
+/** Copies of `bytes` bytes, read and written, by the C library. */
+export function copySide(bytes: number, repeats: number, threads: number): Side {
+  const run = async (): Promise<number> => addon().copyMemory(bytes, repeats, threads)
+  return { name: 'copy', work: 2 * bytes * repeats, run }
+}
+
+/** A peer's own description of a case. */
+export interface PeerCase {
+  op: 'matmul' | 'attention' | 'rmsnorm' | 'swiglu' | 'cross_entropy' | 'adamw' | 'step'
+  [parameter: string]: unknown
+}
+
+export interface MatmulCase extends PeerCase {
+  op: 'matmul'
+  layout: 'nn' | 'nt' | 'tn'
+  m: number
+  n: number
+  k: number
+}
+
+/** The peers of this machine: opens those that are there, and says of the others why they are not. */
+export class Peers {
+  /** One line each, for people. */
+  readonly found: string[] = []
+  readonly missing: string[] = []
+  private blas = false
+  private python: Python | undefined
+
+  static none(): Peers {
+    return new Peers()
+  }
+
+  /** `isa`: of this processor, so that OpenBLAS is at its best. */
+  static async open(isa: string): Promise<Peers> {
+    const peers = new Peers()
+    peers.openBlas(isa)
+    await peers.openPython(process.env.ROPEWALK_PYTHON || 'python3')
+    return peers
+  }
+
+  /** The peers' ways to do `repeats` times what a case does; `work` is that of all repeats. */
+  async sides(peer: PeerCase, work: number, repeats: number, threads: number): Promise<Side[]> {
+    const sides: Side[] = []
+    if (this.blas && peer.op === 'matmul') {
+      const { layout, m, n, k } = peer as MatmulCase
+      const run = async (): Promise<number> =>
+        addon().blasSgemm(layout === 'tn', layout === 'nt', m, n, k, repeats, threads)
+      sides.push({ name: 'openblas', work, run })
+    }
+    const { python } = this
+    if (!python) return sides
+    const { variants } = await python.ask<{ variants: string[] }>({ do: 'setup', case: peer, threads })
+    for (const variant of variants) {
+      const run = async (): Promise<number> =>
+        (await python.ask<{ seconds: number }>({ do: 'run', variant, repeats })).seconds
+      sides.push({ name: variant, work, run, dispose: () => python.ask({ do: 'drop' }) })
+    }
+    return sides
+  }
+
+  close(): void {
+    this.python?.close()
+  }
+
+  private openBlas(isa: string): void {
+    // A release that does not know a newer processor would take its AVX2 kernels, at half the speed.
+    const chosen = process.env.OPENBLAS_CORETYPE
+    if (isa === 'avx512') process.env.OPENBLAS_CORETYPE ??= 'SkylakeX'
+    try {
+      const { path, config, core } = addon().blasOpen(process.env.ROPEWALK_OPENBLAS ?? '')
+      this.blas = true
+      this.found.push(
+        `${/OpenBLAS [\d.]+/.exec(config)?.[0] ?? path}, ${core} kernels${chosen ? ' (OPENBLAS_CORETYPE is set)' : ''}`,
+      )
+    } catch (error) {
+      this.missing.push(`OpenBLAS: ${(error as Error).message}`)
+    }
+  }
+
+  private async openPython(command: string): Promise<void> {
+    const python = new Python(command)
+    try {
+      const versions = await python.ask<Record<'python' | 'torch' | 'transformers', string | null>>({ do: 'hello' })
+      if (versions.torch === null) throw new Error(`Python ${versions.python} has no torch`)
+      const transformers = versions.transformers === null ? '' : `, transformers ${versions.transformers}`
+      this.found.push(`PyTorch ${versions.torch}${transformers}`)
+      this.python = python
+    } catch (error) {
+      python.close()
+      this.missing.push(`PyTorch: ${(error as Error).message}; ROPEWALK_PYTHON names another Python`)
+    }
+  }
+}
+
+type Waiting = { resolve(answer: unknown): void; reject(error: Error): void }
+
+/** peers.py as a child process; requests are answered in order. */
+class Python {
+  private readonly child: ChildProcessWithoutNullStreams
+  private readonly waiting: Waiting[] = []
+  private complaint = ''
+  private gone: Error | undefined
+
+  constructor(command: string) {
+    this.child = spawn(command, [join(PACKAGE_ROOT, 'lib', 'bench', 'peers.py')])
+    this.child.stderr.on('data', (text: Buffer) => (this.complaint = `${this.complaint}${String(text)}`.slice(-400)))
+    this.child.stdin.on('error', () => undefined) // 'close' says more
+    this.child.once('error', (error) => this.end(error))
+    this.child.once('close', (code) => {
+      const last = this.complaint.trim().split('\n').at(-1)
+      this.end(new Error(`the Python process ended with code ${code}${last ? `: ${last}` : ''}`))
+    })
+    createInterface({ input: this.child.stdout }).on('line', (line) => {
+      const answer = JSON.parse(line) as { error?: string }
+      const { resolve, reject } = this.waiting.shift()!
+      if (answer.error === undefined) resolve(answer)
+      else reject(new Error(answer.error))
+    })
+  }
+
+  ask<T>(request: object): Promise<T> {
+    if (this.gone) return Promise.reject(this.gone)
+    return new Promise((resolve, reject) => {
+      this.waiting.push({ resolve: resolve as Waiting['resolve'], reject })
+      this.child.stdin.write(`${JSON.stringify(request)}\n`)
+    })
+  }
+
+  close(): void {
+    this.child.stdin.end()
+    this.child.kill()
+  }
+
+  private end(error: Error): void {
+    this.gone ??= error
+    for (const { reject } of this.waiting.splice(0)) reject(this.gone)
+  }
+}
