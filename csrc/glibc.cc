@@ -8,9 +8,13 @@ extern "C" {
 // New in 2.32. libstdc++ reads it to do without atomics in a process of one thread, which Node never is.
 char __libc_single_threaded = 0;
 
-// 2.34 moved these two from libpthread to libc. Before, Node brings libpthread along.
+// 2.34 moved these from libpthread and libdl to libc. Before, Node brings those along.
 int old_pthread_create(pthread_t*, const pthread_attr_t*, void* (*)(void*), void*);
 int old_pthread_join(pthread_t, void**);
+void* old_dlopen(const char*, int);
+void* old_dlsym(void*, const char*);
+int old_dlclose(void*);
+char* old_dlerror(void);
 // 2.29 dropped the error handling of SVID; the values are the same.
 double old_log(double);
 // 2.38 reads "0b1" too, under a name of its own. libstdc++ reads a tunable of its exception pool with it.
@@ -18,6 +22,10 @@ unsigned long old_strtoul(const char*, char**, int);
 
 __asm__(".symver old_pthread_create, pthread_create@GLIBC_2.2.5");
 __asm__(".symver old_pthread_join, pthread_join@GLIBC_2.2.5");
+__asm__(".symver old_dlopen, dlopen@GLIBC_2.2.5");
+__asm__(".symver old_dlsym, dlsym@GLIBC_2.2.5");
+__asm__(".symver old_dlclose, dlclose@GLIBC_2.2.5");
+__asm__(".symver old_dlerror, dlerror@GLIBC_2.2.5");
 __asm__(".symver old_log, log@GLIBC_2.2.5");
 __asm__(".symver old_strtoul, strtoul@GLIBC_2.2.5");
 
@@ -25,6 +33,10 @@ int __wrap_pthread_create(pthread_t* thread, const pthread_attr_t* attributes, v
   return old_pthread_create(thread, attributes, start, argument);
 }
 int __wrap_pthread_join(pthread_t thread, void** result) { return old_pthread_join(thread, result); }
+void* __wrap_dlopen(const char* file, int flags) { return old_dlopen(file, flags); }
+void* __wrap_dlsym(void* library, const char* name) { return old_dlsym(library, name); }
+int __wrap_dlclose(void* library) { return old_dlclose(library); }
+char* __wrap_dlerror(void) { return old_dlerror(); }
 double __wrap_log(double x) { return old_log(x); }
 unsigned long __wrap___isoc23_strtoul(const char* text, char** end, int base) { return old_strtoul(text, end, base); }
 
