@@ -12,6 +12,7 @@
 #include <vector>
 
 #include <dlfcn.h>
+#include <sys/mman.h>
 
 namespace rw::blas {
 namespace {
@@ -25,18 +26,21 @@ struct Free {
   void operator()(void* memory) const { std::free(memory); }
 };
 
-// Memory on a page of its own, reused as long as it is large enough.
+// Memory in huge pages where the system has them, as a device's is; reused as long as it is large enough.
 class Block {
  public:
   // True where the memory is new, with arbitrary content.
   bool reserve(size_t bytes) {
     if (bytes <= bytes_) return false;
-    constexpr size_t kPage = 4096;
+    constexpr size_t kPage = size_t{2} << 20;
     memory_.reset();
     bytes_ = 0;
     const size_t rounded = (bytes + kPage - 1) / kPage * kPage;
     memory_.reset(std::aligned_alloc(kPage, rounded));
     if (!memory_) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+    madvise(memory_.get(), rounded, MADV_HUGEPAGE);
+#endif
     bytes_ = rounded;
     return true;
   }

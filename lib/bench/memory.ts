@@ -2,6 +2,7 @@
 // this file is also what that process runs.
 import { fork } from 'node:child_process'
 import { once } from 'node:events'
+import { existsSync, readFileSync } from 'node:fs'
 import { mkdtemp, rm } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
@@ -31,19 +32,25 @@ interface Measured {
   most: number
 }
 
+/** The largest this process has been. On Linux getrusage would count the parent from which it was forked. */
+function mostResident(): number {
+  const status = '/proc/self/status'
+  const kilobytes = existsSync(status) ? /VmHWM:\s*(\d+)/.exec(readFileSync(status, 'utf8'))?.[1] : undefined
+  return 1024 * Number(kilobytes ?? process.resourceUsage().maxRSS)
+}
+
 async function measure({ kind, time, threads, dir }: Task): Promise<Measured> {
   const rss = (): number => process.memoryUsage().rss
-  const most = (): number => 1024 * process.resourceUsage().maxRSS
   const before = rss()
   if (kind === 'load') {
     using model = await Llama.load(dir, { device: 'cpu', threads })
     const allocated = model.device.peakAllocatedBytes
-    return { planned: 4 * model.parameterCount, allocated, arena: 0, before, after: rss(), most: most() }
+    return { planned: 4 * model.parameterCount, allocated, arena: 0, before, after: rss(), most: mostResident() }
   }
   const { model, trainer, dispose } = await startTraining(LLAMA_25M, time, threads)
   for (let i = 0; i < 2; i++) await trainer.step(randomTokens(1, time, LLAMA_25M.vocab_size))
   const { totalBytes: planned, activationBytes: arena } = trainer.plan()
-  const result = { planned, allocated: model.device.allocatedBytes, arena, before, after: rss(), most: most() }
+  const result = { planned, allocated: model.device.allocatedBytes, arena, before, after: rss(), most: mostResident() }
   dispose()
   return result
 }

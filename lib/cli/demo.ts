@@ -95,16 +95,14 @@ async function removeFolders(out: string, created: string): Promise<void> {
 function show(result: DemoResult, out: string, output: Output): void {
   const { base, recipe, extensions, seconds } = result
   const line = (text = ''): void => output.line(text)
-  line(
-    `A LLaMA of ${(base.parameters / 1e6).toFixed(1)}M weights, trained in windows of ${base.window} tokens; fine-tuned in ` +
-      `${recipe.steps} steps of ${recipe.tokensPerStep} tokens.`,
-  )
+  line(`A LLaMA of ${(base.parameters / 1e6).toFixed(1)}M weights, trained in windows of ${base.window} tokens.`)
   for (const extension of extensions) {
     const { head, rows } = tableOf(extension, base.window)
     const widths = head.map((_, i) => Math.max(...[head, ...rows].map((row) => row[i]!.length)))
     const align = (row: readonly string[]): string =>
       row.map((cell, i) => (i === 0 ? cell.padEnd(widths[i]!) : cell.padStart(widths[i]!))).join('  ')
-    line(`\n${extension.factor}x: from ${base.window} to ${extension.window} tokens`)
+    const { steps } = recipe.extensions.find(({ factor }) => factor === extension.factor)!
+    line(`\n${extension.factor}x: from ${base.window} to ${extension.window} tokens, fine-tuned for ${steps} steps`)
     for (const row of [head, ...rows]) line(align(row))
     line()
     for (const { claim, seen, figures } of extension.findings) {

@@ -127,6 +127,8 @@ export interface Mixture {
   /** Shares of windows; the others are prose. */
   passkeys: number
   refrains: number
+  /** Passkey documents of all lengths follow each other in a window; else one fills it. */
+  packed?: boolean
 }
 
 /** The texts as token ids, cut to windows. */
@@ -164,16 +166,34 @@ export class Corpus {
   }
 
   /** A row of `length` training tokens. */
-  window(dice: Dice, length: number, { people, passkeys, refrains }: Mixture): number[] {
+  window(dice: Dice, length: number, { people, passkeys, refrains, packed }: Mixture): number[] {
     const kind = dice.next()
     const persons = people[0] + dice.below(people[1] - people[0] + 1)
-    if (kind < passkeys) {
-      const { ids, answer } = this.prompt(dice, length)
-      const head = [...ids, ...answer]
-      return head.length < length ? [...head, ...this.prose(dice, persons, length - head.length)] : head
-    }
+    if (kind < passkeys)
+      return packed
+        ? this.prompts(dice, persons, length)
+        : this.fill(this.promptAndAnswer(dice, length), dice, persons, length)
     if (kind < passkeys + refrains) return this.refrain(dice, 4 + dice.below(Math.min(36, length / 4)), length)
     return this.prose(dice, persons, length)
+  }
+
+  /** Passkey documents of random lengths, as many as there is room for. */
+  private prompts(dice: Dice, people: number, length: number): number[] {
+    const row: number[] = []
+    for (let room = length; room >= this.bare; room = length - row.length) {
+      row.push(...this.promptAndAnswer(dice, this.bare + dice.below(room - this.bare + 1)))
+    }
+    return this.fill(row, dice, people, length)
+  }
+
+  private promptAndAnswer(dice: Dice, length: number): number[] {
+    const { ids, answer } = this.prompt(dice, length)
+    return [...ids, ...answer]
+  }
+
+  /** Prose after what a row holds. */
+  private fill(row: readonly number[], dice: Dice, people: number, length: number): number[] {
+    return row.length < length ? [...row, ...this.prose(dice, people, length - row.length)] : [...row]
   }
 
   /** The prompt with the filler `before` and `after` times around the key; the same tokens as of passkeyPrompt. */

@@ -100,13 +100,13 @@ export function page(result: DemoResult): string {
     ({ method, label }) =>
       `<li><svg width="30" height="12" viewBox="0 0 30 12">${sample(STYLES[method], 0, 6)}</svg>${escapeXml(label)}</li>`,
   ).join('')
-  const tokens = recipe.steps * recipe.tokensPerStep
   const factors = extensions.map(({ factor }) => `${factor}x`).join(' and ')
   const sections = extensions.map((extension) => {
     const { head, rows } = tableOf(extension, base.window)
+    const { steps } = recipe.extensions.find(({ factor }) => factor === extension.factor)!
     const cells = (tag: string, row: readonly string[]): string =>
       `<tr>${row.map((cell) => `<${tag}>${escapeXml(cell)}</${tag}>`).join('')}</tr>`
-    return `<h2>${extension.factor}x: from ${base.window} to ${extension.window} tokens</h2>
+    return `<h2>${extension.factor}x: from ${base.window} to ${extension.window} tokens, fine-tuned for ${steps} steps</h2>
 <div class="charts">${charts(extension, base.window).join('\n')}</div>
 <ul class="legend">${legend}</ul>
 <div class="scroll"><table><thead>${cells('th', head)}</thead><tbody>${rows.map((row) => cells('td', row)).join('')}</tbody></table></div>
@@ -131,16 +131,16 @@ export function page(result: DemoResult): string {
 <p>Position Interpolation (<a href="https://arxiv.org/abs/2306.15595">arXiv 2306.15595</a>) in miniature. A LLaMA of
 ${(base.parameters / 1e6).toFixed(1)} million weights was trained from nothing on ${(base.trainedTokens / 1e6).toFixed(1)} million tokens
 in windows of ${base.window}. Here it was stretched in four ways, and all were measured on the same texts and prompts. The two
-fine-tuned models saw the same ${recipe.steps} steps of ${recipe.tokensPerStep} tokens (${(tokens / 1e6).toFixed(1)} million) at the
-same learning rate, ${recipe.learningRate}; they differ only in whether positions were divided by the factor.</p>
+fine-tuned models saw the same windows, one a step, at the same learning rate, ${recipe.learningRate}; they differ only in whether
+positions were divided by the factor.</p>
 ${sections.join('\n')}
 <h2>How to read this</h2>
 <p>“ppl 257-512” is the perplexity of tokens that have 257 to 512 tokens of text before them; the texts, ${recipe.texts} of them, repeat
 facts about eight people, so more context makes the next word easier to tell. “key 512” is the share of five-digit keys that greedy
 decoding gives back from prompts of 512 tokens; k_max is the largest distance up to which at least 20 % are found, as in the paper.
 The base model never saw a position beyond ${base.window}. A claim of the paper that these figures do not show is marked
-“not seen”: a model of this size, trained for minutes, extrapolates and adapts otherwise than LLaMA does, whose fine-tuning of 1000
-steps took 250 times as many tokens a step as this whole demo.</p>
+“not seen”: a model of this size, trained for minutes, extrapolates and adapts otherwise than LLaMA does, which was fine-tuned
+for 1000 steps of half a million tokens and more.</p>
 <p class="soft">${escapeXml(`ropewalk ${result.version}, seed ${seed}, ${date}, ${seconds} s on ${machine}`)}. The numbers are in
 result.json, the charts in demo.svg.</p>
 </body>

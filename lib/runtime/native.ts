@@ -52,6 +52,9 @@ export function native(): Native {
  * this platform. PREBUILDS_ONLY=1 passes over the one that was built here.
  */
 export function addonPath(): string {
+  const libc = process.platform !== 'linux' ? '' : readStart(process.execPath).includes('ld-musl') ? 'musl' : 'glibc'
+  // node-gyp-build knows musl by Alpine's files only, unless this says so
+  if (libc === 'musl') process.env.LIBC ??= libc
   const { path } = createRequire(import.meta.url)('node-gyp-build') as { path(root: string): string }
   try {
     return relative(PACKAGE_ROOT, path(PACKAGE_ROOT))
@@ -63,7 +66,7 @@ export function addonPath(): string {
     const [line = ''] = (cause as Error).message.split('\n')
     throw new RopewalkError(
       'ERR_NO_ADDON',
-      `no native addon for ${platform} (${line}); looked in ${PACKAGE_ROOT} for ${BUILT_ADDON} and prebuilds/${platform}; ` +
+      `no native addon for ${platform}${libc && ` with ${libc}`} (${line}); looked in ${PACKAGE_ROOT} for ${BUILT_ADDON} and prebuilds/${platform}/ropewalk.${libc && `${libc}.`}node; ` +
         `prebuilt ones here: ${shipped}. Build it from source: ${REBUILD}`,
       { cause },
     )

@@ -34,7 +34,7 @@ t.teardown(() => rmSync(dir, { recursive: true, force: true }))
 const tokenizer = await loadTokenizer(BASE)
 const corpus = new Corpus(tokenizer)
 const tiny: Recipe = {
-  ...{ factors: [2], steps: 2, tokensPerStep: 512, learningRate: 1e-3, texts: 2, trials: 1 },
+  ...{ extensions: [{ factor: 2, steps: 2 }], learningRate: 1e-3, texts: 2, trials: 1 },
 }
 
 t.test('texts follow from the seed alone, and are what the tokenizer makes of them', async (t) => {
