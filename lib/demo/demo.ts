@@ -33,8 +33,9 @@ export interface Recipe {
 }
 
 /**
- * Chosen in a few trials on the model with PI at 4x, before the seeds of the published table were run: single windows a
- * step (more updates for the same tokens), half of them passkey documents, and the steps that two minutes allow.
+ * Chosen in five trials of the model with PI at 4x, before the seeds of the published table were run: a window a step
+ * (more updates for the same tokens), half of the windows passkey documents, the learning rate at which PI finds keys
+ * again soonest, and the steps that two minutes allow.
  */
 export const RECIPE: Recipe = {
   extensions: [

@@ -51,12 +51,21 @@ export function findings(methods: readonly Measurement[], window: number, target
       figures: `perplexity ${ppl(near(tuned).value)} up to ${window}, ${ppl(far(tuned).value)} up to ${target}`,
     },
     {
-      claim: `Quality at the original length is kept (within ${percent(SLACK)})`,
+      claim: 'There it predicts better than the base, which reads on beyond its window',
+      seen: far(tuned).value * (1 + SLACK) < far(base).value,
+      figures: `perplexity up to ${target}: ${ppl(far(tuned).value)} with PI, ${ppl(far(base).value)} extrapolated`,
+    },
+    {
+      claim: `Quality at the original length is kept: perplexity, within ${percent(SLACK)}`,
       seen: change < SLACK,
       figures:
         `perplexity up to ${window}: ${ppl(near(base).value)} before, ${ppl(near(tuned).value)} after ` +
-        `(${change < 0 ? '' : '+'}${(100 * change).toFixed(1)} %); keys found at ${window}: ` +
-        `${percent(keys(base, window))} before, ${percent(keys(tuned, window))} after`,
+        `(${change < 0 ? '' : '+'}${(100 * change).toFixed(1)} %)`,
+    },
+    {
+      claim: `Quality at the original length is kept: passkeys, within ${percent(2 * SLACK)} of all prompts`,
+      seen: keys(tuned, window) >= keys(base, window) - 2 * SLACK,
+      figures: `keys found at ${window}: ${percent(keys(base, window))} before, ${percent(keys(tuned, window))} after`,
     },
     {
       claim: 'It finds a passkey wherever it is in the new window',

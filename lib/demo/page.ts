@@ -132,7 +132,7 @@ export function page(result: DemoResult): string {
 ${(base.parameters / 1e6).toFixed(1)} million weights was trained from nothing on ${(base.trainedTokens / 1e6).toFixed(1)} million tokens
 in windows of ${base.window}. Here it was stretched in four ways, and all were measured on the same texts and prompts. The two
 fine-tuned models saw the same windows, one a step, at the same learning rate, ${recipe.learningRate}; they differ only in whether
-positions were divided by the factor.</p>
+positions were divided by the factor. Learning rate and steps were chosen for the one with PI.</p>
 ${sections.join('\n')}
 <h2>How to read this</h2>
 <p>“ppl 257-512” is the perplexity of tokens that have 257 to 512 tokens of text before them; the texts, ${recipe.texts} of them, repeat

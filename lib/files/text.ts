@@ -17,13 +17,20 @@ const readers: Record<string, (path: string, field: string) => AsyncIterable<Tex
 }
 const known = Object.keys(readers).join(', ')
 
+/** Texts that hold documents in a form that would be taken for one long document. */
+const refused: Record<string, string | undefined> = {
+  '.json': 'write one object a line and call it .jsonl (jq -c ".[]" in.json > out.jsonl)',
+  '.csv': 'write one object a line and call it .jsonl',
+  '.tsv': 'write one object a line and call it .jsonl',
+}
+
 /** V8 holds strings of up to 2^29 - 24 characters. */
 const maxTextBytes = 500_000_000
 const maxLineBytes = 256 << 20
 
 /**
  * The documents of files and folders, in the order of `paths`; folders are read recursively, sorted by name, and only
- * their .txt, .jsonl, .ndjson and .parquet files. A .txt file is one document; the others have one in `field` of every
+ * their .txt, .jsonl, .ndjson and .parquet files. A .txt file, and any other text that is named itself, is one document; the others have one in `field` of every
  * line or row. Throws RopewalkError (ERR_NOT_FOUND, ERR_EMPTY, ERR_FORMAT, ERR_FIELD, ERR_UTF8, ERR_JSON, ...).
  */
 export async function* readDocuments(
@@ -70,16 +77,16 @@ async function listFiles(dir: string): Promise<string[]> {
 
 async function* readFile(path: string, field: string): AsyncGenerator<TextDocument> {
   const extension = extname(path).toLowerCase()
-  if (!Object.hasOwn(readers, extension)) {
-    const remedy =
-      extension === '.json'
-        ? 'write one object a line and call it .jsonl (jq -c ".[]" in.json > out.jsonl)'
-        : `files that end in ${known} are read${didYouMean(extension, Object.keys(readers))}`
+  const slip = didYouMean(extension, Object.keys(readers))
+  if (!Object.hasOwn(readers, extension) && (Object.hasOwn(refused, extension) || slip)) {
+    const remedy = refused[extension] ?? `files that end in ${known} are read${slip}`
     throw new RopewalkError('ERR_FORMAT', `${path}: ${quote(extension)} is not a document format: ${remedy}`)
   }
   const { size } = await stat(path)
   if (size === 0) throw new RopewalkError('ERR_EMPTY', `${path}: the file is empty: remove it, or write it again`)
-  yield* readers[extension](path, field)
+  // Whatever else is named and holds text (README.md, LICENSE) is one document; what holds none is refused as binary.
+  const read = Object.hasOwn(readers, extension) ? readers[extension] : readText
+  yield* read(path, field)
 }
 
 async function* readText(path: string): AsyncGenerator<TextDocument> {

@@ -138,7 +138,7 @@ t.test('a run with few steps is complete and repeats itself', async (t) => {
     t.equal(passkeyByDistance.length, 8)
     t.equal(training !== undefined, method === 'tuned' || method === 'direct')
   }
-  t.equal(extension!.findings.length, 8)
+  t.equal(extension!.findings.length, 10)
   const again = await runDemo({ seed: 3, recipe: tiny })
   t.strictSame(again.extensions, result.extensions)
 })

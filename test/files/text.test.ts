@@ -87,7 +87,8 @@ t.test('what is wrong is named', async (t) => {
       { code: 'ERR_FORMAT', message: /"\.json" is not a document format: write one object a line.*jq/ },
     ],
     ['x.text', 'a', { code: 'ERR_FORMAT', message: /"\.text".*did you mean "\.txt"/ }],
-    ['constructor', 'a', { code: 'ERR_FORMAT' }],
+    ['x.csv', 'a,b', { code: 'ERR_FORMAT', message: /"\.csv" is not a document format/ }],
+    ['image.png', Uint8Array.of(0x89, 0x50, 0, 1), { code: /ERR_(FORMAT|UTF8|BINARY)/ }],
     [
       'r.parquet',
       'no parquet file',
@@ -268,4 +269,13 @@ t.test('forged parquet: no count is believed', async (t) => {
     [[0x15], /the data ends at byte 1/],
   ]
   for (const [data, message] of hostile) t.throws(() => new ThriftReader(Uint8Array.from(data)).struct(), message)
+})
+
+t.test('any text that is named itself is one document', async (t) => {
+  for (const name of ['README.md', 'LICENSE', 'constructor']) {
+    const path = file(name, 'a text')
+    const found = []
+    for await (const document of readDocuments([path])) found.push(document)
+    t.strictSame(found, [{ text: 'a text', source: path }])
+  }
 })
