@@ -24,6 +24,7 @@ const options = {
   accumulate: { ...whole, help: 'passes in one step', default: '1' },
   warmup: { ...whole, min: 0, help: 'steps until the full learning rate', default: '20' },
   'weight-decay': { kind: 'number', value: 'x', min: 0, help: 'decoupled weight decay', default: '0' },
+  clip: { kind: 'number', value: 'x', min: 0, help: 'largest gradient norm; 0 for no clipping', default: '0' },
   seed: { ...whole, min: 0, help: 'of the order of the texts', default: '0' },
   packing: {
     kind: 'text',
@@ -132,6 +133,7 @@ async function train(
     learningRate: lr,
     warmupSteps: warmup,
     weightDecay: values['weight-decay'],
+    maxGradNorm: values.clip,
     seed,
     packing: packing as 'concat' | 'documents' | undefined,
     field,
@@ -153,7 +155,8 @@ async function train(
       seconds += result.seconds
       const validation = result.validation ? `, validation ${formatNumber(result.validation.loss!)}` : ''
       const skipped = result.skipped ? ', skipped: not finite' : ''
-      const speed = `${formatNumber(result.tokensPerSecond)} tokens/s`
+      const mfu = result.mfu === undefined ? '' : `, MFU ${Math.round(100 * result.mfu)} %`
+      const speed = `${formatNumber(result.tokensPerSecond)} tokens/s${mfu}`
       progress.update(result.step, `loss ${formatNumber(result.loss)}${validation}${skipped}, ${speed}`)
       output.value({ event: 'step', ...result })
     }

@@ -6,15 +6,15 @@ const BATCH = 8192
 
 interface Hooks {
   signal?: AbortSignal | undefined
-  /** Called with the tokens of each batch when it is done. */
-  onTokens?: ((tokens: number) => void) | undefined
+  /** Called with the number of rows of each batch when it is done. */
+  onRows?: ((rows: number) => void) | undefined
 }
 
 /** What happens to rows of one length, batch by batch. */
 async function inBatches<T extends { length: number }>(
   rows: readonly T[],
   time: number,
-  { signal, onTokens }: Hooks,
+  { signal, onRows }: Hooks,
   body: (batch: readonly T[], start: number) => Promise<void>,
 ): Promise<void> {
   const size = Math.max(1, Math.floor(BATCH / time))
@@ -22,7 +22,7 @@ async function inBatches<T extends { length: number }>(
     signal?.throwIfAborted()
     const batch = rows.slice(start, start + size)
     await body(batch, start)
-    onTokens?.(batch.length * time)
+    onRows?.(batch.length)
   }
 }
 

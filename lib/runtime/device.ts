@@ -56,6 +56,8 @@ export class Device {
     /** One line for people. */
     readonly description: string,
     private readonly id: number | undefined,
+    /** CPU threads that were asked for; 0 for one per core. */
+    readonly threads = 0,
   ) {}
 
   /** Dtype in which activations are kept: the CPU computes in f32 and stores them so. */
@@ -85,7 +87,7 @@ export class Device {
     const chosen = backend === 'auto' ? 'cpu' : backend
     try {
       const id = addon.openDevice(chosen, Number(index), threads)
-      return new Device(chosen, addon.describe(id), id)
+      return new Device(chosen, addon.describe(id), id, threads)
     } catch (error) {
       throw new RopewalkError('ERR_DEVICE_UNAVAILABLE', `device "${name}": ${(error as Error).message}`)
     }

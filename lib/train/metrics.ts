@@ -15,7 +15,7 @@ export interface StepResult {
   tokensPerSecond: number
   /** flopsPerStep / seconds. */
   flopsPerSecond: number
-  /** flopsPerStep / (seconds x peakFlops), where the option `peakFlops` is given. */
+  /** flopsPerStep / (seconds x peakFlops); not reported by `step`, unless the option is given. */
   mfu?: number
   /** True where loss or gradients were not finite: weights, moments and t of the bias corrections stayed as they were. */
   skipped: boolean

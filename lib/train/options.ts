@@ -64,7 +64,7 @@ export interface TrainerOptions {
    * there is none. A path: that checkpoint, or the newest healthy one in that folder.
    */
   resume?: boolean | string
-  /** The device's peak in FLOP/s for the dtype in use; steps then report their `mfu`. */
+  /** Denominator of `mfu`, in FLOP/s; default: what a large matrix product reaches here, measured before the run. */
   peakFlops?: number
   onProgress?: (progress: TrainerProgress) => void
 }

@@ -21,6 +21,7 @@ import { readOptions, type Settings, type TrainerOptions } from './options.js'
 import { TrainingPasses } from './passes.js'
 import { planTraining, type TrainingPlan } from './plan.js'
 import { checkpointToResume, decisiveModel, decisiveOptions, requireSame } from './resume.js'
+import { measurePeak } from './peak.js'
 import { learningRateAt } from './schedule.js'
 
 export type { StepResult } from './metrics.js'
@@ -66,6 +67,7 @@ export class Trainer {
   private companions: string | undefined
   private readonly healthy = new Set<string>()
   private running = false
+  private peakFlops: number | undefined
   private disposed = false
 
   /** Throws TypeError or RangeError for options that are unknown or do not fit each other or the model. */
@@ -74,6 +76,7 @@ export class Trainer {
     options: TrainerOptions = {},
   ) {
     this.settings = readOptions(options)
+    this.peakFlops = this.settings.peakFlops
     if (this.settings.context !== undefined) this.requireWindow(this.settings.context, 'context')
   }
 
@@ -113,6 +116,7 @@ export class Trainer {
       await this.requireRoom()
       const loader = await this.open(signal)
       if (!loader) return
+      this.peakFlops ??= await measurePeak(this.model.device)
       if (output !== undefined) this.metrics = await MetricsLog.open(join(output, 'metrics.jsonl'), state.step)
       while (state.step < settings.steps && !signal?.aborted) {
         const { result, origin } = await this.advanceOn(loader)
@@ -318,7 +322,7 @@ export class Trainer {
       ...{ step: state.step, loss, gradNorm, learningRate, tokens, seconds },
       ...{ tokensPerSecond: tokens / seconds, flopsPerSecond, skipped: !applied },
     }
-    if (settings.peakFlops !== undefined) result.mfu = flopsPerSecond / settings.peakFlops
+    if (this.peakFlops !== undefined) result.mfu = flopsPerSecond / this.peakFlops
     return result
   }
 
