@@ -231,7 +231,8 @@ Napi::Value download(const Napi::CallbackInfo& info) {
   });
 }
 
-// (buffer, offset, dtype, fd, file offset, file dtype, count) -> promise
+// (buffer, offset, dtype, fd, file offset, file dtype, count) -> promise of the index of the first NaN or infinity, or
+// -1
 Napi::Value read(const Napi::CallbackInfo& info) {
   std::shared_ptr<Buffer> buffer = handle(info, 0, addon(info).buffers, "buffer");
   const int64_t offset = integer(info, 1, 0, kMaxSize);
@@ -243,8 +244,9 @@ Napi::Value read(const Napi::CallbackInfo& info) {
   if ((dtype == DType::i32) != (file_dtype == FileDType::i32))
     throw Napi::TypeError::New(info.Env(), "integers are not converted to floating point or back");
   check_range(info, *buffer, offset, count * dtype_bytes(dtype));
-  return enqueue(info.Env(), device_of(info, 0), [=](Outcome&) {
-    read_file(*buffer, static_cast<size_t>(offset), dtype, fd, file_offset, file_dtype, count);
+  return enqueue(info.Env(), device_of(info, 0), [=](Outcome& outcome) {
+    const int64_t bad = read_file(*buffer, static_cast<size_t>(offset), dtype, fd, file_offset, file_dtype, count);
+    outcome.result = [bad](Napi::Env env) -> Napi::Value { return Napi::Number::New(env, static_cast<double>(bad)); };
   });
 }
 

@@ -1,7 +1,9 @@
 #include "device.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <exception>
 #include <stdexcept>
 #include <vector>
 
@@ -141,34 +143,81 @@ float element(const void* block, FileDType dtype, int64_t i) {
   }
 }
 
+// Index of the first NaN or infinity among `count` elements, -1 for none. All bits of the exponent are set in those.
+template <typename Bits>
+int64_t first_not_finite(const void* block, int64_t count, Bits exponent) {
+  const auto* bits = static_cast<const Bits*>(block);
+  constexpr int64_t kRun = 4096;
+  for (int64_t at = 0; at < count; at += kRun) {
+    const int64_t end = std::min(count, at + kRun);
+    bool found = false;
+    for (int64_t i = at; i < end; i++) found |= (bits[i] & exponent) == exponent;
+    for (int64_t i = at; found && i < end; i++)
+      if ((bits[i] & exponent) == exponent) return i;
+  }
+  return -1;
+}
+
+int64_t first_not_finite(const void* block, DType dtype, int64_t count) {
+  if (dtype == DType::i32) return -1;
+  return dtype == DType::bf16 ? first_not_finite<uint16_t>(block, count, 0x7f80)
+                              : first_not_finite<uint32_t>(block, count, 0x7f800000u);
+}
+
+void convert(void* to, DType dtype, const void* from, FileDType file_dtype, int64_t count) {
+  for (int64_t i = 0; i < count; i++) {
+    const float value = element(from, file_dtype, i);
+    if (dtype == DType::bf16)
+      static_cast<uint16_t*>(to)[i] = to_bf16(value);
+    else
+      static_cast<float*>(to)[i] = value;
+  }
+}
+
 }  // namespace
 
-void read_file(Buffer& to, size_t offset, DType dtype, int fd, int64_t file_offset, FileDType file_dtype,
-               int64_t count) {
-  const size_t from_bytes = file_dtype_bytes(file_dtype), to_bytes = static_cast<size_t>(dtype_bytes(dtype));
+int64_t read_file(Buffer& to, size_t offset, DType dtype, int fd, int64_t file_offset, FileDType file_dtype,
+                  int64_t count) {
+  const auto from_bytes = static_cast<int64_t>(file_dtype_bytes(file_dtype)), to_bytes = dtype_bytes(dtype);
   const bool same = static_cast<int>(file_dtype) == static_cast<int>(dtype);
   const Device& device = *to.device();
-  if (same && device.backend().host_visible(device.handle()))
-    return read_exactly(fd, to.base() + offset, static_cast<size_t>(count) * from_bytes, file_offset);
-  constexpr int64_t kStage = int64_t{1} << 20;  // elements
-  std::vector<char> raw(static_cast<size_t>(std::min(count, kStage)) * from_bytes);
-  std::vector<char> converted(same ? 0 : static_cast<size_t>(std::min(count, kStage)) * to_bytes);
-  for (int64_t at = 0; at < count; at += kStage) {
-    const int64_t part = std::min(kStage, count - at);
-    read_exactly(fd, raw.data(), static_cast<size_t>(part) * from_bytes,
-                 file_offset + at * static_cast<int64_t>(from_bytes));
-    if (!same) {
-      for (int64_t i = 0; i < part; i++) {
-        const float value = element(raw.data(), file_dtype, i);
-        if (dtype == DType::bf16)
-          reinterpret_cast<uint16_t*>(converted.data())[i] = to_bf16(value);
-        else
-          reinterpret_cast<float*>(converted.data())[i] = value;
+  const bool in_place = device.backend().host_visible(device.handle());
+  constexpr int64_t kBlock = int64_t{1} << 18;  // elements; 1 MB of f32 stays in the cache from the read to the check
+  std::atomic<int64_t> next{0}, bad{INT64_MAX};
+  std::exception_ptr failure;
+  std::mutex mutex;
+  const auto work = [&] {
+    try {
+      std::vector<char> raw(same ? 0 : static_cast<size_t>(std::min(count, kBlock) * from_bytes));
+      std::vector<char> stage(in_place ? 0 : static_cast<size_t>(std::min(count, kBlock) * to_bytes));
+      for (int64_t at; (at = next.fetch_add(kBlock)) < count;) {
+        const int64_t part = std::min(kBlock, count - at), place = static_cast<int64_t>(offset) + at * to_bytes;
+        char* block = in_place ? to.base() + place : stage.data();
+        read_exactly(fd, same ? block : raw.data(), static_cast<size_t>(part * from_bytes),
+                     file_offset + at * from_bytes);
+        if (!same) convert(block, dtype, raw.data(), file_dtype, part);
+        const int64_t found = first_not_finite(block, dtype, part);
+        if (found >= 0) {
+          std::lock_guard<std::mutex> lock(mutex);
+          bad = std::min<int64_t>(bad, at + found);
+        }
+        if (!in_place) to.upload(static_cast<size_t>(place), block, static_cast<size_t>(part * to_bytes));
       }
+    } catch (...) {
+      next = count;
+      std::lock_guard<std::mutex> lock(mutex);
+      if (!failure) failure = std::current_exception();
     }
-    to.upload(offset + static_cast<size_t>(at) * to_bytes, same ? raw.data() : converted.data(),
-              static_cast<size_t>(part) * to_bytes);
-  }
+  };
+  // A page that is touched first costs more than its copy: several threads share that. A staged device takes one.
+  const int64_t blocks = (count + kBlock - 1) / kBlock;
+  const int64_t helpers = in_place ? std::min<int64_t>({blocks - 1, 3, std::thread::hardware_concurrency() - 1L}) : 0;
+  std::vector<std::thread> threads;
+  for (int64_t i = 0; i < helpers; i++) threads.emplace_back(work);
+  work();
+  for (std::thread& thread : threads) thread.join();
+  if (failure) std::rethrow_exception(failure);
+  return bad == INT64_MAX ? -1 : bad.load();
 }
 
 }  // namespace rw

@@ -80,8 +80,10 @@ enum class FileDType : int { f32, bf16, i32, f16, f64 };
 size_t file_dtype_bytes(FileDType dtype);
 
 // Reads `count` elements of a file straight into device memory, converting the dtype on the way where it differs. No
-// second copy of the tensor exists: the file is read in place, or through a staging block of a few MB.
-void read_file(Buffer& to, size_t offset, DType dtype, int fd, int64_t file_offset, FileDType file_dtype,
-               int64_t count);
+// second copy of the tensor exists: the file is read in place, or through a staging block of a few MB. Gives the index
+// of the first element that is NaN or infinite, -1 where there is none; it is looked for while the data are in the
+// cache.
+int64_t read_file(Buffer& to, size_t offset, DType dtype, int fd, int64_t file_offset, FileDType file_dtype,
+                  int64_t count);
 
 }  // namespace rw

@@ -13,15 +13,22 @@ export async function requireFinite(weights: Parameters, path: string): Promise<
   if (Number.isFinite(await sumOfSquares(device, whole))) return
   for (const { name, value } of weights) {
     if (Number.isFinite(await sumOfSquares(device, value))) continue
-    const bytes = await device.download(value)
-    const bad = firstNonFinite(bytes, weights.dtype)
-    if (bad === undefined) continue // finite, but its square is not
-    throw new RopewalkError(
-      'ERR_NOT_FINITE',
-      `${path}: ${name} has ${bad.value} at element ${bad.index}: the weights are damaged. Use an earlier ` +
-        'checkpoint, or download the model again',
-    )
+    const index = firstNonFinite(await device.download(value), weights.dtype)
+    if (index === -1) continue // finite, but its square is not
+    throw await notFinite(path, name, value, index, device)
   }
+}
+
+/** The error about element `index` of a parameter. */
+export async function notFinite(path: string, name: string, weight: Tensor, index: number, device: Device) {
+  const one = weight.view(weight.size).rows(index, 1)
+  const bytes = await device.download(one)
+  const value = toNumbers(bytes, weight.dtype)[0]
+  return new RopewalkError(
+    'ERR_NOT_FINITE',
+    `${path}: ${name} has ${value} at element ${index}: the weights are damaged. Use an earlier checkpoint, or download ` +
+      'the model again',
+  )
 }
 
 async function sumOfSquares(device: Device, x: Tensor): Promise<number> {
@@ -36,11 +43,10 @@ async function sumOfSquares(device: Device, x: Tensor): Promise<number> {
   }
 }
 
-function firstNonFinite(bytes: Uint8Array, dtype: DType): { index: number; value: number } | undefined {
-  const data = dtype === 'bf16' ? new Uint16Array(bytes.buffer) : new Float32Array(bytes.buffer)
-  for (let index = 0; index < data.length; index++) {
-    const value = dtype === 'bf16' ? fromBfloat16(data[index]!) : data[index]!
-    if (!Number.isFinite(value)) return { index, value }
-  }
-  return undefined
+function toNumbers(bytes: Uint8Array, dtype: DType): Float32Array {
+  if (dtype === 'f32') return new Float32Array(bytes.buffer)
+  return Float32Array.from(new Uint16Array(bytes.buffer), fromBfloat16)
 }
+
+const firstNonFinite = (bytes: Uint8Array, dtype: DType): number =>
+  toNumbers(bytes, dtype).findIndex((value) => !Number.isFinite(value))

@@ -92,10 +92,7 @@ export class Llama {
       device = Device.open(options.device, options.threads === undefined ? {} : { threads: options.threads })
       const weights = new Parameters(device, DTYPE_OF[dtype], parameterShapes(config))
       const model = new Llama(config, device, weights, path, warnings, folder)
-      if (!device.dry) {
-        await readWeights(folder, weights, options.onProgress)
-        await model.requireFinite()
-      }
+      if (!device.dry) await readWeights(folder, weights, options.onProgress)
       return model
     } catch (error) {
       device?.dispose()

@@ -4,6 +4,7 @@ import type { ModelFolder } from '../files/folder.js'
 import type { RopeExtension } from '../rope.js'
 import type { FileDType } from '../runtime/device.js'
 import { type LlamaConfig, parameterShapes } from './config.js'
+import { notFinite } from './finite.js'
 import type { Parameters } from './parameters.js'
 
 export interface LoadOptions {
@@ -71,12 +72,13 @@ export function checkpointDtype(folder: ModelFolder): 'float32' | 'bfloat16' {
   return 'bfloat16'
 }
 
-/** Reads every parameter of the model from the folder's files straight into device memory. */
+/** Reads every parameter of the model from the folder's files straight into device memory; refuses NaN and infinity. */
 export async function readWeights(
   folder: ModelFolder,
   weights: Parameters,
   onProgress: LoadOptions['onProgress'],
 ): Promise<void> {
+  const { device } = weights
   const wanted = [...weights]
   const totalBytes = wanted.reduce((sum, { name }) => sum + folder.tensors.get(name)!.bytes, 0)
   let bytes = 0
@@ -87,8 +89,10 @@ export async function readWeights(
       try {
         let file = files.get(tensor.path)
         if (!file) files.set(tensor.path, (file = await open(tensor.path)))
-        await weights.device.read(value, file.fd, tensor.offset, tensor.dtype as FileDType)
+        const bad = await device.read(value, file.fd, tensor.offset, tensor.dtype as FileDType)
+        if (bad >= 0) throw await notFinite(tensor.path, name, value, bad, device)
       } catch (error) {
+        if (error instanceof RopewalkError) throw error
         throw new RopewalkError('ERR_READ', `${tensor.path}: ${name}: ${(error as Error).message}`)
       }
       bytes += tensor.bytes

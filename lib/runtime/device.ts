@@ -160,12 +160,15 @@ export class Device {
     return new Float32Array((await this.download(tensor)).buffer)
   }
 
-  /** Reads a tensor from an open file straight into device memory, converting its dtype where it differs. */
-  async read(tensor: Tensor, fd: number, fileOffset: number, fileDtype: FileDType): Promise<void> {
+  /**
+   * Reads a tensor from an open file straight into device memory, converting its dtype where it differs. Gives the index
+   * of the first element that is NaN or infinite, -1 where there is none.
+   */
+  async read(tensor: Tensor, fd: number, fileOffset: number, fileDtype: FileDType): Promise<number> {
     this.check()
     const { handle } = tensor.storage as Buffer
     const code = FILE_DTYPE_CODE[fileDtype]
-    await native().read(handle, tensor.offset, DTYPE_CODE[tensor.dtype], fd, fileOffset, code, tensor.size)
+    return native().read(handle, tensor.offset, DTYPE_CODE[tensor.dtype], fd, fileOffset, code, tensor.size)
   }
 
   /** Ends the plan that is running between two of its operations; its promise rejects with code ERR_CANCELLED. */

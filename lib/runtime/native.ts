@@ -26,7 +26,7 @@ export interface Native {
     fileOffset: number,
     fileDtype: number,
     count: number,
-  ): Promise<void>
+  ): Promise<number>
   loadPlan(device: number, name: string, words: Float64Array, buffers: Uint32Array): number
   freePlan(plan: number): void
   run(plan: number): Promise<void>
