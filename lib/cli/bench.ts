@@ -40,7 +40,7 @@ export const bench: Command<typeof options> = {
     'ratios within rounds. Peers are used where they are: OpenBLAS (ROPEWALK_OPENBLAS names its file), PyTorch and\n' +
     'transformers (of the Python that ROPEWALK_PYTHON names, else python3).',
   examples: ['ropewalk bench --quick', 'ropewalk bench matmul --threads 1,2 --svg matmul.svg'],
-  operands: [''], // the stem; an argument without a name may be left out
+  operands: ['stem?'],
   options,
   async run({ operands: [name], values }, output) {
     const { quick, threads, profile } = values

@@ -41,7 +41,7 @@ export interface Command<T extends OptionTable = OptionTable> {
   summary: string
   details?: string
   examples: readonly string[]
-  /** Names of the arguments without dashes; all are needed. */
+  /** Names of the arguments without dashes; those that end in ? may be left out. */
   operands: readonly string[]
   options: T
   /** Returns the exit code, 0 by default; a thrown error is one line on stderr and exit code 1. */
@@ -132,7 +132,7 @@ export function parseOptions<T extends OptionTable>(
     fail(`${quote(operands[command.operands.length])} is one argument too many: ropewalk ${usage(command)}`)
   }
   const missing = command.operands[operands.length]
-  if (missing) fail(`<${missing}> is missing: ropewalk ${usage(command)}`)
+  if (missing && !missing.endsWith('?')) fail(`<${missing}> is missing: ropewalk ${usage(command)}`)
   for (const [name, option] of Object.entries(options)) {
     if (option.required && values[name] === undefined) {
       fail(`--${name} is missing: ${option.help}`)
@@ -191,7 +191,8 @@ function glueNegative(args: readonly string[], types: Record<string, { type: str
 function usage({ name, operands, options }: Syntax): string {
   const required = Object.entries(options).filter(([, option]) => option.required)
   const shown = required.map(([option, rule]) => ` --${option} ${placeholder(rule)}`)
-  return `${name}${operands.map((operand) => ` <${operand}>`).join('')}${shown.join('')}`
+  const named = operands.map((operand) => (operand.endsWith('?') ? ` [${operand.slice(0, -1)}]` : ` <${operand}>`))
+  return `${name}${named.join('')}${shown.join('')}`
 }
 
 const placeholder = (option: Option): string =>
