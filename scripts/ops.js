@@ -6,19 +6,25 @@ import { fileURLToPath } from 'node:url'
 const path = (relative) => fileURLToPath(new URL(relative, import.meta.url))
 const source = readFileSync(path('../csrc/ops.def'), 'utf8')
 
-/** Splits the table into rows; a parenthesis inside a row is always balanced. */
-function parse(text) {
-  const rows = []
-  const withoutComments = text.replace(/^\s*\/\/.*$/gm, '')
-  for (let at = withoutComments.indexOf('OP('); at >= 0; at = withoutComments.indexOf('OP(', at + 1)) {
+/** Name and text of every row; a parenthesis inside a row is always balanced. */
+function* rowTexts(text) {
+  const code = text.replace(/\/\/.*$/gm, '')
+  for (let at = code.indexOf('OP('); at >= 0; at = code.indexOf('OP(', at + 1)) {
     let depth = 0
     let end = at + 2
     do {
-      if (withoutComments[end] === '(') depth++
-      if (withoutComments[end] === ')') depth--
+      if (code[end] === '(') depth++
+      if (code[end] === ')') depth--
       end++
     } while (depth > 0)
-    const [, name, body] = /^OP\((\w+),([\s\S]*)\)$/.exec(withoutComments.slice(at, end))
+    const [, name, body] = /^OP\((\w+),([\s\S]*)\)$/.exec(code.slice(at, end))
+    yield { name, body }
+  }
+}
+
+function parse(text) {
+  const rows = []
+  for (const { name, body } of rowTexts(text)) {
     const fields = []
     let flops = '0'
     for (const [, kind, inside] of body.matchAll(/(\w+)\(((?:[^()"]|"[^"]*")*)\)/g)) {
@@ -120,22 +126,7 @@ function generate() {
 /** What the preprocessor makes of `#name " " #row "\n"` for every row: comments gone, white space folded to one space. */
 function tableText(text) {
   let result = ''
-  const clean = text.replace(/\/\/.*$/gm, '')
-  for (const row of parse(text)) {
-    const start = clean.indexOf(`OP(${row.name},`)
-    let depth = 0
-    let end = start + 2
-    do {
-      if (clean[end] === '(') depth++
-      if (clean[end] === ')') depth--
-      end++
-    } while (depth > 0)
-    const body = clean
-      .slice(start + `OP(${row.name},`.length, end - 1)
-      .replace(/\s+/g, ' ')
-      .trim()
-    result += `${row.name} ${body}\n`
-  }
+  for (const { name, body } of rowTexts(text)) result += `${name} ${body.replace(/\s+/g, ' ').trim()}\n`
   return result
 }
 

@@ -65,7 +65,7 @@ export function chart({ title, x, y, lines, mark }: Chart, at?: { x: number; y: 
   if (mark) {
     const left = round(px(mark.x))
     parts.push(`<path d="M${left} ${TOP}V${HEIGHT - BOTTOM}" stroke="${INK}" stroke-dasharray="2 3"/>`)
-    parts.push(text(px(mark.x) + 5, TOP + 72, mark.text, 'font-size="11"'))
+    parts.push(text(px(mark.x) + 5, TOP + 104, mark.text, 'font-size="11"'))
   }
   for (const line of lines) {
     const points = line.points.map(([a, b]) => [px(a), py(Math.min(y.max, Math.max(y.min, b)))] as const)
