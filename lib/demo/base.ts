@@ -40,8 +40,8 @@ interface Stage extends Mixture {
 
 /**
  * Copying is learned first, in short windows half of which are refrains; then to find what was said about whom, and a
- * key with little around it; then both in the whole window. In whole windows from the start, retrieval does not emerge
- * within ten million tokens.
+ * key with little around it; then both in the whole window. Without the middle stage no key was found within 5.6M
+ * tokens, where that run was stopped; with it the first at 3.6M and all from 8.7M on.
  */
 const STAGES: readonly Stage[] = [
   {

@@ -40,7 +40,17 @@ const reason = ({ stdout, stderr }: Result): string => {
   return stderr
 }
 
-const commands = ['extend', 'eval perplexity', 'eval passkey', 'generate', 'inspect', 'doctor']
+const commands = [
+  'extend',
+  'eval perplexity',
+  'eval passkey',
+  'generate',
+  'inspect',
+  'doctor',
+  'bench',
+  'demo',
+  'build',
+]
 
 t.test('help and version', async (t) => {
   t.equal((await ropewalk('--version')).stdout, `${version}\n`)
