@@ -35,7 +35,7 @@ struct DeviceEntry {
   std::shared_ptr<Device> device;
   Settle settle;
   int pending = 0;  // jobs whose promise is open: while there are some, the process stays alive
-  napi_env env = nullptr;
+  std::shared_ptr<DeviceEntry>* held = nullptr;  // by the environment's cleanup hook, until the device is closed
   bool closed = false;
 };
 
@@ -148,11 +148,11 @@ Napi::Value open_device(const Napi::CallbackInfo& info) {
   } catch (const std::exception& error) {
     fail(env, error.what());
   }
-  entry->env = env;
   entry->settle = Settle::New(env, "ropewalk device", 0, 1, entry.get());
   entry->settle.Unref(env);
   // Registered after the thread-safe function, so that it runs before that is torn down: the thread is then gone.
   auto* held = new std::shared_ptr<DeviceEntry>(entry);
+  entry->held = held;
   napi_add_env_cleanup_hook(env, close_entry, held);
   const uint32_t id = addon(info).next++;
   addon(info).devices.emplace(id, std::move(entry));
@@ -304,6 +304,8 @@ void close_device(const Napi::CallbackInfo& info) {
   entry.device->stop();
   entry.closed = true;
   entry.settle.Release();
+  napi_remove_env_cleanup_hook(info.Env(), close_entry, entry.held);
+  delete entry.held;
   for (auto it = addon(info).plans.begin(); it != addon(info).plans.end();)
     it = it->second.first == id ? addon(info).plans.erase(it) : std::next(it);
   for (auto it = addon(info).buffer_device.begin(); it != addon(info).buffer_device.end();) {

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <exception>
 #include <stdexcept>
+#include <system_error>
 #include <vector>
 
 #include <unistd.h>
@@ -16,7 +17,12 @@ namespace rw {
 Device::Device(const std::string& backend, int index, int threads) : backend_(find_backend(backend)) {
   const rw_open_options options = {index, threads};
   if (backend_->open(&options, &handle_) != RW_OK) throw std::runtime_error(backend_->last_error());
-  thread_ = std::thread([this] { work(); });
+  try {
+    thread_ = std::thread([this] { work(); });
+  } catch (...) {
+    backend_->close(handle_);
+    throw;
+  }
 }
 
 Device::~Device() {
@@ -213,7 +219,10 @@ int64_t read_file(Buffer& to, size_t offset, DType dtype, int fd, int64_t file_o
   const int64_t blocks = (count + kBlock - 1) / kBlock;
   const int64_t helpers = in_place ? std::min<int64_t>({blocks - 1, 3, std::thread::hardware_concurrency() - 1L}) : 0;
   std::vector<std::thread> threads;
-  for (int64_t i = 0; i < helpers; i++) threads.emplace_back(work);
+  try {
+    for (int64_t i = 0; i < helpers; i++) threads.emplace_back(work);
+  } catch (const std::system_error&) {  // with those there are it takes longer, no more
+  }
   work();
   for (std::thread& thread : threads) thread.join();
   if (failure) std::rethrow_exception(failure);

@@ -11,6 +11,7 @@
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -51,17 +52,17 @@ inline void pause() {
 class Pool final : public Context {
  public:
   explicit Pool(int threads) : scratch_(threads) {
-    for (int i = 1; i < threads; i++) workers_.emplace_back([this, i] { work(i); });
-  }
-  ~Pool() {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      stop_ = true;
-      generation_.fetch_add(1);
+    for (int i = 1; i < threads; i++) {
+      try {
+        workers_.emplace_back([this, i] { work(i); });
+      } catch (const std::system_error& error) {
+        end();
+        throw std::runtime_error("thread " + std::to_string(i + 1) + " of " + std::to_string(threads) +
+                                 " could not be started (" + error.what() + "): use fewer threads");
+      }
     }
-    wake_.notify_all();
-    for (std::thread& worker : workers_) worker.join();
   }
+  ~Pool() { end(); }
 
   int threads() const override { return static_cast<int>(workers_.size()) + 1; }
 
@@ -110,6 +111,17 @@ class Pool final : public Context {
     std::unique_ptr<void, FreeDeleter> memory;
     size_t bytes = 0;
   };
+
+  void end() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      stop_ = true;
+      generation_.fetch_add(1);
+    }
+    wake_.notify_all();
+    for (std::thread& worker : workers_) worker.join();
+    workers_.clear();
+  }
 
   // Of several failures the first is kept, and the remaining tasks are dropped.
   void take(int thread) {

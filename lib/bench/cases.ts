@@ -56,7 +56,7 @@ export interface Case {
 
 /** Seconds of a run to aim at, and the rates of one thread that the number of repeats is guessed from. */
 const RUN_SECONDS = 0.03
-const GUESS = { 'GFLOP/s': 100e9, 'GB/s': 10e9 }
+const GUESS = { 'GFLOP/s': 220e9, 'GB/s': 20e9 }
 
 /** All cases, or those of one stem. */
 export function listCases(setting: Setting, stem?: Stem): Case[] {

@@ -46,6 +46,8 @@ function matrix(value: Tokens, name: string): { rows: number; time: number; data
     if (time === 0) throw new RangeError(`${name}: there are no tokens`)
     const data = new Int32Array(rows.length * time)
     rows.forEach((row, b) => {
+      if (!Array.isArray(row) && !ArrayBuffer.isView(row))
+        throw new TypeError(`${name}[${b}] is ${quote(row)}, not a row`)
       if (row.length !== time) {
         throw new RangeError(`${name}: row ${b} has ${row.length} entries, row 0 has ${time}; all must be equally long`)
       }
@@ -64,7 +66,13 @@ function matrix(value: Tokens, name: string): { rows: number; time: number; data
   if (!(tensor?.data instanceof Int32Array) || more.length > 0) {
     throw new TypeError(`${name} must be an array of rows of token ids (B,T), or { dims: [B, T], data: Int32Array }`)
   }
-  if (!(rows > 0 && time > 0) || tensor.data.length !== rows * time) {
+  if (
+    !Number.isInteger(rows) ||
+    !Number.isInteger(time) ||
+    rows < 1 ||
+    time < 1 ||
+    tensor.data.length !== rows * time
+  ) {
     throw new RangeError(`${name}: dims are (${rows},${time}), but data has ${tensor.data.length} entries`)
   }
   return { rows, time, data: Int32Array.from(tensor.data) }
@@ -136,18 +144,22 @@ export function freeBatch(tensors: BatchTensors): void {
   for (const tensor of Object.values(tensors)) (tensor.storage as { dispose?: () => void }).dispose?.()
 }
 
-/** Rows of the rotation table and, for each token, which one is its own. */
+/**
+ * Rows of the rotation table and, for each token, which one is its own. `whole`, the length of the text (dynamic and longrope depend
+ * on it) is that of the positions where it is not given.
+ */
 export function rotationRows(
   config: LlamaConfig,
   positions: Int32Array,
+  whole?: number,
 ): { key: string; rows: number; index: Int32Array; table: () => { cos: Float32Array; sin: Float32Array } } {
   const window = { maxPositionEmbeddings: config.maxPositionEmbeddings }
   let last = 0
   for (const position of positions) last = Math.max(last, position)
-  const length = last + 1
-  if (length <= positions.length) {
-    const table = () => rotationTable(config.rope, config.headDim, { ...window, length, positions: length })
-    return { key: `0..${last}`, rows: length, index: positions, table }
+  const length = whole ?? last + 1
+  if (last < positions.length) {
+    const table = () => rotationTable(config.rope, config.headDim, { ...window, length, positions: last + 1 })
+    return { key: `0..${last}`, rows: last + 1, index: positions, table }
   }
   // Positions that skip (a shifted chunk, a single token of a long text): only those that occur.
   const distinct = [...new Set(positions)].sort((a, b) => a - b)

@@ -50,10 +50,12 @@ export class Continuation {
     if (this.length + tokens.length > this.capacity) {
       throw new RangeError(`${this.length + tokens.length} tokens exceed this cache's capacity of ${this.capacity}`)
     }
+    // Where frequencies follow from the length (dynamic, longrope), one length serves the whole text that is fed.
+    const end = this.length + tokens.length
     let result: Float32Array = new Float32Array()
     for (let at = 0; at < tokens.length; at += PREFILL) {
       signal?.throwIfAborted()
-      result = await this.extend(tokens.slice(at, at + PREFILL))
+      result = await this.extend(tokens.slice(at, at + PREFILL), end)
     }
     return result
   }
@@ -65,12 +67,12 @@ export class Continuation {
     this.buffers.length = 0
   }
 
-  private async extend(tokens: readonly number[]): Promise<Float32Array> {
+  private async extend(tokens: readonly number[], length: number): Promise<Float32Array> {
     const { device } = this
     const time = tokens.length
     const { plan, inputs, logits } = this.pass(time)
     const positions = Int32Array.from(tokens, (_, t) => this.length + t)
-    const { rows, index, table } = rotationRows(this.config, positions)
+    const { rows, index, table } = rotationRows(this.config, positions, length)
     const { cos, sin } = table()
     await Promise.all([
       device.upload(inputs.ids, Int32Array.from(tokens)),
@@ -162,7 +164,9 @@ export function sampler(options: SamplingOptions): (logits: Float32Array) => num
       if (logits[id]! > logits[best]!) best = id
     }
     if (temperature === 0) return best
-    let order = Array.from(logits.keys()).sort((a, b) => logits[b]! - logits[a]! || a - b)
+    // Sorted only where the order decides: a vocabulary of 128k takes 50 ms.
+    let order = Array.from(logits.keys())
+    if (topK > 0 || topP < 1) order.sort((a, b) => logits[b]! - logits[a]! || a - b)
     if (topK > 0) order = order.slice(0, topK)
     const weights = order.map((id) => Math.exp((logits[id]! - logits[best]!) / temperature))
     const total = weights.reduce((sum, weight) => sum + weight, 0)

@@ -1,4 +1,5 @@
-import { join } from 'node:path'
+import { stat } from 'node:fs/promises'
+import { join, resolve } from 'node:path'
 import { quote, RopewalkError } from '../errors.js'
 import { type ModelFolder, openModelFolder } from '../files/folder.js'
 import { saveModelFolder } from '../files/save.js'
@@ -61,6 +62,8 @@ export class Llama {
   private readonly passes = new PassCache()
   private queue: Promise<unknown> = Promise.resolve()
   private disposed = false
+  /** Calls that are waiting or at work. */
+  private open = 0
   private cachedTokenizer: Tokenizer | undefined
 
   private constructor(
@@ -71,7 +74,7 @@ export class Llama {
     /** The folder it came from. */
     readonly path: string,
     /** What was unusual about the folder. */
-    readonly warnings: readonly string[],
+    readonly warnings: string[],
     private readonly folder: Partial<Pick<ModelFolder, 'dir' | 'generationConfig' | 'tokenizerPath'>>,
   ) {}
 
@@ -91,7 +94,13 @@ export class Llama {
       const dtype = options.dtype ?? checkpointDtype(folder)
       device = Device.open(options.device, options.threads === undefined ? {} : { threads: options.threads })
       const weights = new Parameters(device, DTYPE_OF[dtype], parameterShapes(config))
-      const model = new Llama(config, device, weights, path, warnings, folder)
+      const { generationConfig, tokenizerPath } = folder
+      const kept = {
+        dir: resolve(folder.dir),
+        generationConfig,
+        tokenizerPath: tokenizerPath && resolve(tokenizerPath),
+      }
+      const model = new Llama(config, device, weights, path, warnings, kept)
       if (!device.dry) await readWeights(folder, weights, options.onProgress)
       return model
     } catch (error) {
@@ -227,7 +236,7 @@ export class Llama {
   /** Continues a text token by token. Ends after maxTokens, at a stop id, or where the window is full
    * (a prompt beyond the window is continued all the same). */
   async *generate(options: GenerateOptions): AsyncGenerator<GeneratedToken> {
-    const { maxTokens = 64, stopIds = this.config.eosIds, signal } = options
+    const { maxTokens = 64, stopIds = this.stopIds(), signal } = options
     if (!Number.isInteger(maxTokens) || maxTokens < 1) throw new RangeError(`maxTokens is ${maxTokens}, must be >= 1`)
     const choose = sampler(options)
     const tokenizer = this.folder.tokenizerPath ? await this.tokenizer() : undefined
@@ -238,8 +247,10 @@ export class Llama {
     const whole = ids.length + maxTokens
     const capacity = ids.length < this.contextWindow ? Math.min(whole, this.contextWindow) : whole
     const text = await this.exclusive(async () => new Continuation(this.device, this.config, this.weights, capacity))
-    const written: number[] = []
-    let shown = ''
+    // Decoders of the SentencePiece kind drop the first space of a text: the prompt's end keeps that from ours.
+    const written = prompt.slice(-8)
+    const decode = (): string => completeText(tokenizer!.decode(written, { skipSpecialTokens: true }))
+    let shown = tokenizer ? decode() : ''
     try {
       let logits = await this.exclusive(() => text.feed(prompt, signal))
       for (let i = 0; i < capacity - ids.length; i++) {
@@ -247,7 +258,7 @@ export class Llama {
         const id = choose(logits)
         if (stopIds.includes(id)) return
         written.push(id)
-        const said = tokenizer ? completeText(tokenizer.decode(written, { skipSpecialTokens: true })) : ''
+        const said = tokenizer ? decode() : ''
         yield { id, text: said.slice(shown.length) }
         shown = said
         if (text.length < capacity - 1 && i + 1 < capacity - ids.length) {
@@ -275,33 +286,56 @@ export class Llama {
           data: () => this.device.downloadChunks(value),
         })),
         generationConfig: this.folder.generationConfig,
-        ...(this.folder.dir !== undefined && { copyFrom: this.folder.dir }),
+        ...(await this.companions()),
         ...options,
       })
     })
   }
 
-  /** Frees the device. Throws while a call is still at work. */
+  /** Frees the device. Throws, and changes nothing, while a call is still at work. */
   dispose(): void {
     if (this.disposed) return
-    this.passes.clear()
+    if (this.open > 0) throw new Error('this model is still at work: await its calls before it is disposed')
     this.device.dispose()
     this.disposed = true
+    this.passes.clear()
   }
 
   [Symbol.dispose](): void {
     this.dispose()
   }
 
+  /** The folder whose tokenizer goes with the model. That it is gone must not keep trained weights from being saved. */
+  private async companions(): Promise<{ copyFrom?: string }> {
+    const { dir } = this.folder
+    if (dir === undefined) return {}
+    const there = await stat(dir).then(
+      (info) => info.isDirectory(),
+      () => false,
+    )
+    if (there) return { copyFrom: dir }
+    this.warnings.push(`${dir} is gone: the model is saved without its tokenizer`)
+    return {}
+  }
+
+  /** End-of-sequence ids of config.json and of generation_config.json, which may name more. */
+  private stopIds(): number[] {
+    const more = this.folder.generationConfig?.eos_token_id
+    const ids = Array.isArray(more) ? more : [more]
+    return [...this.config.eosIds, ...ids.filter((id) => typeof id === 'number')]
+  }
+
   /** @internal Runs `body` when all earlier calls are done; nothing else uses the model meanwhile. */
-  exclusive<T>(body: () => Promise<T>): Promise<T> {
-    if (this.disposed) return Promise.reject(new Error('this model was disposed'))
-    const result = this.queue.then(() => {
-      if (this.disposed) throw new Error('this model was disposed')
-      return body()
-    })
+  async exclusive<T>(body: () => Promise<T>): Promise<T> {
+    if (this.disposed) throw new Error('this model was disposed')
+    this.open++
+    const result = this.queue.then(body)
     this.queue = result.catch(() => undefined)
-    return result
+    try {
+      return await result
+    } finally {
+      this.open--
+    }
   }
 
   /** @internal Frees the passes kept for repeated calls. */
@@ -351,10 +385,10 @@ function mean(nll: Float32Array, { targets }: Batch): number {
 function convert(name: string, tensor: HostTensor, dtype: 'float32' | 'bfloat16'): ArrayBufferView {
   const { type, data } = tensor
   if (type === 'float32' && data instanceof Float32Array) {
-    return dtype === 'float32' ? data : Uint16Array.from(data, toBfloat16)
+    return dtype === 'float32' ? data.slice() : Uint16Array.from(data, toBfloat16)
   }
   if (type === 'bfloat16' && data instanceof Uint16Array) {
-    return dtype === 'bfloat16' ? data : Float32Array.from(data, fromBfloat16)
+    return dtype === 'bfloat16' ? data.slice() : Float32Array.from(data, fromBfloat16)
   }
   throw new TypeError(
     `${name}: type is ${quote(type)} with ${data.constructor.name}; expected float32 with Float32Array or bfloat16 with Uint16Array`,

@@ -81,7 +81,8 @@ export function disposePass(pass: Pass): void {
   freeBatch(pass.tensors)
 }
 
-/** Bytes of arenas that are kept for calls of the same shape, beside the newest. */
+/** How many passes are kept for calls of the same shape, and the bytes of all but the newest. */
+const KEPT = 8
 const KEPT_BYTES = 256 << 20
 
 /** The passes used last, so that calls of the same shape record and allocate only once. */
@@ -94,9 +95,10 @@ export class PassCache {
     this.passes.delete(key)
     // Before a new one is allocated, the oldest go: memory for two large shapes may not be there.
     let bytes = 0
+    let count = 1
     for (const [name, pass] of [...this.passes].reverse()) {
-      bytes += pass.plan.peakBytes
-      if (bytes <= KEPT_BYTES) continue
+      bytes += pass.plan.peakBytes + Object.values(pass.tensors).reduce((sum, tensor) => sum + tensor.bytes, 0)
+      if (bytes <= KEPT_BYTES && ++count <= KEPT) continue
       this.passes.delete(name)
       disposePass(pass)
     }

@@ -1,4 +1,4 @@
-import { type FileHandle, open, readFile } from 'node:fs/promises'
+import { type FileHandle, open, readFile, rename } from 'node:fs/promises'
 import { writeAll, writeFailure, writeFileDurable } from '../files/durable.js'
 
 export interface StepResult {
@@ -24,8 +24,8 @@ export interface StepResult {
 }
 
 /**
- * metrics.jsonl: the result of each step as a line of JSON, written when the step is done, one write a line. Numbers that are not finite
- * are null. It is made durable by `sync`, at every checkpoint.
+ * metrics.jsonl: the result of each step as a line of JSON, written when the step is done, one write a line. Numbers
+ * that are not finite are null. It is made durable by `sync`, at every checkpoint.
  */
 export class MetricsLog {
   private constructor(
@@ -33,7 +33,8 @@ export class MetricsLog {
     private readonly handle: FileHandle,
   ) {}
 
-  /** Opens the log of a run that stands at `step`: later lines, and one cut off by a crash, are taken out first. */
+  /** Opens the log of a run that stands at `step`: later lines, and one cut off by a crash, are taken out first;
+   * where none would be left, the file is put aside. */
   static async open(path: string, step: number): Promise<MetricsLog> {
     const text = await readFile(path, 'utf8').catch((error: NodeJS.ErrnoException) => {
       if (error.code === 'ENOENT') return ''
@@ -44,7 +45,9 @@ export class MetricsLog {
       .filter((line) => stepOf(line) <= step)
       .map((line) => `${line}\n`)
       .join('')
-    if (kept !== text) await writeFileDurable(path, kept)
+    // A run that starts anew does not erase the history of another one in the same folder.
+    if (kept === '' && text !== '') await rename(path, `${path}.${new Date().toISOString().replaceAll(':', '')}`)
+    else if (kept !== text) await writeFileDurable(path, kept)
     return new MetricsLog(path, await open(path, 'a'))
   }
 

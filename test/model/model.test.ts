@@ -1,8 +1,9 @@
-import { readFileSync } from 'node:fs'
+import { readdirSync, readFileSync } from 'node:fs'
 import { cp, mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import t from 'tap'
+import { Continuation } from '../../lib/model/generate.js'
 import { Llama } from '../../lib/model/llama.js'
 import { caseNames, fixtures, norm, openGolden, relativeError } from '../golden.js'
 
@@ -210,6 +211,11 @@ t.test('wrong arguments are named', async (t) => {
   await t.rejects(model.logits([[1.5]]), { name: 'TypeError', message: /tokens\[0\]\[0\] is 1.5/ })
   await t.rejects(model.logits([[1, 2], [3]]), { message: /row 1 has 1 entries, row 0 has 2/ })
   await t.rejects(model.logits([]), { name: 'TypeError' })
+  await t.rejects(model.logits([[1, 2], null as never]), { message: /tokens\[1\] is null, not a row/ })
+  await t.rejects(model.logits({ dims: [1.5, 2], data: new Int32Array(3) }), {
+    name: 'RangeError',
+    message: /dims are \(1.5,2\)/,
+  })
   await t.rejects(model.logits([[]]), { message: /no tokens/ })
   await t.rejects(model.logits({ dims: [1, 3], data: Int32Array.of(1) }), { message: /data has 1 entries/ })
   await t.rejects(model.loss([[1]]), { message: /no label counts/ })
@@ -311,4 +317,45 @@ t.test('generation', async (t) => {
   for await (const { text: piece } of model.generate({ prompt: 'The grass', maxTokens: 12, stopIds: [] }))
     pieces.push(piece)
   t.ok(pieces.join('').length > 0)
+})
+
+t.test('a long prompt of dynamic frequencies is rotated as one text', async (t) => {
+  using model = await Llama.load(join(fixtures, 'dynamic4'), { device: 'cpu', dtype: 'float32' })
+  for (const length of [200, 256, 257, 300, 500]) {
+    const prompt = random(length, 300, length)
+    const { data, dims } = await model.logits([prompt])
+    const last = data.slice(-dims[2]!)
+    const ids: number[] = []
+    for await (const { id } of model.generate({ prompt, maxTokens: 1, stopIds: [] })) ids.push(id)
+    t.equal(ids[0], last.indexOf(Math.max(...last)), `${length} tokens`)
+    const text = new Continuation(model.device, model.config, model.weights, length)
+    t.ok(relativeError(await text.feed(prompt), last) < 1e-5, `${length} tokens: the same logits`)
+    text.dispose()
+  }
+})
+
+t.test('disposing', async (t) => {
+  const model = await load()
+  const running = model.logits([random(128, 400)])
+  t.throws(() => model.dispose(), { message: /still at work/ })
+  t.equal((await running).data.length, 128 * 400, 'a refused dispose harms nothing')
+  model.dispose()
+
+  const threads = () => readdirSync('/proc/self/task').length
+  if (process.platform === 'linux') {
+    const before = threads()
+    for (let i = 0; i < 10; i++) (await load({ threads: 4 })).dispose()
+    t.ok(threads() <= before + 4, `threads of disposed devices are gone: ${before} before, ${threads()} after`)
+  }
+})
+
+t.test('a model outlives its folder', async (t) => {
+  const place = await mkdtemp(join(tmpdir(), 'ropewalk-gone-'))
+  t.teardown(() => rm(place, { recursive: true, force: true }))
+  await cp(folder, join(place, 'm'), { recursive: true })
+  using model = await Llama.load(join(place, 'm'), { device: 'cpu' })
+  await rm(join(place, 'm'), { recursive: true })
+  await model.save(join(place, 'saved'))
+  t.match(model.warnings, [/is gone: the model is saved without its tokenizer/])
+  ;(await Llama.load(join(place, 'saved'), { device: 'cpu' })).dispose()
 })
