@@ -137,21 +137,44 @@ void multiply_block(const Problem& p, int64_t i0, int64_t i1, int64_t j0, int64_
   }
 }
 
+// How the rows of c are cut into tasks: into an equal share for each thread, and that into `cuts` blocks of whole panels,
+// the larger ones first, of which the last takes the rows that do not fill a panel. Threads that are equally fast then
+// end together; blocks of one size for all rows left up to a tenth of the time to one thread. About four blocks a
+// thread, where that leaves enough rows to pay for reading b, so that a thread that is held up can be helped.
+struct Blocks {
+  int64_t m, shares, share, cuts, panels, larger;
+
+  Blocks(int64_t m, int64_t threads) : m(m), shares(min(threads, ceil_div(m, 4 * MR))), share(ceil_div(m, shares)) {
+    cuts = max(ceil_div(share, MC), threads == 1 ? 1 : min(4, ceil_div(share, 4 * MR)));
+    panels = share / MR / cuts;
+    larger = share / MR % cuts;
+  }
+  int64_t count() const { return shares * cuts; }
+  int64_t most_panels() const { return panels + (larger > 0) + 1; }
+  // Of `count()` blocks, the first ones of all shares come first.
+  int64_t start(int64_t block) const {
+    const int64_t cut = block / shares;
+    return block % shares * share + (cut * panels + min(cut, larger)) * MR;
+  }
+  int64_t end(int64_t block) const {
+    const int64_t last = min(m, (block % shares + 1) * share);
+    return block / shares == cuts - 1 ? last : min(last, start(block + shares));
+  }
+};
+
 void multiply_packed(Context& context, const Problem& p) {
   const int64_t threads = context.threads();
   int64_t nc = min(NC, max(PANEL_FLOATS / p.k, 8 * NR));
   nc = round_up(ceil_div(p.n, ceil_div(p.n, nc)), NR);
-  // rows are cut for about four tasks a thread, where that leaves enough rows to pay for reading b
-  int64_t blocks = max(ceil_div(p.m, MC), min(4 * threads, ceil_div(p.m, 4 * MR)));
-  int64_t mc = round_up(ceil_div(p.m, blocks), MR);
-  blocks = ceil_div(p.m, mc);
+  const Blocks rows(p.m, threads);
   // and columns, where they are not enough and packing a again is still cheap
-  int64_t splits = max(1, min(threads == 1 ? 1 : ceil_div(4 * threads, blocks), nc / (8 * NR)));
+  int64_t splits = max(1, min(threads == 1 ? 1 : ceil_div(4 * threads, rows.count()), nc / (8 * NR)));
   int64_t width = round_up(ceil_div(nc, splits), NR);
   splits = ceil_div(nc, width);
 
-  const int64_t tiles = p.k > KC ? mc * width : MR * NR;
-  Workspace work(context, nc * p.k, mc / MR * (min(p.k, KC) * MR + VL) + tiles);
+  const int64_t panels = rows.most_panels();
+  const int64_t tiles = (p.k > KC ? panels * width : NR) * MR;
+  Workspace work(context, nc * p.k, panels * (min(p.k, KC) * MR + VL) + tiles);
   for (int64_t j0 = 0; j0 < p.n; j0 += nc) {
     const int64_t columns = min(p.n - j0, nc);
     const int64_t slabs = ceil_div(p.k, KC);
@@ -160,11 +183,11 @@ void multiply_packed(Context& context, const Problem& p) {
       pack<NR>(p.b.dtype, p.b.data, (j0 + j) * p.b.column + k0 * p.b.row, p.b.column, p.b.row, min(columns - j, GROUP),
                min(p.k - k0, KC), work.shared + j * p.k + k0 * NR, p.k * NR);
     });
-    for_tasks(context, p, blocks * splits, [&](int64_t task, int thread) {
-      const int64_t i = task / splits * mc, j = task % splits * width;
-      if (j >= columns) return;
-      multiply_block(p, i, min(i + mc, p.m), j0 + j, j0 + min(j + width, columns), work.shared + j * p.k,
-                     work.own(thread));
+    for_tasks(context, p, rows.count() * splits, [&](int64_t task, int thread) {
+      const int64_t block = task / splits, j = task % splits * width;
+      const int64_t i = rows.start(block), end = rows.end(block);
+      if (j >= columns || i >= end) return;
+      multiply_block(p, i, end, j0 + j, j0 + min(j + width, columns), work.shared + j * p.k, work.own(thread));
     });
   }
 }
