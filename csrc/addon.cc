@@ -24,7 +24,7 @@ struct Outcome {
   Napi::Promise::Deferred deferred;
   std::function<Napi::Value(Napi::Env)> result;  // called on JavaScript's thread; may throw Napi::Error
   std::string error;
-  bool cancelled = false;
+  const char* code = "ERR_DEVICE";  // of the error
 };
 
 struct DeviceEntry;
@@ -43,6 +43,11 @@ struct Plan {
   std::shared_ptr<DeviceEntry> entry;
   std::vector<std::shared_ptr<Buffer>> buffers;
   DecodedPlan decoded;
+
+  explicit Plan(std::shared_ptr<DeviceEntry> entry) : entry(std::move(entry)) {}
+  Plan(const Plan&) = delete;
+  Plan& operator=(const Plan&) = delete;
+  ~Plan() { entry->device->forget(decoded); }
 };
 
 struct Addon {
@@ -98,13 +103,13 @@ void settle(Napi::Env env, Napi::Function, DeviceEntry* entry, Outcome* raw) {
     return;
   }
   Napi::Error error = Napi::Error::New(env, outcome->error);
-  error.Set("code", Napi::String::New(env, outcome->cancelled ? "ERR_CANCELLED" : "ERR_DEVICE"));
+  error.Set("code", Napi::String::New(env, outcome->code));
   outcome->deferred.Reject(error.Value());
 }
 
 // Queues `work` (on the device's thread) and promises what it leaves in the outcome.
 Napi::Value enqueue(Napi::Env env, const std::shared_ptr<DeviceEntry>& entry, std::function<void(Outcome&)> work) {
-  auto* outcome = new Outcome{Napi::Promise::Deferred::New(env), nullptr, "", false};
+  auto* outcome = new Outcome{Napi::Promise::Deferred::New(env), nullptr, ""};
   const Napi::Value promise = outcome->deferred.Promise();
   DeviceEntry* raw = entry.get();
   const bool taken = entry->device->submit([raw, outcome, work = std::move(work)] {
@@ -112,6 +117,9 @@ Napi::Value enqueue(Napi::Env env, const std::shared_ptr<DeviceEntry>& entry, st
       work(*outcome);
     } catch (const std::bad_alloc&) {
       outcome->error = "out of host memory";
+    } catch (const FileChanged& error) {
+      outcome->error = error.what();
+      outcome->code = "ERR_FILE_CHANGED";
     } catch (const std::exception& error) {
       outcome->error = error.what();
     }
@@ -165,8 +173,31 @@ Napi::Value describe(const Napi::CallbackInfo& info) {
   return Napi::String::New(info.Env(), device.backend().describe(device.handle()));
 }
 
+Napi::Object memory_object(Napi::Env env, uint64_t free_bytes, uint64_t total_bytes) {
+  Napi::Object result = Napi::Object::New(env);
+  result.Set("freeBytes", static_cast<double>(free_bytes));
+  result.Set("totalBytes", static_cast<double>(total_bytes));
+  return result;
+}
+
+// (device) -> { freeBytes, totalBytes }, undefined where it uses the host's memory
+Napi::Value memory(const Napi::CallbackInfo& info) {
+  Device& device = *handle(info, 0, addon(info).devices, "device")->device;
+  uint64_t free_bytes = 0, total_bytes = 0;
+  if (device.backend().memory(device.handle(), &free_bytes, &total_bytes) != RW_OK)
+    fail(info.Env(), device.backend().last_error());
+  return total_bytes ? memory_object(info.Env(), free_bytes, total_bytes) : info.Env().Undefined();
+}
+
 // (device): ends the running plan and those queued
 void cancel(const Napi::CallbackInfo& info) { handle(info, 0, addon(info).devices, "device")->device->cancel(); }
+
+Napi::Value add_buffer(const Napi::CallbackInfo& info, std::shared_ptr<Buffer> buffer) {
+  const uint32_t id = addon(info).next++;
+  addon(info).buffers.emplace(id, std::move(buffer));
+  addon(info).buffer_device.emplace(id, static_cast<uint32_t>(info[0].As<Napi::Number>().Uint32Value()));
+  return Napi::Number::New(info.Env(), id);
+}
 
 // (device, bytes) -> handle
 Napi::Value alloc(const Napi::CallbackInfo& info) {
@@ -179,10 +210,21 @@ Napi::Value alloc(const Napi::CallbackInfo& info) {
   } catch (const std::exception& error) {
     fail(env, error.what());
   }
-  const uint32_t id = addon(info).next++;
-  addon(info).buffers.emplace(id, std::move(buffer));
-  addon(info).buffer_device.emplace(id, static_cast<uint32_t>(info[0].As<Napi::Number>().Uint32Value()));
-  return Napi::Number::New(env, id);
+  return add_buffer(info, std::move(buffer));
+}
+
+// (device, fd, path: string) -> { buffer, bytes }, a buffer that is the file and cannot be written; undefined where the
+// device or the system cannot use a file in place
+Napi::Value map_file(const Napi::CallbackInfo& info) {
+  const auto& device = handle(info, 0, addon(info).devices, "device")->device;
+  const int fd = static_cast<int>(integer(info, 1, 0, INT32_MAX));
+  if (!device->backend().host_visible(device->handle())) return info.Env().Undefined();
+  auto file = Mapping::open(fd, info[2].ToString());
+  if (!file) return info.Env().Undefined();
+  Napi::Object result = Napi::Object::New(info.Env());
+  result.Set("bytes", static_cast<double>(file->bytes()));
+  result.Set("buffer", add_buffer(info, std::make_shared<Buffer>(device, std::move(file))));
+  return result;
 }
 
 void free_buffer(const Napi::CallbackInfo& info) {
@@ -202,6 +244,11 @@ void check_range(const Napi::CallbackInfo& info, const Buffer& buffer, int64_t o
                                                 " do not lie inside a buffer of " + std::to_string(buffer.bytes()));
 }
 
+void check_writable(const Napi::CallbackInfo& info, const Buffer& buffer) {
+  if (buffer.file())
+    throw Napi::TypeError::New(info.Env(), buffer.file()->path() + " is used in place: it is only read");
+}
+
 // (buffer, offset, bytes: Uint8Array) -> promise. The bytes are copied at once: the caller may reuse its array.
 Napi::Value upload(const Napi::CallbackInfo& info) {
   std::shared_ptr<Buffer> buffer = handle(info, 0, addon(info).buffers, "buffer");
@@ -209,6 +256,7 @@ Napi::Value upload(const Napi::CallbackInfo& info) {
   if (!info[2].IsTypedArray()) throw Napi::TypeError::New(info.Env(), "argument 2 must be a Uint8Array");
   const auto array = info[2].As<Napi::Uint8Array>();
   check_range(info, *buffer, offset, static_cast<int64_t>(array.ByteLength()));
+  check_writable(info, *buffer);
   auto bytes = std::make_shared<std::vector<uint8_t>>(array.Data(), array.Data() + array.ByteLength());
   return enqueue(info.Env(), device_of(info, 0), [buffer, offset, bytes](Outcome&) {
     buffer->upload(static_cast<size_t>(offset), bytes->data(), bytes->size());
@@ -244,8 +292,23 @@ Napi::Value read(const Napi::CallbackInfo& info) {
   if ((dtype == DType::i32) != (file_dtype == FileDType::i32))
     throw Napi::TypeError::New(info.Env(), "integers are not converted to floating point or back");
   check_range(info, *buffer, offset, count * dtype_bytes(dtype));
+  check_writable(info, *buffer);
   return enqueue(info.Env(), device_of(info, 0), [=](Outcome& outcome) {
     const int64_t bad = read_file(*buffer, static_cast<size_t>(offset), dtype, fd, file_offset, file_dtype, count);
+    outcome.result = [bad](Napi::Env env) -> Napi::Value { return Napi::Number::New(env, static_cast<double>(bad)); };
+  });
+}
+
+// (buffer, offset, dtype, count) -> promise of the index of the first NaN or infinity, or -1
+Napi::Value find_not_finite(const Napi::CallbackInfo& info) {
+  std::shared_ptr<Buffer> buffer = handle(info, 0, addon(info).buffers, "buffer");
+  const int64_t offset = integer(info, 1, 0, kMaxSize);
+  const auto dtype = static_cast<DType>(integer(info, 2, 0, 2));
+  const int64_t count = integer(info, 3, 0, kMaxSize / 8);
+  check_range(info, *buffer, offset, count * dtype_bytes(dtype));
+  if (!buffer->file()) throw Napi::TypeError::New(info.Env(), "argument 0 must be a file that is used in place");
+  return enqueue(info.Env(), device_of(info, 0), [=](Outcome& outcome) {
+    const int64_t bad = first_not_finite(*buffer, static_cast<size_t>(offset), dtype, count);
     outcome.result = [bad](Napi::Env env) -> Napi::Value { return Napi::Number::New(env, static_cast<double>(bad)); };
   });
 }
@@ -253,8 +316,7 @@ Napi::Value read(const Napi::CallbackInfo& info) {
 // (device, name, words: Float64Array, buffers: Uint32Array) -> handle
 Napi::Value load_plan(const Napi::CallbackInfo& info) {
   Napi::Env env = info.Env();
-  auto plan = std::make_shared<Plan>();
-  plan->entry = handle(info, 0, addon(info).devices, "device");
+  auto plan = std::make_shared<Plan>(handle(info, 0, addon(info).devices, "device"));
   const std::string name = info[1].ToString();
   if (!info[2].IsTypedArray() || !info[3].IsTypedArray())
     throw Napi::TypeError::New(env, "arguments 2 and 3 must be a Float64Array and a Uint32Array");
@@ -289,8 +351,10 @@ Napi::Value run(const Napi::CallbackInfo& info) {
   return enqueue(info.Env(), entry, [plan = plan, ticket](Outcome& outcome) {
     if (plan->entry->device->run(plan->decoded, ticket) == RW_CANCELLED) {
       outcome.error = "plan \"" + plan->decoded.name + "\" was cancelled";
-      outcome.cancelled = true;
+      outcome.code = "ERR_CANCELLED";
+      return;
     }
+    for (const auto& buffer : plan->buffers) buffer->check();
   });
 }
 
@@ -319,7 +383,7 @@ void close_device(const Napi::CallbackInfo& info) {
   addon(info).devices.erase(found);
 }
 
-// () -> [{ name, available, detail }]
+// () -> [{ name, available, detail, memory?: { freeBytes, totalBytes } }]
 Napi::Value backends(const Napi::CallbackInfo& info) {
   Napi::Env env = info.Env();
   Napi::Array result = Napi::Array::New(env);
@@ -328,6 +392,7 @@ Napi::Value backends(const Napi::CallbackInfo& info) {
     row.Set("name", status.name);
     row.Set("available", status.available);
     row.Set("detail", status.detail);
+    if (status.total_bytes) row.Set("memory", memory_object(env, status.free_bytes, status.total_bytes));
     result.Set(result.Length(), row);
   }
   return result;
@@ -385,12 +450,15 @@ Napi::Object export_all(Napi::Env env, Napi::Object exports) {
   exports.Set("openDevice", Napi::Function::New<open_device>(env));
   exports.Set("closeDevice", Napi::Function::New<close_device>(env));
   exports.Set("describe", Napi::Function::New<describe>(env));
+  exports.Set("memory", Napi::Function::New<memory>(env));
   exports.Set("cancel", Napi::Function::New<cancel>(env));
   exports.Set("alloc", Napi::Function::New<alloc>(env));
+  exports.Set("mapFile", Napi::Function::New<map_file>(env));
   exports.Set("free", Napi::Function::New<free_buffer>(env));
   exports.Set("upload", Napi::Function::New<upload>(env));
   exports.Set("download", Napi::Function::New<download>(env));
   exports.Set("read", Napi::Function::New<read>(env));
+  exports.Set("findNotFinite", Napi::Function::New<find_not_finite>(env));
   exports.Set("loadPlan", Napi::Function::New<load_plan>(env));
   exports.Set("freePlan", Napi::Function::New<free_plan>(env));
   exports.Set("run", Napi::Function::New<run>(env));

@@ -6,7 +6,7 @@
 
 extern "C" {
 
-#define RW_BACKEND_ABI 1
+#define RW_BACKEND_ABI 2
 
 typedef struct rw_device rw_device;
 
@@ -24,7 +24,7 @@ typedef struct rw_open_options {
 enum { RW_OK = 0, RW_ERROR = 1, RW_CANCELLED = 2 };
 
 // Functions that return int give one of the above; after RW_ERROR, last_error() of the same thread says why.
-// A device runs, uploads and downloads on one thread at a time; alloc and release may be called from another.
+// A device runs, uploads and downloads on one thread at a time; the others may be called from any thread.
 typedef struct rw_backend {
   uint32_t abi;         // RW_BACKEND_ABI
   uint64_t table_hash;  // rw::table_hash
@@ -39,8 +39,13 @@ typedef struct rw_backend {
   int (*download)(rw_device* device, void* to, const void* from, size_t bytes);
   // Whether the host may read and write the device's memory through the same pointers.
   int (*host_visible)(rw_device* device);
-  // Runs the commands in order. `cancel` is read between two of them; a non-zero value ends the run.
+  // Bytes of memory of its own; both 0 for a device that uses the host's.
+  int (*memory)(rw_device* device, uint64_t* free_bytes, uint64_t* total_bytes);
+  // Runs the commands in order, and returns when they are done. `cancel` is read between commands, or small groups of
+  // them; a non-zero value ends the run.
   int (*run)(rw_device* device, const char* plan, const rw_command* commands, size_t count, const int32_t* cancel);
+  // These commands will not be run again: what a device keeps to repeat them can be freed.
+  void (*forget)(rw_device* device, const rw_command* commands);
   const char* (*last_error)(void);
 } rw_backend;
 

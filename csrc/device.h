@@ -11,6 +11,7 @@
 #include <thread>
 
 #include "backend.h"
+#include "mapping.h"
 #include "ops.h"
 #include "plan.h"
 
@@ -38,6 +39,8 @@ class Device {
   // For jobs: runs a plan; gives RW_OK or RW_CANCELLED, throws std::runtime_error with the backend's message.
   int run(const DecodedPlan& plan, uint64_t ticket);
   uint64_t next_ticket() { return ++submitted_; }
+  // This plan will not run again.
+  void forget(const DecodedPlan& plan) { backend_->forget(handle_, plan.commands.data()); }
 
  private:
   void work();
@@ -54,10 +57,12 @@ class Device {
   std::thread thread_;
 };
 
-// A block of device memory; freed with the last plan or job that uses it.
+// A block of device memory, or a file that is used in place and only read; freed with the last plan or job that uses
+// it.
 class Buffer {
  public:
   Buffer(std::shared_ptr<Device> device, size_t bytes);  // throws std::runtime_error when out of memory
+  Buffer(std::shared_ptr<Device> device, std::unique_ptr<Mapping> file);
   ~Buffer();
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
@@ -65,6 +70,12 @@ class Buffer {
   const std::shared_ptr<Device>& device() const { return device_; }
   char* base() const { return static_cast<char*>(memory_); }
   size_t bytes() const { return bytes_; }
+  const Mapping* file() const { return file_.get(); }
+
+  // After every use: throws FileChanged where this is a file that changed.
+  void check() const {
+    if (file_) file_->check();
+  }
 
   // On the device's thread. Offsets were checked by the caller.
   void upload(size_t offset, const void* from, size_t bytes);
@@ -72,6 +83,7 @@ class Buffer {
 
  private:
   std::shared_ptr<Device> device_;
+  std::unique_ptr<Mapping> file_;
   void* memory_ = nullptr;
   size_t bytes_;
 };
@@ -85,5 +97,8 @@ size_t file_dtype_bytes(FileDType dtype);
 // cache.
 int64_t read_file(Buffer& to, size_t offset, DType dtype, int fd, int64_t file_offset, FileDType file_dtype,
                   int64_t count);
+
+// The same for what is in memory that the host sees: index of the first element that is NaN or infinite, -1 for none.
+int64_t first_not_finite(const Buffer& buffer, size_t offset, DType dtype, int64_t count);
 
 }  // namespace rw

@@ -15,6 +15,7 @@ void* old_dlopen(const char*, int);
 void* old_dlsym(void*, const char*);
 int old_dlclose(void*);
 char* old_dlerror(void);
+int old_dladdr(const void*, void*);
 // 2.29 dropped the error handling of SVID; the values are the same.
 double old_log(double);
 // 2.38 reads "0b1" too, under a name of its own. libstdc++ reads a tunable of its exception pool with it.
@@ -26,6 +27,7 @@ __asm__(".symver old_dlopen, dlopen@GLIBC_2.2.5");
 __asm__(".symver old_dlsym, dlsym@GLIBC_2.2.5");
 __asm__(".symver old_dlclose, dlclose@GLIBC_2.2.5");
 __asm__(".symver old_dlerror, dlerror@GLIBC_2.2.5");
+__asm__(".symver old_dladdr, dladdr@GLIBC_2.2.5");
 __asm__(".symver old_log, log@GLIBC_2.2.5");
 __asm__(".symver old_strtoul, strtoul@GLIBC_2.2.5");
 
@@ -37,6 +39,7 @@ void* __wrap_dlopen(const char* file, int flags) { return old_dlopen(file, flags
 void* __wrap_dlsym(void* library, const char* name) { return old_dlsym(library, name); }
 int __wrap_dlclose(void* library) { return old_dlclose(library); }
 char* __wrap_dlerror(void) { return old_dlerror(); }
+int __wrap_dladdr(const void* address, void* info) { return old_dladdr(address, info); }
 double __wrap_log(double x) { return old_log(x); }
 unsigned long __wrap___isoc23_strtoul(const char* text, char** end, int base) { return old_strtoul(text, end, base); }
 

@@ -10,13 +10,16 @@ namespace rw {
 struct BackendStatus {
   std::string name;
   bool available;
-  std::string detail;  // what it is, or why it is not there and what to do
+  std::string detail;       // what it is, or why it is not there and what to do
+  uint64_t free_bytes = 0;  // of memory of its own; 0 where it uses the host's
+  uint64_t total_bytes = 0;
 };
 
-// The backend called `name` (cpu, cuda, simt); throws std::runtime_error that says why it is not there and the remedy.
+// The backend called `name` (cpu, cuda, simt); one of a library of its own stays open until the process ends. Throws
+// std::runtime_error that says why it is not there and the remedy.
 const rw_backend* find_backend(const std::string& name);
 
-// Every backend this build knows, for `ropewalk doctor`.
+// Every backend this build knows, and every further GPU (cuda:1 ...), for `ropewalk doctor`.
 std::vector<BackendStatus> list_backends();
 
 }  // namespace rw

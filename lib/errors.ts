@@ -1,10 +1,33 @@
 /**
- * A bad file or a bad environment. Wrong arguments given to the API are TypeError or RangeError instead.
- * `code` is stable ('ERR_...'); the message names the file, the field, the value, the rule and the remedy.
+ * A bad file or a bad environment. Wrong arguments given to the API are TypeError or RangeError instead. The message
+ * names the file, the field, the value, the rule and the remedy, for people; `code` is stable, for programs:
+ *
+ * | code | when |
+ * |---|---|
+ * | `ERR_NOT_FOUND`, `ERR_READ` | a file or folder is not there; it cannot be read |
+ * | `ERR_NOT_A_FILE`, `ERR_NOT_A_FOLDER`, `ERR_PATH` | it is something else; it lies, by a link or its name, outside the model's folder |
+ * | `ERR_TOO_LARGE`, `ERR_UTF8`, `ERR_JSON` | a text file is too large to be what it should be, not UTF-8, or not JSON |
+ * | `ERR_CONFIG` | config.json is of another architecture, asks for what is not supported, or contradicts itself |
+ * | `ERR_TENSORS`, `ERR_INDEX`, `ERR_SAFETENSORS`, `ERR_PICKLE` | tensors are missing, superfluous or of other dims; the shards' index is wrong; a file is damaged; only pickle files are there |
+ * | `ERR_FILE_CHANGED` | weights that are used in place were modified, or their file was cut |
+ * | `ERR_NOT_FINITE` | weights, logits, or too many steps' losses or gradients are NaN or infinite |
+ * | `ERR_FILE_CHANGED` | a weight file that is used in place was modified |
+ * | `ERR_TOKENIZER` | tokenizer.json is not usable, or belongs to another model |
+ * | `ERR_FORMAT`, `ERR_BINARY`, `ERR_FIELD`, `ERR_EMPTY`, `ERR_PARQUET` | a file of documents: unknown format, no text, no such field, nothing in it, damaged |
+ * | `ERR_NO_TEXT`, `ERR_TEXT_TOO_SHORT`, `ERR_DATA` | too little text for an evaluation, or for one training window |
+ * | `ERR_CACHE` | tokenised data cannot be kept, or changed while they were read |
+ * | `ERR_EXISTS`, `ERR_NO_SPACE`, `ERR_WRITE` | the target is already there; the disk or quota is full; another failure to write |
+ * | `ERR_CHECKPOINT`, `ERR_RESUME` | no healthy checkpoint; one of a run with other options, model or data |
+ * | `ERR_DEVICE_UNAVAILABLE`, `ERR_OUT_OF_MEMORY` | the device cannot be opened; it has too little memory |
+ * | `ERR_NO_ADDON`, `ERR_BAD_ADDON`, `ERR_STALE_ADDON` | the native part is missing for this platform, damaged, or of another version |
+ *
+ * @category Devices and errors
  */
 export class RopewalkError extends Error {
+  /** What is wrong, as in the table above. */
   readonly code: string
 
+  /** As Error's constructor, with a code before the message. */
   constructor(code: string, message: string, options?: ErrorOptions) {
     super(message, options)
     this.name = 'RopewalkError'

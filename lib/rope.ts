@@ -1,35 +1,34 @@
-/**
- * Position scaling: from a config's description of RoPE to rotation frequencies. Pure functions, no imports.
- *
- * Formulas: RoPE (arXiv 2104.09864), Position Interpolation = 'linear' (2306.15595), NTK-aware base = 'ntk' and
- * 'dynamic' (bloc97, emozilla), YaRN (2309.00071), LongRoPE (2402.13753), Llama 3.1 = 'llama3'. The order of float32
- * roundings is that of transformers 5.18 (modeling_rope_utils.py), so that frequencies agree to the bit where a
- * platform's powf is correctly rounded.
- */
+// Position scaling: from a config's description of RoPE to rotation frequencies. Pure functions, no imports. Formulas
+// and papers stand in index.ts; float32 is rounded in the order of transformers 5.18, so that frequencies agree.
 
+/** The types of position scaling, all of them. @category Position scaling */
 export const ropeTypes = ['default', 'linear', 'ntk', 'dynamic', 'yarn', 'llama3', 'longrope'] as const
+/** A type of position scaling. @category Position scaling */
 export type RopeType = (typeof ropeTypes)[number]
 
-/** What a checkpoint says of its positions. Lengths in tokens; `factor` >= 1. Absent fields have the type's default. */
+/** What a checkpoint says of its positions; each type has its own fields. @category Position scaling */
 export type RopeConfig = {
-  type: RopeType
-  theta: number
-  factor?: number
-  originalMaxPositionEmbeddings?: number
-  attentionFactor?: number
-  betaFast?: number
-  betaSlow?: number
-  mscale?: number
-  mscaleAllDim?: number
-  truncate?: boolean
-  lowFreqFactor?: number
-  highFreqFactor?: number
-  shortFactor?: number[]
-  longFactor?: number[]
+  /** Which of the formulas above. */ type: RopeType
+  /** Base of the frequencies, above 1; LLaMA 10000, Llama 3 500000. */ theta: number
+  /** s, at least 1; all types but `default` need it, `longrope` infers M / L. */ factor?: number
+  /** L, in tokens; default: the config's max_position_embeddings. */ originalMaxPositionEmbeddings?: number
+  /** yarn, longrope: the scale of cos and sin, in place of the formula's. */ attentionFactor?: number
+  /** yarn: pairs with more turns in L are kept; default 32. */ betaFast?: number
+  /** yarn: pairs with fewer turns in L are interpolated whole; default 1. */ betaSlow?: number
+  /** yarn, only with mscaleAllDim: scale (0.1 mscale ln s + 1) / (0.1 mscaleAllDim ln s + 1). */ mscale?: number
+  /** yarn: see mscale. */ mscaleAllDim?: number
+  /** yarn: whether the ends of the ramp are rounded to whole pairs; default true. */ truncate?: boolean
+  /** llama3, needed: L / lowFreqFactor is the wavelength above which w becomes w / s. */ lowFreqFactor?: number
+  /** llama3, needed, above lowFreqFactor: below L / highFreqFactor w is kept. */ highFreqFactor?: number
+  /** longrope, needed: (D/2) divisors of w for sequences up to L. */ shortFactor?: number[]
+  /** longrope, needed: (D/2) divisors of w for longer ones. */ longFactor?: number[]
 }
 
-/** `maxPositionEmbeddings` of the config; `length`: tokens of the current sequence (dynamic and longrope depend on it). */
-export type RopeWindow = { maxPositionEmbeddings: number; length?: number }
+/** The lengths, in tokens, that frequencies depend on. @category Position scaling */
+export type RopeWindow = {
+  /** M of the config. */ maxPositionEmbeddings: number
+  /** N of the sequence (dynamic, longrope); default M; rotationTable: the last position + 1. */ length?: number
+}
 
 /** config.json's name of each field of RopeConfig. */
 const jsonNames = {
@@ -72,7 +71,7 @@ const requiredOf: Record<RopeType, readonly Field[]> = {
 
 const f32 = Math.fround
 
-/** theta of static NTK-aware scaling: base' = base * s^(d / (d - 2)); d = head dimension > 2. */
+/** theta of static NTK-aware scaling, theta factor^(D/(D-2)); RangeError unless D > 2. @category Position scaling */
 export function ntkTheta(theta: number, factor: number, headDim: number): number {
   checkFactor(factor, 'factor')
   if (!Number.isInteger(headDim) || headDim <= 2) {
@@ -84,7 +83,7 @@ export function ntkTheta(theta: number, factor: number, headDim: number): number
 /**
  * Angles per position of each pair of a head: `invFreq` (headDim / 2), every value exactly a float32, as
  * LlamaRotaryEmbedding of transformers 5.18 holds it; cos and sin are to be multiplied by `attentionScaling`.
- * Throws TypeError or RangeError for an invalid description.
+ * Throws TypeError or RangeError for an invalid description. @category Position scaling
  */
 export function inverseFrequencies(
   rope: RopeConfig,
@@ -124,6 +123,7 @@ export function inverseFrequencies(
 /**
  * cos and sin, each (P, headDim / 2), of the positions 0 .. P-1, or of those listed. The angle is a float64 product of
  * the float32 frequency and the position (a float32 angle is off by 1e-3 at position 32,768), rounded once at the end.
+ * Scaled as the type says. Throws TypeError or RangeError for an invalid description. @category Position scaling
  */
 export function rotationTable(
   rope: RopeConfig,
@@ -151,7 +151,8 @@ export function rotationTable(
 
 /**
  * The rope description of a config.json. `rope_scaling` (4.x, with `type` or `rope_type`) wins over `rope_parameters`
- * (5.x); a missing theta comes from the top level, else 10000: as transformers 5.18 resolves them.
+ * (5.x); a missing theta comes from the top level, else 10000: as transformers 5.18 resolves them. Throws TypeError or
+ * RangeError, naming the field, for what loaders would read in different ways. @category Position scaling
  */
 export function readRope(config: Record<string, unknown>): RopeConfig {
   const scaling = section(config, 'rope_scaling')
@@ -187,11 +188,12 @@ export function readRope(config: Record<string, unknown>): RopeConfig {
 
 /**
  * What config.json must say, in every spelling that loaders read, so that none falls back to theta 10000 and no
- * scaling. Assign all four keys; one that is undefined is to be deleted from the config.
+ * scaling. Assign all four keys; one that is undefined is to be deleted from the config. `originalLength` (tokens)
+ * serves where `rope` has none; yarn, llama3 and longrope need it. RangeError for `ntk`.
  *
  * linear and dynamic get exactly {type, factor}: transformers 4.31 to 4.42 refuse any other key there, later ones
  * accept it and fill theta from the top level. yarn and llama3 need max_position_embeddings = original * factor beside
- * them: transformers 4.5x computes the factor from that ratio.
+ * them: transformers 4.5x computes the factor from that ratio. @category Position scaling
  */
 export function writeRope(
   rope: RopeConfig,
@@ -235,15 +237,16 @@ export function writeRope(
   }
 }
 
-/** One extension of the context: a type, its factor, and the options of that type; ntk needs `headDim`. */
+/** One extension: a type, its factor and its options; ntk needs D as `headDim`. @category Position scaling */
 export type RopeExtension = Partial<Omit<RopeConfig, 'type' | 'theta'>> & { type: RopeType; headDim?: number }
 
 /**
  * The description after stretching `current`, whose model has a window of `window` tokens (its
  * max_position_embeddings), by `extension`. Extensions compose where a config can say the result: linear on linear
  * (factors multiply), ntk on default or linear (theta grows), yarn on yarn and llama3 on llama3 (factors multiply over
- * the first original length), longrope on longrope (its lists are absolute and replace the old ones).
- * ntk comes back as type "default" with the new theta: the only spelling that loaders know.
+ * the first original length), longrope on longrope (its lists are absolute and replace the old ones). ntk comes back as
+ * type "default" with the new theta: the only spelling that loaders know. Throws RangeError for what no config can say,
+ * TypeError for options of another type. @category Position scaling
  */
 export function extendRope(current: RopeConfig, extension: RopeExtension, window: number): RopeConfig {
   checkRope(current, 'current.')

@@ -1,10 +1,11 @@
-// Generates lib/runtime/ops.gen.ts, the typed emitters, from csrc/ops.def. No dependencies: `npm run build:ops`.
-// With --check it writes nothing and fails where the committed file is stale.
-import { readFileSync, writeFileSync } from 'node:fs'
+// Generates lib/runtime/ops.gen.ts, the typed emitters, and docs/ops.md from csrc/ops.def. No dependencies:
+// `npm run build:ops`. With --check it writes nothing and fails where a committed file is stale.
+import { existsSync, readFileSync, writeFileSync } from 'node:fs'
 import { fileURLToPath } from 'node:url'
 
 const path = (relative) => fileURLToPath(new URL(relative, import.meta.url))
 const source = readFileSync(path('../csrc/ops.def'), 'utf8')
+const rows = parse(source)
 
 /** Name and text of every row; a parenthesis inside a row is always balanced. */
 function* rowTexts(text) {
@@ -38,17 +39,24 @@ function parse(text) {
   return rows
 }
 
-/** The comment above a row becomes the docstring of its emitter. */
-function comments(text) {
-  const found = new Map()
-  let pending = []
+/** Rows that stand together under one comment, or under none after an empty line. */
+function groups(text) {
+  const found = []
+  let comment = []
+  let together = false
   for (const line of text.split('\n')) {
-    const comment = /^\/\/ ?(.*)$/.exec(line)
-    const row = /^OP\((\w+),/.exec(line)
-    if (comment) pending.push(comment[1])
-    else if (row) found.set(row[1], pending)
-    if (!comment && line.trim() !== '' && !/^ {2,}/.test(line) && !row) pending = []
-    if (row || line.trim() === '') pending = []
+    const [, words] = /^\/\/ ?(.*)$/.exec(line) ?? []
+    const [, name] = /^OP\((\w+),/.exec(line) ?? []
+    if (name) {
+      if (together) found.at(-1).names.push(name)
+      else found.push({ comment, names: [name] })
+      comment = []
+      together = true
+    } else if (words !== undefined || line === '') {
+      if (words === undefined) comment = []
+      else comment.push(words)
+      together = false
+    }
   }
   return found
 }
@@ -63,9 +71,9 @@ function flopsFunction(expression) {
     : '() => 0'
 }
 
-function generate() {
-  const rows = parse(source)
-  const docs = comments(source)
+function emitters() {
+  // the comment above a row becomes the docstring of its emitter
+  const docs = new Map(groups(source).map(({ comment, names }) => [names[0], comment]))
   const out = []
   out.push('// Generated from csrc/ops.def by scripts/ops.js (`npm run build:ops`). Edit the table, not this file.')
   out.push("import type { OpRow, Recorder } from './recorder.js'")
@@ -130,11 +138,64 @@ function tableText(text) {
   return result
 }
 
-const target = path('../lib/runtime/ops.gen.ts')
-const generated = generate()
-if (process.argv.includes('--check')) {
-  if (readFileSync(target, 'utf8') !== generated) {
-    console.error('lib/runtime/ops.gen.ts is stale: run `npm run build:ops` after a change of csrc/ops.def')
-    process.exit(1)
+/** The page of the ops: the head of the table as its introduction, then every group of rows with its comment. */
+function page() {
+  const byName = new Map(rows.map((row) => [row.name, row]))
+  const head = /^(?:\/\/.*\n)+/.exec(source)[0].replace(/^\/\/ ?/gm, '')
+  const out = ['<!-- Generated from csrc/ops.def by scripts/ops.js (`npm run build:ops`). -->', '', '# Operations', '']
+  for (const paragraph of head.trimEnd().split('\n\n')) {
+    out.push(...(paragraph.startsWith(' ') ? fenced(paragraph.split('\n')) : [paragraph]), '')
   }
-} else writeFileSync(target, generated)
+  out.push('Below, `?` marks what may be absent.', '')
+  for (const { comment, names } of groups(source)) {
+    out.push(`## ${names.join(', ')}`, '')
+    if (comment.length > 0) out.push(...comment, '')
+    out.push(...fenced(names.flatMap((name) => describe(byName.get(name)))), '')
+  }
+  return out.join('\n').trimEnd() + '\n'
+}
+
+const fenced = (lines) => ['```text', ...lines, '```']
+
+const ROLES = {
+  reads: ['IN', 'OPT'],
+  updates: ['INOUT', 'OPT_INOUT'],
+  writes: ['OUT'],
+  scratch: ['TMP'],
+  scalars: ['INT', 'FLT'],
+}
+
+/** A row for people: what it reads, writes and takes, role by role, in lines of up to 120 columns. */
+function describe({ name, fields, flops }) {
+  const lines = [name]
+  for (const [role, kinds] of Object.entries(ROLES)) {
+    const list = fields
+      .filter(({ kind }) => kinds.includes(kind))
+      .map(({ kind, name, dtype, dims }) => {
+        const type = dims ? `${dtype} (${dims.join(',')})` : kind === 'INT' ? 'integer' : 'float'
+        return `${name}${kind.startsWith('OPT') ? '?' : ''} ${type}`
+      })
+    if (list.length === 0) continue
+    let line = `  ${role.padEnd(8)} ${list.shift()}`
+    for (const item of list) {
+      line += ','
+      if (line.length + item.length >= 120) {
+        lines.push(line)
+        line = ' '.repeat(10)
+      }
+      line += ` ${item}`
+    }
+    lines.push(line)
+  }
+  return [...lines, `  ${'FLOPs'.padEnd(8)} ${flops}`]
+}
+
+const generated = { 'lib/runtime/ops.gen.ts': emitters(), 'docs/ops.md': page() }
+for (const [target, text] of Object.entries(generated)) {
+  const file = path(`../${target}`)
+  if (!process.argv.includes('--check')) writeFileSync(file, text)
+  else if (!existsSync(file) || readFileSync(file, 'utf8') !== text) {
+    console.error(`${target} is stale: run \`npm run build:ops\` after a change of csrc/ops.def`)
+    process.exitCode = 1
+  }
+}

@@ -257,6 +257,11 @@ int copy(rw_device*, void* to, const void* from, size_t bytes) {
 
 int host_visible(rw_device*) { return 1; }
 
+int memory(rw_device*, uint64_t* free_bytes, uint64_t* total_bytes) {
+  *free_bytes = *total_bytes = 0;
+  return RW_OK;
+}
+
 int run(rw_device* device, const char* plan, const rw_command* commands, size_t count, const int32_t* cancel) {
   size_t at = 0;
   const int code = guarded([&] {
@@ -273,10 +278,12 @@ int run(rw_device* device, const char* plan, const rw_command* commands, size_t 
   return code;
 }
 
+void forget(rw_device*, const rw_command*) {}
+
 const char* error() { return last_error.c_str(); }
 
-const rw_backend backend_functions = {RW_BACKEND_ABI, table_hash, "cpu", open,         close, describe, alloc,
-                                      release,        copy,       copy,  host_visible, run,   error};
+const rw_backend backend_functions = {RW_BACKEND_ABI, table_hash, "cpu",        open,   close, describe, alloc, release,
+                                      copy,           copy,       host_visible, memory, run,   forget,   error};
 
 }  // namespace
 

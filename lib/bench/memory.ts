@@ -9,7 +9,9 @@ import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { Llama } from '../model/llama.js'
 import { writeModel } from './load.js'
-import { type Fact, LLAMA_25M, randomTokens, startTraining } from './step.js'
+import { randomTokens } from './data.js'
+import { LLAMA_25M } from './models.js'
+import { type Fact, startTraining } from './step.js'
 
 interface Task {
   kind: 'step' | 'load'
@@ -30,27 +32,53 @@ interface Measured {
   before: number
   after: number
   most: number
+  /** By how much its own memory grew, pages of files not counted; 0 where the system does not say. */
+  own: number
+}
+
+/** What Linux says of this process in /proc/self/status, in bytes; undefined elsewhere. */
+function statusBytes(name: string): number | undefined {
+  const status = '/proc/self/status'
+  const kilobytes = existsSync(status)
+    ? new RegExp(`${name}:\\s*(\\d+)`).exec(readFileSync(status, 'utf8'))?.[1]
+    : undefined
+  return kilobytes === undefined ? undefined : 1024 * Number(kilobytes)
 }
 
 /** The largest this process has been. On Linux getrusage would count the parent from which it was forked. */
-function mostResident(): number {
-  const status = '/proc/self/status'
-  const kilobytes = existsSync(status) ? /VmHWM:\s*(\d+)/.exec(readFileSync(status, 'utf8'))?.[1] : undefined
-  return 1024 * Number(kilobytes ?? process.resourceUsage().maxRSS)
-}
+const mostResident = (): number => statusBytes('VmHWM') ?? 1024 * process.resourceUsage().maxRSS
 
 async function measure({ kind, time, threads, dir }: Task): Promise<Measured> {
   const rss = (): number => process.memoryUsage().rss
   const before = rss()
+  const anonymous = (): number => statusBytes('RssAnon') ?? 0
+  const anonymousBefore = anonymous()
   if (kind === 'load') {
     using model = await Llama.load(dir, { device: 'cpu', threads })
     const allocated = model.device.peakAllocatedBytes
-    return { planned: 4 * model.parameterCount, allocated, arena: 0, before, after: rss(), most: mostResident() }
+    return {
+      planned: 4 * model.parameterCount,
+      allocated,
+      arena: 0,
+      before,
+      after: rss(),
+      most: mostResident(),
+      own: anonymous() - anonymousBefore,
+    }
   }
   const { model, trainer, dispose } = await startTraining(LLAMA_25M, time, threads)
   for (let i = 0; i < 2; i++) await trainer.step(randomTokens(1, time, LLAMA_25M.vocab_size))
   const { totalBytes: planned, activationBytes: arena } = trainer.plan()
-  const result = { planned, allocated: model.device.allocatedBytes, arena, before, after: rss(), most: mostResident() }
+  const allocated = model.device.allocatedBytes
+  const result = {
+    planned,
+    allocated,
+    arena,
+    before,
+    after: rss(),
+    most: mostResident(),
+    own: anonymous() - anonymousBefore,
+  }
   dispose()
   return result
 }
@@ -83,16 +111,20 @@ export async function stepMemory(time: number, threads: number): Promise<Fact[]>
   ]
 }
 
-/** Memory of loading a file of about `bytes`: what the process grew by, at most, against the weights. */
+/**
+ * Memory of loading a file of about `bytes`, against the weights: what the process grew by, at most, in all, with the
+ * pages of the file that it uses in place; and its own memory, which those are no part of.
+ */
 export async function loadMemory(bytes: number, threads: number): Promise<Fact[]> {
   const dir = await mkdtemp(join(tmpdir(), 'ropewalk-bench-'))
   try {
     await writeModel(dir, bytes)
-    const { planned, before, most } = await inOwnProcess({ kind: 'load', time: 0, threads, dir })
+    const { planned, before, most, own } = await inOwnProcess({ kind: 'load', time: 0, threads, dir })
     const name = 'memory of loading'
     return [
       { name: `${name}: weights`, value: planned, unit: 'bytes' },
       { name: `${name}: growth of the process / weights`, value: (most - before) / planned, unit: 'ratio', most: 1.1 },
+      { name: `${name}: growth of its own memory / weights`, value: own / planned, unit: 'ratio', most: 0.1 },
     ]
   } finally {
     await rm(dir, { recursive: true, force: true })

@@ -2,6 +2,11 @@ import type { Tokenizer } from '../files/tokenizer.js'
 import { uniform } from '../model/generate.js'
 import type { Llama } from '../model/llama.js'
 
+/**
+ * Options of {@link passkey}.
+ *
+ * @category Evaluation
+ */
 export interface PasskeyOptions {
   /** Prompt and answer together, in tokens. */
   context: number
@@ -11,27 +16,43 @@ export interface PasskeyOptions {
   trials?: number
   /** Of the keys; the same seed gives the same prompts. Default 0. */
   seed?: number
+  /** Ends the evaluation between two tokens; it rejects with the signal's reason. */
   signal?: AbortSignal
-  /** Called after each prompt. */
+  /** Called after each prompt; `accuracy` is that of all prompts so far. */
   onProgress?: (done: { done: number; total: number; distance: number; accuracy: number }) => void
 }
 
+/**
+ * What came of one distance.
+ *
+ * @category Evaluation
+ */
 export interface PasskeyDistance {
   /** Nominal distance k of the key from the end of the prompt, in tokens. */
   distance: number
   /** Mean of the real distances: filler comes in whole repetitions, and neither end of the prompt can hold the key. */
   tokens: number
+  /** Prompts at this distance. */
   trials: number
+  /** Prompts whose answer began with the key. */
   successes: number
   /** successes / trials */
   accuracy: number
 }
 
+/**
+ * What {@link passkey} gives.
+ *
+ * @category Evaluation
+ */
 export interface PasskeyResult {
+  /** As in the options. */
   context: number
+  /** As in the options. */
   seed: number
   /** Length of the longest prompt, in tokens. */
   promptTokens: number
+  /** By distance, the nearest first. */
   distances: PasskeyDistance[]
   /** The paper's effective context: the largest k such that accuracy is at least 20 % at every k' <= k; 0 for none. */
   kmax: number
@@ -153,8 +174,14 @@ export function placePasskey(
 }
 
 /**
- * Passkey retrieval as in the paper: a random five-digit key in a long irrelevant text, at evenly spread distances from
- * the end; greedy generation must begin with the key. Throws RangeError where the context is too short for the prompt.
+ * Passkey retrieval (arXiv 2305.16300) as in the paper (2306.15595, section 3.3): a random five-digit key in a long
+ * irrelevant text, at evenly spread distances from the end; greedy generation must begin with the key. `model` is a
+ * {@link Llama} with a tokenizer.
+ *
+ * Throws RangeError for options out of range and where the context is too short for the prompt, RopewalkError
+ * ERR_NOT_FOUND or ERR_TOKENIZER where the model has no usable tokenizer.
+ *
+ * @category Evaluation
  */
 export async function passkey(model: PasskeyModel, options: PasskeyOptions): Promise<PasskeyResult> {
   const { context, distances = 32, trials = 10, seed = 0, signal } = options

@@ -2,14 +2,25 @@ import { RopewalkError } from '../errors.js'
 import { readDocuments } from '../files/text.js'
 import type { Llama } from '../model/llama.js'
 
-/** A text as token ids, without special tokens. `source` names it in messages. */
+/**
+ * A text as token ids.
+ *
+ * @category Evaluation
+ */
 export interface TokenDocument {
+  /** Names the text in messages: file, file:line or file#row. */
   source: string
+  /** Without special tokens. */
   ids: readonly number[]
 }
 
+/**
+ * Options of {@link perplexity}.
+ *
+ * @category Evaluation
+ */
 export interface PerplexityOptions {
-  /** Window lengths in tokens, each evaluated on the same documents. */
+  /** Window lengths in tokens, at least 2, each evaluated on the same documents. */
   windows: readonly number[]
   /** Tokens by which the window moves on; default 256, as in the paper, or the text in the smallest window if less. */
   stride?: number
@@ -18,24 +29,35 @@ export interface PerplexityOptions {
    * the paper's and YaRN's figures. Default: true where the model has such a token.
    */
   bos?: boolean
-  /** Cuts each document after so many tokens (32768 for the paper's proof-pile figures). */
+  /** Cuts each document after so many tokens (32768 for the paper's proof-pile figures); default: none is cut. */
   truncate?: number
+  /** Ends the evaluation between two windows; it rejects with the signal's reason. */
   signal?: AbortSignal
   /** Called after each window; `window` is the length at work, `perplexity` the token-weighted one so far. */
   onProgress?: (done: { window: number; done: number; total: number; perplexity: number }) => void
 }
 
+/**
+ * What {@link perplexity} gives for one window length.
+ *
+ * @category Evaluation
+ */
 export interface PerplexityResult {
-  /** Window length and stride in tokens. */
+  /** Window length in tokens. */
   window: number
+  /** Tokens by which the window moved on. */
   stride: number
+  /** Whether each window began with the beginning-of-sequence token. */
   bos: boolean
-  /** Documents that were used, and those left out because they are shorter than the largest window. */
+  /** Documents that were used. */
   documents: number
+  /** Documents left out because they are shorter than the largest window. */
   skipped: number
-  /** Tokens of the documents used, how many of them were predicted, and windows run. */
+  /** Tokens of the documents used. */
   tokens: number
+  /** How many of them were predicted. */
   targets: number
+  /** Windows run. */
   windows: number
   /** Mean negative log-likelihood of a target, in nats. */
   nll: number
@@ -43,8 +65,9 @@ export interface PerplexityResult {
   perplexity: number
   /** exp of the mean over all windows of their mean nll, the first window counting as much as a later one (YaRN). */
   perplexityWindowMean: number
-  /** Standard error of nll and 95 % interval of perplexity, by documents; undefined for a single document. */
+  /** Standard error of nll, by documents; undefined for a single document. */
   standardError: number | undefined
+  /** 95 % interval of perplexity, by documents; undefined for a single document. */
   interval: [number, number] | undefined
 }
 
@@ -69,7 +92,15 @@ export function slidingWindows(length: number, size: number, stride: number): Wi
   return windows
 }
 
-/** Reads text files (.txt, .jsonl, .parquet ...) as token documents. Throws RopewalkError where they hold no text. */
+/**
+ * Reads files and folders (.txt, .jsonl, .ndjson, .parquet) as token documents, by the model's tokenizer and in the
+ * order of `paths`. A .txt file is one document; the others have one in `field` (default `text`) of every line or row.
+ *
+ * Throws RopewalkError: ERR_NO_TEXT where there is no document, ERR_NOT_FOUND, ERR_FORMAT, ERR_FIELD, ERR_EMPTY and the
+ * other codes of files; the reason of `signal` where that is aborted.
+ *
+ * @category Evaluation
+ */
 export async function readTokenDocuments(
   model: Pick<Llama, 'tokenizer'>,
   paths: readonly string[],
@@ -92,9 +123,15 @@ export async function readTokenDocuments(
 }
 
 /**
- * Sliding-window perplexity (Press et al.): each window gets positions from 0, and only its tokens that no earlier
- * window held are scored. The first token of a document is scored only behind a BOS. Documents shorter than the largest
- * window are left out, so that all windows are measured on the same text. Throws RopewalkError when none is long enough.
+ * Sliding-window perplexity (Press et al., arXiv 2108.12409): each window gets positions from 0, and only its tokens
+ * that no earlier window held are scored. The first token of a document is scored only behind a BOS. Documents shorter
+ * than the largest window are left out, so that all windows are measured on the same text. `model` is a {@link Llama}.
+ * One result a window length, in the order of `windows`.
+ *
+ * Throws TypeError or RangeError for options out of range, RopewalkError ERR_TEXT_TOO_SHORT where no document is long
+ * enough. Windows longer than the model's context window are computed all the same: that is what a baseline does.
+ *
+ * @category Evaluation
  */
 export async function perplexity(
   model: LossModel,

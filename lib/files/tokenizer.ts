@@ -8,16 +8,29 @@ import { readSmallFile } from './bytes.js'
 import { containedFile, realFolder } from './folder.js'
 import { isObject, type JsonObject, type JsonValue, parseJson, readJsonObject } from './json.js'
 
+/**
+ * A tokenizer.json, ready for use; {@link Llama.tokenizer} gives it. Ids are those of the Rust tokenizers library.
+ *
+ * @category Models
+ */
 export type Tokenizer = {
   /** Number of tokens, added ones included. */
   vocabSize: number
   /** The largest id that encode can give: the embedding needs at least maxId + 1 rows. */
   maxId: number
-  /** Token ids of a text; special tokens written in the text are recognised, as in transformers. */
+  /**
+   * Token ids of a text; special tokens written in the text are recognised, as in transformers. `addSpecialTokens`
+   * (default true) adds those that the tokenizer puts around a text. Throws TypeError for what is no string.
+   */
   encode(text: string, options?: { addSpecialTokens?: boolean }): number[]
-  /** The text of token ids; ids without a token are left out. Special tokens are skipped unless told otherwise. */
+  /**
+   * The text of token ids; ids without a token are left out. `skipSpecialTokens` is true by default. Throws RangeError
+   * for what is no token id.
+   */
   decode(ids: Iterable<number>, options?: { skipSpecialTokens?: boolean }): string
+  /** Beginning of a sequence, where tokenizer_config.json or config.json names one. */
   bosId?: number
+  /** End of a sequence, where one of them names it. */
   eosId?: number
   /** SHA-256 of tokenizer.json, hexadecimal. */
   hash: string

@@ -46,10 +46,17 @@ export interface TokenOptions {
   onWarning?: ((message: string) => void) | undefined
 }
 
-/** Bytes of data files; `hash` comes first and always, `tokenize` only where the cache has nothing. */
+/**
+ * How far the reading of data files has come.
+ *
+ * @category Training
+ */
 export interface TokenProgress {
+  /** `hash` comes first and always, `tokenize` only where the cache has nothing. */
   stage: 'hash' | 'tokenize'
+  /** Bytes of the files that this stage has read. */
   bytes: number
+  /** Bytes of all files. */
   totalBytes: number
 }
 

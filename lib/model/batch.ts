@@ -4,22 +4,45 @@ import type { Device } from '../runtime/device.js'
 import type { LlamaConfig } from './config.js'
 import type { BatchTensors } from './forward.js'
 
-/** A host tensor, as in onnxruntime-common: elements in row-major order. */
+/**
+ * A tensor on the host, with the fields that onnxruntime-common has.
+ *
+ * @category Models
+ */
 export interface HostTensor<Data = Float32Array | Uint16Array | Int32Array> {
+  /** Element type: float32 in a Float32Array, bfloat16 (the upper half of a float32) in a Uint16Array, or int32. */
   type: 'float32' | 'bfloat16' | 'int32'
+  /** Length of each dimension. */
   dims: readonly number[]
+  /** The elements, in row-major order. */
   data: Data
 }
 
-/** Token ids (B,T): an array of rows of one length, or an int32 tensor. */
-export type Tokens = readonly (readonly number[])[] | { dims: readonly number[]; data: Int32Array }
+/**
+ * Token ids (B,T): an array of rows of one length, or an int32 tensor.
+ *
+ * @category Models
+ */
+export type Tokens =
+  | readonly (readonly number[])[]
+  | {
+      /** [B, T] */
+      dims: readonly number[]
+      /** The ids, row after row. */
+      data: Int32Array
+    }
 
+/**
+ * How a batch is read. With all of them the defaults, each row is one text whose tokens see all before them.
+ *
+ * @category Models
+ */
 export interface BatchOptions {
   /** (B,T) as in transformers: what each token is, -100 to ignore it; position t predicts entry t + 1. Default: tokens. */
   labels?: Tokens
   /** (B,T) position of each token; default 0 .. T-1. Packed documents restart at 0. */
   positions?: Tokens
-  /** (B,T) first index in its row that each token may attend to; default 0. */
+  /** (B,T) first index in its row that each token may attend to, 0 .. t; default 0. Keeps packed documents apart. */
   first?: Tokens
 }
 

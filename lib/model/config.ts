@@ -1,12 +1,17 @@
 import { quote, RopewalkError } from '../errors.js'
 import { extendRope, readRope, type RopeConfig, type RopeExtension, writeRope } from '../rope.js'
 
-/** A LLaMA's dimensions, as its config.json gives them. Lengths in tokens. */
+/**
+ * A LLaMA's dimensions, as its config.json gives them. Lengths in tokens.
+ *
+ * @category Models
+ */
 export interface LlamaConfig {
-  /** C */
+  /** C, channels (hidden_size). */
   hiddenSize: number
   /** Width of the MLP. */
   intermediateSize: number
+  /** Number of decoder layers. */
   layers: number
   /** H, query heads */
   heads: number
@@ -16,6 +21,7 @@ export interface LlamaConfig {
   headDim: number
   /** V */
   vocabSize: number
+  /** Added to the mean square in RMSNorm (arXiv 1910.07467); default 1e-6. */
   rmsNormEps: number
   /** Whether lm_head is the embedding. */
   tied: boolean
@@ -23,8 +29,11 @@ export interface LlamaConfig {
   maxPositionEmbeddings: number
   /** The window that the model was first trained for, before any scaling. */
   originalMaxPositionEmbeddings: number
+  /** How positions are scaled. */
   rope: RopeConfig
+  /** bos_token_id, beginning of a sequence. */
   bosId: number | undefined
+  /** eos_token_id, end of a sequence: none, one or several. */
   eosIds: number[]
   /** config.json as it was read; what is not understood is kept when the model is saved. */
   raw: Record<string, unknown>

@@ -8,6 +8,7 @@ import type { Parameters } from './parameters.js'
 
 /** Throws, naming the first, where a weight is NaN or infinite. One read of the weights on the device. */
 export async function requireFinite(weights: Parameters, path: string): Promise<void> {
+  if (weights.mapped) return // they were checked when they were mapped, and cannot be changed
   const { device } = weights
   const whole = weights.flat(weights.buffer, weights.dtype)
   if (Number.isFinite(await sumOfSquares(device, whole))) return

@@ -29,6 +29,8 @@ export class Continuation {
   private readonly cache: { k: Tensor; v: Tensor }[] = []
   private readonly passes = new Map<number, Pass>()
   private readonly buffers: Buffer[] = []
+  /** What the weights were when the passes were recorded. */
+  private mapped: boolean
 
   constructor(
     private readonly device: Device,
@@ -36,6 +38,7 @@ export class Continuation {
     private readonly parameters: Parameters,
     readonly capacity: number,
   ) {
+    this.mapped = parameters.mapped
     const dims = [1, capacity, config.kvHeads, config.headDim]
     for (let layer = 0; layer < config.layers; layer++) {
       const k = this.own(device.tensor(device.activations, dims, `keys of layer ${layer}`))
@@ -95,6 +98,12 @@ export class Continuation {
   }
 
   private pass(time: number): Pass {
+    if (this.mapped !== this.parameters.mapped) {
+      // The weights have moved since (Parameters.own), and may have been changed there.
+      for (const { plan } of this.passes.values()) plan.dispose()
+      this.passes.clear()
+      this.mapped = this.parameters.mapped
+    }
     let pass = this.passes.get(time)
     if (!pass) this.passes.set(time, (pass = this.record(time)))
     return pass
@@ -133,14 +142,19 @@ function pick<T, K extends keyof T>(from: T, ...keys: K[]): Pick<T, K> {
   return Object.fromEntries(keys.map((key) => [key, from[key]])) as Pick<T, K>
 }
 
+/**
+ * How the next token is chosen. Applied in this order: temperature, topK, topP.
+ *
+ * @category Models
+ */
 export interface SamplingOptions {
-  /** 0 (default): always the most likely token. */
+  /** Logits are divided by it, at least 0. 0 (default): always the most likely token, the lowest id among equals. */
   temperature?: number
-  /** Sample among the k most likely tokens. */
+  /** Sample among the k most likely tokens; default 0: among all. */
   topK?: number
-  /** Sample among the most likely tokens that together have this probability. */
+  /** Sample among the most likely tokens that together have this probability, in (0, 1]; default 1. */
   topP?: number
-  /** Of the random choice; the same seed gives the same text. */
+  /** Of the random choice; the same seed gives the same text. Default 0. */
   seed?: number
 }
 

@@ -20,35 +20,57 @@ import {
 import { requireFinite } from './finite.js'
 import { initialize } from './initialize.js'
 import { Continuation, sampler, type SamplingOptions } from './generate.js'
-import { checkLoadOptions, checkpointDtype, checkTensors, type LoadOptions, readWeights } from './load.js'
+import { checkLoadOptions, checkpointDtype, checkTensors, type LoadOptions, loadWeights } from './load.js'
 import { Parameters } from './parameters.js'
 import { disposePass, type Pass, PassCache, type PassKind, recordPass, runPass } from './passes.js'
 
+/**
+ * Options of {@link Llama.create}; dtype is float32 unless given.
+ *
+ * @category Models
+ */
 export interface CreateOptions extends Pick<LoadOptions, 'device' | 'dtype' | 'threads'> {
-  /** Of the random weights; the same seed gives the same model. */
+  /** Of the random weights; the same seed gives the same model. Default 0. */
   seed?: number
   /** A folder whose tokenizer the model uses, and takes along when it is saved. */
   tokenizer?: string
 }
 
+/**
+ * Options of {@link Llama.save}.
+ *
+ * @category Models
+ */
 export interface SaveOptions {
   /** Replaces an existing folder, which stays complete until the new one is. Default: an existing one is an error. */
   overwrite?: boolean
-  /** Largest file; default 5 GB, as transformers writes them. */
+  /** Largest weight file in bytes, beyond which there are shards and an index; default 5e9, as in transformers. */
   maxShardBytes?: number
 }
 
+/**
+ * Options of {@link Llama.generate}.
+ *
+ * @category Models
+ */
 export interface GenerateOptions extends SamplingOptions {
   /** Text (needs the folder's tokenizer) or token ids. */
   prompt: string | readonly number[]
-  /** Default 64. */
+  /** Tokens to generate at most; default 64. */
   maxTokens?: number
   /** Ids that end the text; default: the checkpoint's end-of-sequence ids. */
   stopIds?: readonly number[]
+  /** Ends the generation between two tokens; the generator throws the signal's reason. */
   signal?: AbortSignal
 }
 
+/**
+ * One step of {@link Llama.generate}.
+ *
+ * @category Models
+ */
 export interface GeneratedToken {
+  /** The token chosen. */
   id: number
   /** What this token adds to the text; '' while a character is incomplete, and without a tokenizer. */
   text: string
@@ -57,7 +79,13 @@ export interface GeneratedToken {
 const DTYPE_OF = { float32: 'f32', bfloat16: 'bf16' } as const satisfies Record<string, DType>
 const FILE_DTYPE_OF = { float32: 'F32', bfloat16: 'BF16' } as const
 
-/** A LLaMA on a device. Every method that computes is asynchronous; calls on one model run one after the other. */
+/**
+ * A LLaMA on a device. Every method that computes is asynchronous; calls on one model run one after the other, and
+ * reject with RopewalkError ERR_OUT_OF_MEMORY where the device has too little memory. Rows may be longer than
+ * `contextWindow`: the model then extrapolates. `dispose()` or `using` frees it.
+ *
+ * @category Models
+ */
 export class Llama {
   private readonly passes = new PassCache()
   private queue: Promise<unknown> = Promise.resolve()
@@ -67,11 +95,13 @@ export class Llama {
   private cachedTokenizer: Tokenizer | undefined
 
   private constructor(
+    /** Dimensions and positions; an extension of the context is already in it. */
     readonly config: LlamaConfig,
+    /** Where it runs. It belongs to the model. */
     readonly device: Device,
     /** @internal */
     readonly weights: Parameters,
-    /** The folder it came from. */
+    /** The folder it came from; of a new model, that of its tokenizer. */
     readonly path: string,
     /** What was unusual about the folder. */
     readonly warnings: string[],
@@ -79,8 +109,11 @@ export class Llama {
   ) {}
 
   /**
-   * Loads a Hugging Face folder (config.json, safetensors, tokenizer.json). Throws RopewalkError that names the file, the
-   * tensor or field, the rule and the remedy.
+   * Loads a Hugging Face folder (config.json, safetensors, tokenizer.json).
+   *
+   * Throws RopewalkError for a folder, config or file that does not serve (ERR_NOT_FOUND, ERR_CONFIG, ERR_TENSORS,
+   * ERR_SAFETENSORS, ERR_PICKLE, ERR_NOT_FINITE ...) and for the device (ERR_DEVICE_UNAVAILABLE, ERR_OUT_OF_MEMORY),
+   * TypeError or RangeError for options, also for a `rope` that cannot be put on top of the checkpoint's.
    */
   static async load(path: string, options: LoadOptions = {}): Promise<Llama> {
     checkLoadOptions(path, options)
@@ -93,16 +126,14 @@ export class Llama {
       checkTensors(folder, config, path, warnings)
       const dtype = options.dtype ?? checkpointDtype(folder)
       device = Device.open(options.device, options.threads === undefined ? {} : { threads: options.threads })
-      const weights = new Parameters(device, DTYPE_OF[dtype], parameterShapes(config))
+      const weights = await loadWeights(folder, config, device, DTYPE_OF[dtype], options)
       const { generationConfig, tokenizerPath } = folder
       const kept = {
         dir: resolve(folder.dir),
         generationConfig,
         tokenizerPath: tokenizerPath && resolve(tokenizerPath),
       }
-      const model = new Llama(config, device, weights, path, warnings, kept)
-      if (!device.dry) await readWeights(folder, weights, options.onProgress)
-      return model
+      return new Llama(config, device, weights, path, warnings, kept)
     } catch (error) {
       device?.dispose()
       throw error
@@ -113,7 +144,8 @@ export class Llama {
 
   /**
    * A new model with random weights, for training from scratch: matrices normal with deviation initializer_range (0.02),
-   * norms 1, as transformers initialises them. `config` is the content of a config.json.
+   * norms 1, as transformers initialises them. `config` is the content of a config.json; RopewalkError ERR_CONFIG where
+   * it describes no LLaMA.
    */
   static async create(config: Record<string, unknown>, options: CreateOptions = {}): Promise<Llama> {
     const { seed = 0, tokenizer: dir, dtype = 'float32', ...rest } = options
@@ -131,6 +163,7 @@ export class Llama {
     }
   }
 
+  /** How the weights are kept. */
   get dtype(): 'float32' | 'bfloat16' {
     return this.weights.dtype === 'bf16' ? 'bfloat16' : 'float32'
   }
@@ -145,12 +178,15 @@ export class Llama {
     return this.weights.count
   }
 
-  /** Names, dims and dtypes of all parameters, in Hugging Face's names. */
+  /** Names (Hugging Face's), dims and dtypes of all parameters, in the order of the model. */
   parameters(): { name: string; dims: number[]; type: 'float32' | 'bfloat16' }[] {
     return Array.from(this.weights, ({ name, value }) => ({ name, dims: [...value.dims], type: this.dtype }))
   }
 
-  /** The folder's tokenizer. Throws where there is none, or where it knows ids that the embedding has no row for. */
+  /**
+   * The folder's tokenizer. Throws RopewalkError ERR_NOT_FOUND where there is none, ERR_TOKENIZER where it cannot be
+   * used or knows ids that the embedding has no row for.
+   */
   async tokenizer(): Promise<Tokenizer> {
     if (!this.cachedTokenizer) {
       const tokenizer = await loadTokenizer(this.folder.tokenizerPath ?? this.path)
@@ -166,14 +202,14 @@ export class Llama {
     return this.cachedTokenizer
   }
 
-  /** tokens (B,T) -> logits (B,T,V). */
+  /** tokens (B,T) -> logits (B,T,V): entry t scores what comes after token t. */
   async logits(tokens: Tokens, options: Omit<BatchOptions, 'labels'> = {}): Promise<HostTensor<Float32Array>> {
     const batch = readBatch(tokens, this.config, options)
     const data = await this.exclusive(() => this.runPass('logits', batch))
     return { type: 'float32', dims: [batch.rows, batch.time, this.config.vocabSize], data }
   }
 
-  /** Mean negative log-likelihood, in nats, of the labels that count (transformers' `loss`). */
+  /** Mean negative log-likelihood, in nats, of the labels that count (transformers' loss). RangeError if none does. */
   async loss(tokens: Tokens, options: BatchOptions = {}): Promise<number> {
     const batch = readBatch(tokens, this.config, options)
     requireTargets(batch)
@@ -188,7 +224,10 @@ export class Llama {
     return { type: 'float32', dims: [batch.rows, batch.time], data }
   }
 
-  /** Gradients of the mean loss by Hugging Face parameter name; a tied embedding is one parameter. */
+  /**
+   * Gradients of `loss` by Hugging Face parameter name, with the parameter's dims, in float32 (4 bytes a weight, on the
+   * device and here); a tied embedding is one parameter. RangeError where no label counts.
+   */
   async gradients(tokens: Tokens, options: BatchOptions = {}): Promise<Map<string, HostTensor<Float32Array>>> {
     const batch = readBatch(tokens, this.config, options)
     requireTargets(batch)
@@ -212,17 +251,22 @@ export class Llama {
     })
   }
 
-  /** A parameter's values. bfloat16 data are the upper 16 bits of float32. */
+  /** A parameter's values, in the model's dtype. RangeError for an unknown name. */
   async read(name: string): Promise<HostTensor<Float32Array | Uint16Array>> {
-    const { value } = this.find(name)
-    const bytes = await this.exclusive(() => this.device.download(value))
+    const parameter = this.find(name)
+    const { value } = parameter
+    const bytes = await this.exclusive(() => this.device.download(parameter.value))
     const data = this.dtype === 'float32' ? new Float32Array(bytes.buffer) : new Uint16Array(bytes.buffer)
     return { type: this.dtype, dims: [...value.dims], data }
   }
 
-  /** Replaces a parameter's values. The tensor must have its dims; float32 is rounded where the model is bfloat16. */
+  /**
+   * Replaces a parameter's values. The tensor must have its dims (else RangeError) and be float32 or bfloat16 (else
+   * TypeError); it becomes the model's dtype, float32 rounded to the nearest bfloat16, ties to even.
+   */
   async write(name: string, tensor: HostTensor): Promise<void> {
-    const { value } = this.find(name)
+    const parameter = this.find(name)
+    const { value } = parameter
     if (!tensor || !Array.isArray(tensor.dims) || !ArrayBuffer.isView(tensor.data)) {
       throw new TypeError(`${name}: expected a tensor { type, dims, data }`)
     }
@@ -230,11 +274,19 @@ export class Llama {
       throw new RangeError(`${name}: dims are (${tensor.dims.join(',')}), expected (${value.dims.join(',')})`)
     }
     const data = convert(name, tensor, this.dtype)
-    await this.exclusive(() => this.device.upload(value, data))
+    await this.exclusive(async () => {
+      await this.own()
+      await this.device.upload(parameter.value, data)
+    })
   }
 
-  /** Continues a text token by token. Ends after maxTokens, at a stop id, or where the window is full
-   * (a prompt beyond the window is continued all the same). */
+  /**
+   * Continues a text token by token, each at the cost of one token: keys and values are kept. Ends after maxTokens, at
+   * a stop id (which is not given), or where the window is full (a prompt beyond the window is continued all the same).
+   *
+   * Throws RangeError for options out of range, RopewalkError ERR_NOT_FINITE for a logit that is NaN, and what
+   * `tokenizer` throws where the prompt is a text.
+   */
   async *generate(options: GenerateOptions): AsyncGenerator<GeneratedToken> {
     const { maxTokens = 64, stopIds = this.stopIds(), signal } = options
     if (!Number.isInteger(maxTokens) || maxTokens < 1) throw new RangeError(`maxTokens is ${maxTokens}, must be >= 1`)
@@ -271,7 +323,10 @@ export class Llama {
     }
   }
 
-  /** Writes a Hugging Face folder, whole or not at all: config.json with the new positions, weights, tokenizer. */
+  /**
+   * Writes a Hugging Face folder, whole or not at all: config.json with the new positions, weights, tokenizer. Throws
+   * RopewalkError ERR_EXISTS, ERR_NO_SPACE, ERR_WRITE, and ERR_NOT_FINITE where a weight is NaN or infinite.
+   */
   async save(path: string, options: SaveOptions = {}): Promise<void> {
     await this.exclusive(async () => {
       await this.requireFinite()
@@ -301,6 +356,7 @@ export class Llama {
     this.passes.clear()
   }
 
+  /** The same as `dispose`, for `using`. */
   [Symbol.dispose](): void {
     this.dispose()
   }
@@ -340,6 +396,13 @@ export class Llama {
 
   /** @internal Frees the passes kept for repeated calls. */
   releasePasses(): void {
+    this.passes.clear()
+  }
+
+  /** @internal Before weights are changed, inside `exclusive`: copies them out of their files, if they are still there. */
+  async own(): Promise<void> {
+    if (!this.weights.mapped) return
+    await this.weights.own()
     this.passes.clear()
   }
 

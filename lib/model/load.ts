@@ -1,12 +1,18 @@
 import { type FileHandle, open } from 'node:fs/promises'
 import { didYouMean, quote, RopewalkError } from '../errors.js'
-import type { ModelFolder } from '../files/folder.js'
+import type { FolderTensor, ModelFolder } from '../files/folder.js'
 import type { RopeExtension } from '../rope.js'
-import type { FileDType } from '../runtime/device.js'
+import type { Buffer, Device, FileDType } from '../runtime/device.js'
+import { DTYPE_BYTES, Tensor } from '../runtime/tensor.js'
 import { type LlamaConfig, parameterShapes } from './config.js'
 import { notFinite } from './finite.js'
-import type { Parameters } from './parameters.js'
+import { Parameters } from './parameters.js'
 
+/**
+ * Options of {@link Llama.load}.
+ *
+ * @category Models
+ */
 export interface LoadOptions {
   /** 'auto' (default), 'cpu', 'cuda', 'cuda:1', 'simt' (tests) or 'dry' (plans only). */
   device?: string
@@ -16,7 +22,13 @@ export interface LoadOptions {
   rope?: RopeExtension | 'none'
   /** CPU threads; default: one for each core that this process may use. */
   threads?: number
-  /** Called while weights are read. */
+  /**
+   * Whether weights may be used in place, in the page cache, where the device can and the files have them as they are
+   * kept (default true): loading then copies nothing, and memory is taken when they are first to be changed. The files
+   * may be replaced or deleted, but calls reject with ERR_FILE_CHANGED once one is modified in place. false reads them.
+   */
+  map?: boolean
+  /** Called while weights are read or checked, with the bytes of the files' tensors. */
   onProgress?: (done: { bytes: number; totalBytes: number }) => void
 }
 
@@ -25,13 +37,15 @@ const DERIVED = /\.rotary_emb\.inv_freq$/
 
 export function checkLoadOptions(path: string, options: LoadOptions): void {
   if (typeof path !== 'string' || path === '') throw new TypeError(`path must be a folder's name, is ${quote(path)}`)
-  const known = ['device', 'dtype', 'rope', 'threads', 'onProgress']
+  const known = ['device', 'dtype', 'rope', 'threads', 'map', 'onProgress']
   for (const key of Object.keys(options)) {
     if (!known.includes(key)) {
       throw new TypeError(`unknown option ${quote(key)}${didYouMean(key, known)}; known are ${known.join(', ')}`)
     }
   }
-  const { dtype } = options
+  const { dtype, map } = options
+  if (map !== undefined && typeof map !== 'boolean')
+    throw new TypeError(`map is ${quote(map)}, but must be true or false`)
   if (dtype !== undefined && dtype !== 'float32' && dtype !== 'bfloat16') {
     throw new RangeError(`dtype is ${quote(dtype)}, but must be "float32" or "bfloat16"`)
   }
@@ -72,31 +86,104 @@ export function checkpointDtype(folder: ModelFolder): 'float32' | 'bfloat16' {
   return 'bfloat16'
 }
 
-/** Reads every parameter of the model from the folder's files straight into device memory; refuses NaN and infinity. */
-export async function readWeights(
+/** Where a parameter is. */
+type Place = FolderTensor & { name: string }
+
+const FILE_DTYPE = { f32: 'F32', bf16: 'BF16' } as const
+
+/** Bytes of a mapped file that one call checks; a call for each tensor would take longer. */
+const CHECKED = 64 << 20
+
+/** The model's weights on a device: used in place where that can be done, else read. Refuses NaN and infinity. */
+export async function loadWeights(
   folder: ModelFolder,
-  weights: Parameters,
-  onProgress: LoadOptions['onProgress'],
-): Promise<void> {
-  const { device } = weights
-  const wanted = [...weights]
-  const totalBytes = wanted.reduce((sum, { name }) => sum + folder.tensors.get(name)!.bytes, 0)
+  config: LlamaConfig,
+  device: Device,
+  dtype: 'f32' | 'bf16',
+  { map = true, onProgress }: LoadOptions,
+): Promise<Parameters> {
+  const shapes = parameterShapes(config)
+  if (device.dry) return new Parameters(device, dtype, shapes)
+  const places = shapes.map(({ name }) => ({ name, ...folder.tensors.get(name)! }))
+  const totalBytes = places.reduce((sum, place) => sum + place.bytes, 0)
   let bytes = 0
+  const progress = (more: number): void => onProgress?.({ bytes: (bytes += more), totalBytes })
+  const tensors = map ? await mapTensors(places, device, dtype) : undefined
+  const weights = new Parameters(device, dtype, shapes, tensors)
+  if (tensors) await checkMapped(places, weights, progress)
+  else await readWeights(places, weights, progress)
+  return weights
+}
+
+/** The parameters as they lie in their files; undefined where not all of them can be used there. */
+async function mapTensors(places: Place[], device: Device, dtype: 'f32' | 'bf16') {
+  const files = new Map<string, Buffer>()
+  const tensors = new Map<string, Tensor>()
+  for (const { name, path, dtype: fileDtype, offset, bytes, dims } of places) {
+    const usable = fileDtype === FILE_DTYPE[dtype] && offset % DTYPE_BYTES[dtype] === 0
+    const file = usable ? (files.get(path) ?? (await mapFile(device, path))) : undefined
+    if (file) files.set(path, file)
+    // Also where the file is shorter by now, or gone: reading it says so.
+    if (!file || file.bytes < offset + bytes) {
+      for (const mapped of files.values()) mapped.dispose()
+      return undefined
+    }
+    tensors.set(name, new Tensor(file, offset, dtype, dims))
+  }
+  return tensors
+}
+
+async function mapFile(device: Device, path: string): Promise<Buffer | undefined> {
+  const file = await open(path).catch(() => undefined)
+  try {
+    return file && device.map(file.fd, path)
+  } finally {
+    await file?.close()
+  }
+}
+
+/** Looks through mapped weights for NaN and infinity, many tensors at a time: those that follow each other in a file. */
+async function checkMapped(places: Place[], weights: Parameters, progress: (bytes: number) => void): Promise<void> {
+  const { device, dtype } = weights
+  const order = (a: Place, b: Place): number => (a.path === b.path ? a.offset - b.offset : a.path < b.path ? -1 : 1)
+  const pieces: { path: string; from: number; to: number; places: Place[] }[] = []
+  for (const place of places.toSorted(order)) {
+    const { path, offset, bytes } = place
+    const piece = pieces.at(-1)
+    if (piece?.path === path && piece.to === offset && piece.to - piece.from < CHECKED) {
+      piece.to += bytes
+      piece.places.push(place)
+    } else pieces.push({ path, from: offset, to: offset + bytes, places: [place] })
+  }
+  for (const { path, from, to, places: inside } of pieces) {
+    const { storage } = weights.get(inside[0]!.name).value
+    const bad = await device.findNotFinite(new Tensor(storage, from, dtype, [(to - from) / DTYPE_BYTES[dtype]]))
+    if (bad >= 0) {
+      const at = from + bad * DTYPE_BYTES[dtype]
+      const { name, offset } = inside.findLast((place) => place.offset <= at)!
+      throw await notFinite(path, name, weights.get(name).value, (at - offset) / DTYPE_BYTES[dtype], device)
+    }
+    progress(to - from)
+  }
+}
+
+/** Reads the weights straight into device memory. */
+async function readWeights(places: Place[], weights: Parameters, progress: (bytes: number) => void): Promise<void> {
+  const { device } = weights
   const files = new Map<string, FileHandle>()
   try {
-    for (const { name, value } of wanted) {
-      const tensor = folder.tensors.get(name)!
+    for (const { name, path, dtype, offset, bytes } of places) {
+      const { value } = weights.get(name)
       try {
-        let file = files.get(tensor.path)
-        if (!file) files.set(tensor.path, (file = await open(tensor.path)))
-        const bad = await device.read(value, file.fd, tensor.offset, tensor.dtype as FileDType)
-        if (bad >= 0) throw await notFinite(tensor.path, name, value, bad, device)
+        let file = files.get(path)
+        if (!file) files.set(path, (file = await open(path)))
+        const bad = await device.read(value, file.fd, offset, dtype as FileDType)
+        if (bad >= 0) throw await notFinite(path, name, value, bad, device)
       } catch (error) {
         if (error instanceof RopewalkError) throw error
-        throw new RopewalkError('ERR_READ', `${tensor.path}: ${name}: ${(error as Error).message}`)
+        throw new RopewalkError('ERR_READ', `${path}: ${name}: ${(error as Error).message}`)
       }
-      bytes += tensor.bytes
-      onProgress?.({ bytes, totalBytes })
+      progress(bytes)
     }
   } finally {
     for (const file of files.values()) await file.close()

@@ -1,4 +1,6 @@
 import type { Buffer, Device } from '../runtime/device.js'
+import { cast } from '../runtime/ops.gen.js'
+import { Recorder } from '../runtime/recorder.js'
 import { DTYPE_BYTES, type DType, Tensor } from '../runtime/tensor.js'
 
 /** Elements to which every parameter is padded: 256 bytes in bf16, so that tensors of all dtypes can share a layout. */
@@ -7,18 +9,20 @@ const PADDING = 128
 /** A weight and, while training, its gradient. */
 export interface Parameter {
   readonly name: string
-  readonly value: Tensor
+  /** Another one after Parameters.own. */
+  value: Tensor
   /** f32, where the backward pass writes; absent where none is wanted. */
   grad: Tensor | undefined
 }
 
 /**
  * All parameters of a model, one after the other in one buffer, padded with zeros. Gradients, optimizer states and
- * masters use the same layout in buffers of their own, so that one operation updates the whole model.
+ * masters use the same layout in buffers of their own, so that one operation updates the whole model. Until they are to
+ * be changed, the weights may instead lie in the model's files, used in place.
  */
 export class Parameters {
   readonly elements: number
-  readonly buffer: Buffer
+  private memory: Buffer | undefined
   private readonly byName = new Map<string, Parameter>()
   private readonly offsets = new Map<string, number>()
 
@@ -26,6 +30,8 @@ export class Parameters {
     readonly device: Device,
     readonly dtype: DType,
     shapes: readonly { name: string; dims: readonly number[] }[],
+    /** Where each parameter is in a file; without it they get memory of their own. */
+    files?: ReadonlyMap<string, Tensor>,
   ) {
     let at = 0
     for (const { name, dims } of shapes) {
@@ -34,10 +40,46 @@ export class Parameters {
       at += Math.ceil(size / PADDING) * PADDING
     }
     this.elements = at
-    this.buffer = device.alloc(at * DTYPE_BYTES[dtype], `weights (${dtype})`)
+    if (!files) this.memory = this.alloc()
     for (const { name, dims } of shapes) {
-      this.byName.set(name, { name, value: this.at(this.buffer, dtype, name, dims), grad: undefined })
+      const value = files?.get(name) ?? this.at(this.buffer, dtype, name, dims)
+      this.byName.set(name, { name, value, grad: undefined })
     }
+  }
+
+  /** Whether the weights lie in files, and cannot be changed. */
+  get mapped(): boolean {
+    return this.memory === undefined
+  }
+
+  /** The memory that all of them are in. */
+  get buffer(): Buffer {
+    if (!this.memory) throw new Error('these weights are used in place, in their files: own() gives them memory')
+    return this.memory
+  }
+
+  /** Copies mapped weights into memory of their own, where they can be changed. Plans keep to those of their record. */
+  async own(): Promise<void> {
+    if (!this.mapped) return
+    const memory = this.alloc()
+    try {
+      const recorder = new Recorder(this.device, 'weights into memory')
+      for (const { name, value } of this) cast(recorder, { x: value, y: this.in(memory, this.dtype, name) })
+      const plan = recorder.plan()
+      try {
+        await plan.run()
+      } finally {
+        plan.dispose()
+      }
+      await this.clearPadding(memory)
+    } catch (error) {
+      memory.dispose()
+      throw error
+    }
+    const files = new Set(Array.from(this, ({ value }) => value.storage as Buffer))
+    for (const parameter of this) parameter.value = this.in(memory, this.dtype, parameter.name)
+    for (const file of files) file.dispose()
+    this.memory = memory
   }
 
   get(name: string): Parameter {
@@ -77,14 +119,18 @@ export class Parameters {
   }
 
   /** Zeros between the parameters, so that norms and updates over the flat buffer see nothing else. */
-  async clearPadding(): Promise<void> {
+  async clearPadding(buffer = this.buffer): Promise<void> {
     const bytes = DTYPE_BYTES[this.dtype]
     for (const { name, value } of this) {
       const gap = Math.ceil(value.size / PADDING) * PADDING - value.size
       if (gap === 0) continue
       const at = (this.offsets.get(name)! + value.size) * bytes
-      await this.device.upload(new Tensor(this.buffer, at, this.dtype, [gap]), new Uint8Array(gap * bytes))
+      await this.device.upload(new Tensor(buffer, at, this.dtype, [gap]), new Uint8Array(gap * bytes))
     }
+  }
+
+  private alloc(): Buffer {
+    return this.device.alloc(this.elements * DTYPE_BYTES[this.dtype], `weights (${this.dtype})`)
   }
 
   private at(buffer: Buffer, dtype: DType, name: string, dims: readonly number[]): Tensor {

@@ -9,12 +9,17 @@ const FILE_DTYPE_CODE: Readonly<Record<FileDType, number>> = { F32: 0, BF16: 1, 
 /** Bytes in one call across the boundary: bounds the copy that is made on the way. */
 const CHUNK = 16 << 20
 
+/**
+ * Options of {@link Device.open}.
+ *
+ * @category Devices and errors
+ */
 export interface DeviceOptions {
-  /** CPU threads; default: one for each core that this process may use. */
+  /** CPU threads, 1 .. 1024; default: one for each core that this process may use. Results do not depend on it. */
   threads?: number
 }
 
-/** A block of device memory. `dispose()` frees it once no plan uses it any more. */
+/** A block of device memory, or a file that is used in place. `dispose()` frees it once no plan uses it any more. */
 export class Buffer implements Storage {
   private alive = true
   private readonly id: number | undefined
@@ -24,6 +29,8 @@ export class Buffer implements Storage {
     readonly bytes: number,
     readonly name: string,
     id: number | undefined,
+    /** Whether this is a file, which is only read. */
+    readonly mapped = false,
   ) {
     this.id = id
   }
@@ -44,32 +51,45 @@ export class Buffer implements Storage {
 /**
  * Where plans run: `cpu`; `cuda` or `cuda:1` (not in this version); `simt`, the CUDA kernels on the CPU, for tests;
  * `auto`, the best that is there; `dry`, which records and plans but allocates and computes nothing.
+ *
+ * @category Devices and errors
  */
 export class Device {
-  /** Sum of the bytes allocated now, and the largest it has been. */
+  /** Sum of the bytes allocated now; on `dry`, of those that would be. */
   allocatedBytes = 0
+  /** The largest that `allocatedBytes` has been. */
   peakAllocatedBytes = 0
+  /** Bytes of files that are used in place: they are in the system's page cache, and not in `allocatedBytes`. */
+  mappedBytes = 0
   private disposed = false
 
   private constructor(
+    /** 'cpu', 'cuda', 'simt' or 'dry'. */
     readonly name: string,
     /** One line for people. */
     readonly description: string,
     private readonly id: number | undefined,
-    /** CPU threads that were asked for; 0 for one per core. */
+    /** CPU threads that were asked for; 0 for one for each core. */
     readonly threads = 0,
   ) {}
 
-  /** Dtype in which activations are kept: the CPU computes in f32 and stores them so. */
+  /** @internal Dtype in which activations are kept: the CPU computes in f32 and stores them so. */
   get activations(): DType {
     return 'f32'
   }
 
+  /** Whether it only plans. */
   get dry(): boolean {
     return this.id === undefined
   }
 
-  /** Opens a device; throws an error with the reason and the remedy where it is not available. */
+  /**
+   * Opens a device: one of the names above, `auto` by default. `Llama.load` does so itself; this is for asking what
+   * there is.
+   *
+   * Throws RangeError for an unknown name, RopewalkError ERR_DEVICE_UNAVAILABLE with the reason and the remedy where it
+   * cannot be opened, ERR_NO_ADDON, ERR_BAD_ADDON or ERR_STALE_ADDON where the native part cannot be loaded.
+   */
   static open(name = 'auto', options: DeviceOptions = {}): Device {
     if (typeof name !== 'string') throw new TypeError(`device must be a string, is ${typeof name}`)
     const { threads = 0 } = options
@@ -93,6 +113,7 @@ export class Device {
     }
   }
 
+  /** @internal A block of memory; throws ERR_OUT_OF_MEMORY. */
   alloc(bytes: number, name: string): Buffer {
     this.check()
     if (!Number.isSafeInteger(bytes) || bytes < 1) throw new RangeError(`${name}: cannot allocate ${bytes} bytes`)
@@ -113,13 +134,25 @@ export class Device {
     return new Buffer(this, bytes, name, id)
   }
 
-  /** A tensor in a buffer of its own. */
+  /**
+   * @internal An open file to be used in place, read-only; undefined where that cannot be done. Its handle may be closed
+   * afterwards. What uses a file that changes meanwhile rejects with ERR_FILE_CHANGED.
+   */
+  map(fd: number, path: string): Buffer | undefined {
+    this.check()
+    const file = this.id === undefined ? undefined : native().mapFile(this.id, fd, path)
+    if (!file) return undefined
+    this.mappedBytes += file.bytes
+    return new Buffer(this, file.bytes, path, file.buffer, true)
+  }
+
+  /** @internal A tensor in a buffer of its own. */
   tensor(dtype: DType, dims: readonly number[], name: string): Tensor {
     const bytes = dims.reduce((product, dim) => product * dim, DTYPE_BYTES[dtype])
     return new Tensor(this.alloc(bytes, name), 0, dtype, dims)
   }
 
-  /** Copies host data to a tensor; the array may be reused as soon as this returns its promise. */
+  /** @internal Copies host data to a tensor; the array may be reused as soon as this returns its promise. */
   async upload(tensor: Tensor, data: ArrayBufferView): Promise<void> {
     this.check()
     if (data.byteLength !== tensor.bytes) {
@@ -134,16 +167,16 @@ export class Device {
     await Promise.all(parts)
   }
 
-  /** The tensor's bytes, in pieces of at most 16 MB. */
+  /** @internal The tensor's bytes, in pieces of at most 16 MB. */
   async *downloadChunks(tensor: Tensor): AsyncGenerator<Uint8Array> {
     this.check()
     const { handle } = tensor.storage as Buffer
     for (let at = 0; at < tensor.bytes; at += CHUNK) {
-      yield await native().download(handle, tensor.offset + at, Math.min(CHUNK, tensor.bytes - at))
+      yield await typed(native().download(handle, tensor.offset + at, Math.min(CHUNK, tensor.bytes - at)))
     }
   }
 
-  /** The tensor's bytes in one array. */
+  /** @internal The tensor's bytes in one array. */
   async download(tensor: Tensor): Promise<Uint8Array> {
     const result = new Uint8Array(tensor.bytes)
     let at = 0
@@ -154,7 +187,7 @@ export class Device {
     return result
   }
 
-  /** An f32 tensor's values. */
+  /** @internal An f32 tensor's values. */
   async downloadFloats(tensor: Tensor): Promise<Float32Array> {
     if (tensor.dtype !== 'f32') throw new TypeError(`${tensor.describe()} is not f32`)
     return new Float32Array((await this.download(tensor)).buffer)
@@ -162,7 +195,7 @@ export class Device {
 
   /**
    * Reads a tensor from an open file straight into device memory, converting its dtype where it differs. Gives the index
-   * of the first element that is NaN or infinite, -1 where there is none.
+   * of the first element that is NaN or infinite, -1 where there is none. @internal
    */
   async read(tensor: Tensor, fd: number, fileOffset: number, fileDtype: FileDType): Promise<number> {
     this.check()
@@ -171,7 +204,14 @@ export class Device {
     return native().read(handle, tensor.offset, DTYPE_CODE[tensor.dtype], fd, fileOffset, code, tensor.size)
   }
 
-  /** Ends the plan that is running between two of its operations; its promise rejects with code ERR_CANCELLED. */
+  /** @internal The index of the first element of a mapped tensor that is NaN or infinite, -1 where there is none. */
+  async findNotFinite(tensor: Tensor): Promise<number> {
+    this.check()
+    const { handle } = tensor.storage as Buffer
+    return typed(native().findNotFinite(handle, tensor.offset, DTYPE_CODE[tensor.dtype], tensor.size))
+  }
+
+  /** Ends the call that is running between two of its operations; it rejects with an Error of code `ERR_CANCELLED`. */
   cancel(): void {
     if (this.id !== undefined && !this.disposed) native().cancel(this.id)
   }
@@ -183,6 +223,7 @@ export class Device {
     this.disposed = true
   }
 
+  /** The same as `dispose`, for `using`. */
   [Symbol.dispose](): void {
     this.dispose()
   }
@@ -197,7 +238,7 @@ export class Device {
   /** @internal */
   async runPlan(handle: number): Promise<void> {
     this.check()
-    await native().run(handle)
+    await typed(native().run(handle))
   }
 
   /** @internal */
@@ -207,11 +248,22 @@ export class Device {
 
   /** @internal */
   freed(buffer: Buffer, id: number | undefined): void {
-    this.allocatedBytes -= buffer.bytes
+    if (buffer.mapped) this.mappedBytes -= buffer.bytes
+    else this.allocatedBytes -= buffer.bytes
     if (id !== undefined && !this.disposed) native().free(id)
   }
 
   private check(): void {
     if (this.disposed) throw new Error(`device ${this.name} was disposed`)
+  }
+}
+
+/** A file that changed is no fault of the device. */
+async function typed<T>(work: Promise<T>): Promise<T> {
+  try {
+    return await work
+  } catch (cause) {
+    const { code, message } = cause as NodeJS.ErrnoException
+    throw code === 'ERR_FILE_CHANGED' ? new RopewalkError(code, message, { cause }) : cause
   }
 }

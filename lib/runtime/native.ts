@@ -15,6 +15,7 @@ export interface Native {
   describe(device: number): string
   cancel(device: number): void
   alloc(device: number, bytes: number): number
+  mapFile(device: number, fd: number, path: string): { buffer: number; bytes: number } | undefined
   free(buffer: number): void
   upload(buffer: number, offset: number, bytes: Uint8Array): Promise<void>
   download(buffer: number, offset: number, bytes: number): Promise<Uint8Array>
@@ -27,6 +28,7 @@ export interface Native {
     fileDtype: number,
     count: number,
   ): Promise<number>
+  findNotFinite(buffer: number, offset: number, dtype: number, count: number): Promise<number>
   loadPlan(device: number, name: string, words: Float64Array, buffers: Uint32Array): number
   freePlan(plan: number): void
   run(plan: number): Promise<void>

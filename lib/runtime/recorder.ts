@@ -1,4 +1,4 @@
-import type { Buffer, Device } from './device.js'
+import { Buffer, type Device } from './device.js'
 import { Plan } from './plan.js'
 import { DTYPE_BYTES, type DType, Scratch, Tensor } from './tensor.js'
 
@@ -100,7 +100,13 @@ export class Recorder {
           throw new Error(`${row.name}: ${field.name} (${value.describe()}) is read before anything wrote it`)
         }
       }
-      if (WRITES.has(field.kind)) traffic += value.bytes
+      if (!WRITES.has(field.kind)) return
+      traffic += value.bytes
+      if (value.storage instanceof Buffer && value.storage.mapped) {
+        throw new TypeError(
+          `${row.name}: ${field.name} (${value.describe()}) is a file that is used in place: it is only read`,
+        )
+      }
     })
     row.fields.forEach((field, i) => {
       const value = values[i]

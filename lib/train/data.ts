@@ -5,6 +5,12 @@ import { openTokens, type TokenFile, type TokenOptions, type TokenProgress } fro
 import type { BatchOptions, Tokens } from '../model/batch.js'
 import { permutation } from './shuffle.js'
 
+/**
+ * Documents follow each other, and windows are cut from the whole. With `concat` attention runs across documents, as in
+ * the paper; with `documents` no token attends to, or is predicted from, another document, and positions restart.
+ *
+ * @category Training
+ */
 export type Packing = 'concat' | 'documents'
 export type { TokenProgress }
 

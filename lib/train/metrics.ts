@@ -1,6 +1,11 @@
 import { type FileHandle, open, readFile, rename } from 'node:fs/promises'
 import { writeAll, writeFailure, writeFileDurable } from '../files/durable.js'
 
+/**
+ * What one training step gives, and metrics.jsonl keeps.
+ *
+ * @category Training
+ */
 export interface StepResult {
   /** Steps done, this one included. */
   step: number
@@ -8,14 +13,17 @@ export interface StepResult {
   loss: number
   /** 2-norm of the gradients before clipping. */
   gradNorm: number
+  /** Of this step, as the schedule says. */
   learningRate: number
-  /** Tokens that went in. */
+  /** Tokens that went in: those of all windows of the step. */
   tokens: number
+  /** Of the whole step on the clock, data included; evaluations and checkpoints are not. */
   seconds: number
+  /** tokens / seconds. */
   tokensPerSecond: number
-  /** flopsPerStep / seconds. */
+  /** flopsPerStep / seconds; see {@link TrainingPlan}. */
   flopsPerSecond: number
-  /** flopsPerStep / (seconds x peakFlops); not reported by `step`, unless the option is given. */
+  /** Model FLOPs utilisation, flopsPerSecond / peakFlops; `step` gives none unless that option is given. */
   mfu?: number
   /** True where loss or gradients were not finite: weights, moments and t of the bias corrections stayed as they were. */
   skipped: boolean

@@ -4,10 +4,36 @@ import type { Packing } from './data.js'
 import { type Schedule, schedules } from './schedule.js'
 import type { Trainer } from './trainer.js'
 
-/** What `onProgress` is told about: work before the first step, checkpoints, and what is unusual. */
+/**
+ * What `onProgress` is told about. Before the first step, `{ stage: 'hash' | 'tokenize', bytes, totalBytes }` with the
+ * bytes of the data files (`tokenize` only where the cache has nothing) and `resume` with the checkpoint's path and
+ * step; later `checkpoint` with the path and step of each one written, and `warning` with what is unusual.
+ *
+ * @category Training
+ */
 export type TrainerProgress =
-  TokenProgress | { stage: 'checkpoint' | 'resume'; path: string; step: number } | { stage: 'warning'; message: string }
+  | TokenProgress
+  | {
+      /** Written, or taken up. */
+      stage: 'checkpoint' | 'resume'
+      /** The checkpoint's folder. */
+      path: string
+      /** Steps done in it. */
+      step: number
+    }
+  | {
+      /** Also kept in `warnings`. */
+      stage: 'warning'
+      /** One line for people. */
+      message: string
+    }
 
+/**
+ * Options of {@link Trainer}. The defaults are the paper's recipe (arXiv 2306.15595, section 3.1) but for the batch,
+ * which is 64 or 128 windows there: batchSize x accumulate.
+ *
+ * @category Training
+ */
 export interface TrainerOptions {
   /** Files or folders of documents (.txt, .jsonl, .ndjson, .parquet); needed by `run`. */
   data?: string | readonly string[]
@@ -21,9 +47,9 @@ export interface TrainerOptions {
   accumulate?: number
   /** Peak of the schedule; default 2e-5. */
   learningRate?: number
-  /** Default [0.9, 0.95]. */
+  /** Decay of AdamW's two moments (arXiv 1711.05101), each in [0, 1); default [0.9, 0.95]. */
   betas?: readonly [number, number]
-  /** Default 1e-8. */
+  /** Added to the root of the second moment; default 1e-8. */
   eps?: number
   /** Decoupled weight decay of every parameter; default 0. */
   weightDecay?: number
@@ -31,7 +57,7 @@ export interface TrainerOptions {
   maxGradNorm?: number
   /** Steps of linear rise from a tenth of the peak; default 20. */
   warmupSteps?: number
-  /** After the warm-up; default 'constant'. */
+  /** After the warm-up: 'constant' (default), or a 'linear' or 'cosine' fall to `finalFraction` at step `steps`. */
   schedule?: Schedule
   /** What 'linear' and 'cosine' leave of the peak at the end; default 0.1. */
   finalFraction?: number
@@ -45,7 +71,7 @@ export interface TrainerOptions {
   field?: string
   /** Folder for tokenised data; default $XDG_CACHE_HOME/ropewalk/tokens or ~/.cache/ropewalk/tokens. */
   cacheDir?: string
-  /** A fraction (below 1) or number of windows to keep out of training, or files of their own. */
+  /** A fraction (below 1) or number of windows to keep out of training, or files of their own. Default: none. */
   validation?: number | string | readonly string[]
   /** Steps between evaluations; default 100 where there is a `validation` or `evaluate`. */
   evalEvery?: number
@@ -66,6 +92,7 @@ export interface TrainerOptions {
   resume?: boolean | string
   /** Denominator of `mfu`, in FLOP/s; default: what a large matrix product reaches here, measured before the run. */
   peakFlops?: number
+  /** Called with news between steps. */
   onProgress?: (progress: TrainerProgress) => void
 }
 

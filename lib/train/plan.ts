@@ -7,9 +7,15 @@ import { AdamW } from './optimizer.js'
 import type { Settings } from './options.js'
 import { TrainingPasses } from './passes.js'
 
-/** Exact bytes and counted operations of a run, known before anything is allocated. */
+/**
+ * Exact bytes and counted operations of a run, known before anything is allocated.
+ *
+ * @category Training
+ */
 export interface TrainingPlan {
+  /** Weights in the model's dtype, each parameter padded to a multiple of 128 elements. */
   weightsBytes: number
+  /** Gradients of all weights, in float32. */
   gradientBytes: number
   /** Moments, float32 masters of bfloat16 weights, and a few scalars. */
   optimizerBytes: number

@@ -28,13 +28,19 @@ export type { StepResult } from './metrics.js'
 export type { TrainerOptions, TrainerProgress } from './options.js'
 export type { TrainingPlan } from './plan.js'
 
+/**
+ * Where a run is.
+ *
+ * @category Training
+ */
 export interface TrainerState {
   /** Steps done. */
   step: number
   /** Updates applied. */
   applied: number
-  /** Updates skipped: in all, and in a row up to now. */
+  /** Updates skipped because loss or gradients were not finite, in all. */
   skipped: number
+  /** Those skipped in a row up to now. */
   skippedInARow: number
   /** Tokens trained on. */
   tokens: number
@@ -48,8 +54,11 @@ export interface TrainerState {
  *
  * Gradients and optimizer states are allocated at the first step and freed by `dispose`. While a trainer is in use, a
  * bfloat16 model's weights belong to it: what Llama.write changes is replaced at the next update.
+ *
+ * @category Training
  */
 export class Trainer {
+  /** Where the run is, up to date whenever `step` or `run` has given a result. */
   readonly state: TrainerState = { step: 0, applied: 0, skipped: 0, skippedInARow: 0, tokens: 0, interrupted: false }
   /** What was unusual: damaged checkpoints that were passed over, caches made again. */
   readonly warnings: string[] = []
@@ -72,6 +81,7 @@ export class Trainer {
 
   /** Throws TypeError or RangeError for options that are unknown or do not fit each other or the model. */
   constructor(
+    /** The model that is trained; it outlives the trainer. */
     readonly model: Llama,
     options: TrainerOptions = {},
   ) {
@@ -80,14 +90,18 @@ export class Trainer {
     if (this.settings.context !== undefined) this.requireWindow(this.settings.context, 'context')
   }
 
-  /** Memory and operations of the steps that `run` takes; needs the option `context`, and no device. */
+  /**
+   * Memory and operations of the steps that `run` takes, for any model, also one on the device `dry`. TypeError where
+   * the option `context` is missing.
+   */
   plan(): TrainingPlan {
     return planTraining(this.model, this.settings, this.requireContext())
   }
 
   /**
-   * One optimizer step on the given tokens (B,T), as one micro-batch. Throws RopewalkError ERR_NOT_FINITE when
-   * `maxSkipped` updates in a row were skipped.
+   * One optimizer step on the given tokens (B,T), as one micro-batch; `data`, `context`, `batchSize` and `accumulate`
+   * do not count here. Throws RangeError where T exceeds the context window or no label counts, RopewalkError
+   * ERR_NOT_FINITE when `maxSkipped` updates in a row were skipped.
    */
   async step(tokens: Tokens, options: BatchOptions = {}): Promise<StepResult> {
     const batch = readBatch(tokens, this.model.config, options)
@@ -103,6 +117,12 @@ export class Trainer {
    * `signal` aborts, the step in progress is finished, a checkpoint is saved (with an `output`), and the generator ends
    * without an error; `state.interrupted` is then true. A consumer that leaves the loop gets no last checkpoint; `save`
    * writes one.
+   *
+   * Throws TypeError where `data` or `context` is missing, RopewalkError ERR_DATA where the data make no window, the
+   * codes of document files, ERR_CACHE, ERR_EXISTS, ERR_RESUME, ERR_CHECKPOINT, ERR_NO_SPACE, ERR_WRITE,
+   * ERR_OUT_OF_MEMORY, and ERR_NOT_FINITE when `maxSkipped` updates in a row were skipped.
+   *
+   * @param options Its `signal` ends the run after the step in progress.
    */
   async *run({ signal }: { signal?: AbortSignal } = {}): AsyncGenerator<StepResult> {
     if (this.running) throw new Error('this trainer is already running')
@@ -177,6 +197,7 @@ export class Trainer {
     this.passes = this.optimizer = this.loader = undefined
   }
 
+  /** The same as `dispose`, for `using`. */
   [Symbol.dispose](): void {
     this.dispose()
   }
@@ -206,6 +227,7 @@ export class Trainer {
     const folder = await stat(model.path).catch(() => undefined)
     this.companions = folder?.isDirectory() ? model.path : undefined
     model.releasePasses()
+    await model.own()
     const optimizer = new AdamW(model.weights, settings)
     try {
       await optimizer.reset()

@@ -135,17 +135,23 @@ t.test('memory and operations are known before', async (t) => {
     ['gqa-linear4-f32', 'float32'],
     ['mha-bf16', 'bfloat16'],
   ] as const) {
-    for (const more of [{}, { batchSize: 2, accumulate: 3, validation: 2 }]) {
+    for (const [more, map] of [
+      [{}, true],
+      [{ batchSize: 2, accumulate: 3, validation: 2 }, false],
+    ] as const) {
       const options = { ...base, ...more, steps: 2 }
       using planned = await Llama.load(join(fixtures, name), { device: 'dry' })
       const plan = new Trainer(planned, options).plan()
-      using model = await load(name)
+      using model = await load(name, { map })
       t.equal(model.dtype, dtype)
       using trainer = new Trainer(model, options)
       t.strictSame(trainer.plan(), plan, 'the same on every device')
-      t.equal(model.device.allocatedBytes, plan.weightsBytes, 'planning allocates nothing')
+      const { allocatedBytes, mappedBytes } = model.device
+      t.equal(allocatedBytes, map ? 0 : plan.weightsBytes, 'planning allocates nothing')
+      t.equal(mappedBytes, map ? fs.statSync(join(fixtures, name, 'model.safetensors')).size : 0)
       const results = await all(trainer)
       t.equal(model.device.peakAllocatedBytes, plan.totalBytes, `${name} ${JSON.stringify(more)}: to the byte`)
+      t.equal(model.device.mappedBytes, 0, 'weights that are trained lie in memory')
       const { flopsPerSecond, seconds } = results[1]!
       t.ok(Math.abs((flopsPerSecond * seconds) / plan.flopsPerStep - 1) < 1e-9)
       t.equal(plan.gradientBytes, model.weights.elements * 4)
