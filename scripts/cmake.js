@@ -1,4 +1,5 @@
-// Configures and builds the addon into build/Release. Uses cmake-js where it is installed, else plain cmake.
+// Configures and builds the addon into build/Release. Uses cmake-js where it is installed, else plain cmake. With --cuda,
+// or ROPEWALK_CUDA=on (fails without nvcc) or auto (where there is nvcc), the CUDA backend too: that takes minutes.
 // `configure` and `build`, never `compile`: the latter ignores changed options and wipes the tree after an error.
 // The work folder lies outside build/, which node-gyp deletes.
 import { spawnSync } from 'node:child_process'
@@ -10,6 +11,7 @@ import { fileURLToPath } from 'node:url'
 const root = dirname(dirname(fileURLToPath(import.meta.url)))
 const work = join(root, '.cmake')
 const out = join(root, 'build', 'Release')
+const cuda = process.argv.includes('--cuda') ? 'on' : process.env.ROPEWALK_CUDA || 'off'
 const cmakeJs = join(root, 'node_modules', 'cmake-js', 'bin', 'cmake-js')
 
 function run(command, args) {
@@ -24,10 +26,10 @@ function run(command, args) {
 }
 
 if (existsSync(cmakeJs)) {
-  const options = ['-d', root, '-O', work, `--CDROPEWALK_OUT=${out}`]
+  const options = ['-d', root, '-O', work, `--CDROPEWALK_OUT=${out}`, `--CDROPEWALK_CUDA=${cuda}`]
   run(process.execPath, [cmakeJs, 'configure', ...options])
   run(process.execPath, [cmakeJs, 'build', ...options])
 } else {
-  run('cmake', ['-S', root, '-B', work, `-DROPEWALK_OUT=${out}`])
+  run('cmake', ['-S', root, '-B', work, `-DROPEWALK_OUT=${out}`, `-DROPEWALK_CUDA=${cuda}`])
   run('cmake', ['--build', work, '--parallel', String(availableParallelism())])
 }

@@ -10,6 +10,7 @@ import {
   output,
   type Precision,
   Random,
+  type Round,
   runAll,
   tensor,
   worst,
@@ -58,10 +59,28 @@ function rotate(
   return y
 }
 
+/**
+ * The GPU kernels multiply bf16 by bf16 on tensor cores, so that weights and slopes are rounded to bf16 before they meet
+ * values, keys and queries, as in any bf16 attention; the naive computation of the same precision does so too. The CPU
+ * keeps them in f32, and is held to that.
+ */
+const onTensorCores = (process.env['ROPEWALK_TEST_DEVICE'] ?? 'cpu') !== 'cpu'
+const operand = (p: Precision, dtype: HostTensor['dtype']): Round => (onTensorCores ? p.store(dtype) : (x) => x)
+
 /** The rotated rows as they are stored: a bf16 op keeps them in bf16. */
 function rotated(p: Precision, x: HostTensor, inputs: Inputs): Float64Array {
   const [, , heads, D] = x.dims as [number, number, number, number]
   return rotate(p, x.values, (row) => inputs.pos.values[Math.floor(row / heads)]!, inputs, D).map(p.store(x.dtype))
+}
+
+/** The same of queries; the GPU kernels round them together with the factor that makes weights powers of two. */
+function rotatedQueries(p: Precision, inputs: Inputs, scale: number): Float64Array {
+  const { q } = inputs
+  if (p.exact || !onTensorCores || q.dtype === 'f32') return rotated(p, q, inputs)
+  const [, , heads, D] = q.dims as [number, number, number, number]
+  const factor = scale * Math.LOG2E
+  const x = rotate(p, q.values, (row) => inputs.pos.values[Math.floor(row / heads)]!, inputs, D)
+  return x.map((value) => p.store(q.dtype)(value * factor) / factor)
 }
 
 /** Softmax attention of one query row over the keys low .. high; `weights` gets the probabilities. */
@@ -77,6 +96,7 @@ function attendRow(
   D: number,
   scale: number,
   o: Float64Array,
+  store: Round,
 ): number {
   const weights = new Float64Array(high - low + 1)
   let top = -Infinity
@@ -92,7 +112,7 @@ function attendRow(
     const e = r(Math.exp(r(weights[n - low]! - top)))
     total = r(total + e)
     const value = keyAt(n)
-    for (let d = 0; d < D; d++) o[at + d] = r(o[at + d]! + r(e * v[value + d]!))
+    for (let d = 0; d < D; d++) o[at + d] = r(o[at + d]! + r(store(e) * v[value + d]!))
   }
   for (let d = 0; d < D; d++) o[at + d] = r(o[at + d]! / total)
   return r(top + r(Math.log(total)))
@@ -102,8 +122,9 @@ function forward(p: Precision, inputs: Inputs, scale: number) {
   const { q, k, v, first } = inputs
   const [B, T, H, D] = q.dims as [number, number, number, number]
   const K = k.dims[2]!
-  const qr = rotated(p, q, inputs)
+  const qr = rotatedQueries(p, inputs, scale)
   const kr = rotated(p, k, inputs)
+  const store = operand(p, q.dtype)
   const o = new Float64Array(q.size)
   const lse = new Float64Array(B * H * T)
   for (let b = 0; b < B; b++) {
@@ -112,7 +133,8 @@ function forward(p: Precision, inputs: Inputs, scale: number) {
       const keyAt = (n: number): number => ((b * T + n) * K + head) * D
       for (let i = 0; i < T; i++) {
         const at = ((b * T + i) * H + h) * D
-        lse[(b * H + h) * T + i] = attendRow(p, qr, at, kr, v.values, keyAt, first.values[b * T + i]!, i, D, scale, o)
+        const low = first.values[b * T + i]!
+        lse[(b * H + h) * T + i] = attendRow(p, qr, at, kr, v.values, keyAt, low, i, D, scale, o, store)
       }
     }
   }
@@ -130,8 +152,9 @@ function backward(p: Precision, inputs: Gradients, scale: number) {
   const { q, k, v, first, o, lse, dout } = inputs
   const [B, T, H, D] = q.dims as [number, number, number, number]
   const K = k.dims[2]!
-  const qr = rotated(p, q, inputs)
+  const qr = rotatedQueries(p, inputs, scale)
   const kr = rotated(p, k, inputs)
+  const store = operand(p, q.dtype)
   const dqr = new Float64Array(q.size)
   const dkr = new Float64Array(k.size)
   const dv = new Float64Array(v.size)
@@ -152,9 +175,9 @@ function backward(p: Precision, inputs: Gradients, scale: number) {
             dp = r(dp + r(dout.values[at + d]! * v.values[key + d]!))
           }
           const weight = r(Math.exp(r(r(score * scale) - lse.values[(b * H + h) * T + i]!)))
-          const slope = r(r(weight * r(dp - delta)) * scale)
+          const slope = r(store(r(weight * r(dp - delta))) * scale)
           for (let d = 0; d < D; d++) {
-            dv[key + d] = r(dv[key + d]! + r(weight * dout.values[at + d]!))
+            dv[key + d] = r(dv[key + d]! + r(store(weight) * dout.values[at + d]!))
             dqr[at + d] = r(dqr[at + d]! + r(slope * kr[key + d]!))
             dkr[key + d] = r(dkr[key + d]! + r(slope * qr[at + d]!))
           }
@@ -595,7 +618,7 @@ t.test('attention_cached', availability(), async (t) => {
       label: `B ${B} T ${T} H ${H} K ${K} D ${D} S ${S} ${F}, unseen slots hold ${garbage}`,
       args: { ...args, o: output(F, [B, T, H, D]), scale },
       reference: (p) => {
-        const qr = rotated(p, args.q, { ...args, k: args.k_cache, v: args.v_cache })
+        const qr = rotatedQueries(p, { ...args, k: args.k_cache, v: args.v_cache }, Math.fround(scale))
         const o = new Float64Array(args.q.size)
         for (let b = 0; b < B; b++) {
           for (let h = 0; h < H; h++) {
@@ -615,6 +638,7 @@ t.test('attention_cached', availability(), async (t) => {
                 D,
                 Math.fround(scale),
                 o,
+                operand(p, F),
               )
             }
           }

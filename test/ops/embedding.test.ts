@@ -35,13 +35,16 @@ function scatter(p: Precision, ids: HostTensor, dy: HostTensor, add: HostTensor 
   return dw
 }
 
+/** Around the channels that a warp takes at a time, by their width: 128, 512 and 1024. */
+const WIDE = [504, 511, 512, 513, 520, 639, 1016, 1023, 1024, 1025, 1032, 1040, 2056]
+
 t.test('embedding_fwd', availability(), async (t) => {
   const random = new Random(1)
-  for (let i = 0; i < 80; i++) {
-    const [W, F] = combination(i, FLOATS, FLOATS)
-    const N = random.pick([...ODD, 200, 257])
+  for (let i = 0; i < 212; i++) {
+    const [W, F, wide] = combination(i, FLOATS, FLOATS, WIDE)
+    const N = random.pick(i < 160 ? [...ODD, 200, 257] : [1, 7, 8, 9])
     const V = random.pick(ODD)
-    const C = i < 40 ? 1 + i : random.pick([...ODD, 200])
+    const C = i < 40 ? 1 + i : i < 160 ? random.pick([...ODD, 200]) : wide
     const ids = tensor('i32', [N], () => random.int(0, V - 1))
     const w = tensor(W, [V, C], () => random.normal())
     await check(t, {
@@ -80,11 +83,11 @@ t.test(
 
 t.test('embedding_bwd', availability(), async (t) => {
   const random = new Random(2)
-  for (let i = 0; i < 96; i++) {
-    const [F, G, addend] = combination(i, FLOATS, FLOATS, ADDENDS)
+  for (let i = 0; i < 212; i++) {
+    const [F, G, addend, wide] = combination(i, FLOATS, FLOATS, ADDENDS, WIDE)
     const N = random.pick([...ODD, 200])
-    const V = random.pick([1, 2, 3, 7, 30, 131])
-    const C = i < 40 ? 1 + i : random.pick([...ODD, 150])
+    const V = random.pick([1, 2, 3, 7, 30, 31, 32, 33, 64, 131, 257])
+    const C = i < 40 ? 1 + i : i < 160 ? random.pick([...ODD, 150]) : wide
     const ids = tensor('i32', [N], () => (random.next() < 0.05 ? -1 : random.int(0, V - 1)))
     const dy = tensor(F, [N, C], () => random.normal())
     const add = addend === 'absent' ? undefined : tensor(G, [V, C], () => random.normal())
@@ -94,6 +97,26 @@ t.test('embedding_bwd', availability(), async (t) => {
       args: { ids, dy, add, dw: output(G, [V, C]) },
       alias: addend === 'aliased' ? { add: 'dw' } : {},
       reference: (p) => ({ dw: scatter(p, ids, dy, add, V) }),
+    })
+  }
+})
+
+t.test('embedding_bwd: sorting many tokens of a large vocabulary', availability(), async (t) => {
+  const random = new Random(4)
+  const cases = [511, 512, 513, 1025, 3000].flatMap((N) => [1023, 1024, 1025, 2500].map((V) => [N, V] as const))
+  for (const [i, [N, V]] of cases.entries()) {
+    // evenly, or half of them the same token
+    const ids = tensor('i32', [N], () => (i % 2 && random.next() < 0.5 ? V - 1 : random.int(0, V - 1)))
+    const dy = tensor('f32', [N, 5], () => random.normal())
+    await check(t, {
+      op: 'embedding_bwd',
+      label: `N ${N} V ${V}`,
+      args: { ids, dy, dw: output('f32', [V, 5]) },
+      // summed in the order of n, nothing else
+      reference: ({ exact }) => ({
+        dw: scatter({ exact, r: Math.fround, store: () => Math.fround }, ids, dy, undefined, V),
+      }),
+      bitwise: true,
     })
   }
 })

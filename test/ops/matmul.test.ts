@@ -6,6 +6,7 @@ import {
   checkGradient,
   combination,
   FLOATS,
+  fromBf16Bits,
   type HostTensor,
   ODD,
   output,
@@ -141,11 +142,12 @@ for (const [seed, layout] of LAYOUTS.entries()) {
   })
 
   t.test(`${op}: large shapes, by their product with a vector`, availability(), async (t) => {
-    // c x = a (b x) costs the reference next to nothing; in small integers both sides are exact.
+    // c x = a (b x) costs the reference next to nothing; in small integers both sides are exact. The simulated GPU would
+    // take most of the file's time for the longest sum, and crosses all edges of its tiles and stages with a third of it.
     const random = new Random(26 + seed)
     for (const [M, N, K] of [
       [340, 1030, 520],
-      [129, 1100, 4100],
+      [129, 1100, process.env['ROPEWALK_TEST_DEVICE'] === 'simt' ? 1370 : 4100],
       [16, 2100, 300],
       [128, 600, 1030],
     ] as const) {
@@ -166,6 +168,62 @@ for (const [seed, layout] of LAYOUTS.entries()) {
       for (const [variant, results] of all) {
         const c = new Float32Array(results.get('c')!.buffer)
         t.strictSame(multiply(exact, 'nn', c, x, undefined, M, 1, N), wanted, `${M}x${N}x${K}, ${variant}`)
+      }
+    }
+  })
+
+  t.test(`${op}: rows in whole pieces`, availability(), async (t) => {
+    // What a GPU reads and writes 16 bytes at a time where rows allow it: their lengths are multiples of 8, every other
+    // size is free. Up to 4 rows and more than 512 terms go ways of their own.
+    const random = new Random(51 + seed)
+    for (let i = 0; i < 96; i++) {
+      const [F, W, G, addend] = combination(i, FLOATS, FLOATS, FLOATS, ADDENDS)
+      const whole = { nn: [false, true, true], nt: [false, i % 3 === 0, true], tn: [true, true, false] }[layout]
+      const few = i % 4 === 1 && layout === 'nt'
+      const [M, N, K] = [few ? random.int(1, 5) : random.int(1, 140), random.int(1, 140), random.int(1, 400)].map(
+        (size, d) => (whole[d] ? Math.ceil(size / 8) * 8 : size) + (d === 2 && i % 8 === 3 ? 640 : 0),
+      ) as [number, number, number]
+      const a = tensor(F, aDims(layout, M, K), () => random.normal())
+      const b = tensor(W, bDims(layout, N, K), () => random.normal())
+      const add = addend === 'absent' ? undefined : tensor(G, [M, N], () => random.normal())
+      await check(t, {
+        op,
+        label: `${M}x${N}x${K} ${F} ${W} ${G}, add ${addend}`,
+        args: { a, b, add, c: output(G, [M, N]) },
+        alias: addend === 'aliased' ? { add: 'c' } : {},
+        reference: (p) => ({ c: multiply(p, layout, a.values, b.values, add?.values, M, N, K) }),
+        ...(M * N < 256 && { scale: { c: terms(layout, a, b, M, N, K) } }),
+      })
+    }
+  })
+
+  t.test(`${op}: tiles of 128 and 256`, availability(), async (t) => {
+    // By the product with a vector, as above; sums of -1, 0 and 1 are exact in bf16 too. The sizes choose the large tiles
+    // of the CUDA kernels (on 4 simulated SMs; a GPU needs larger ones) and cross their edges and pipelines.
+    const random = new Random(61 + seed)
+    const onGpu = process.env['ROPEWALK_TEST_DEVICE']?.startsWith('cuda')
+    for (let i = 0; i < 30; i++) {
+      const large = i % 2 === 0
+      const [m, n] = onGpu ? (large ? [2048, 4096] : [1024, 2048]) : large ? [256, 512] : [256, 256]
+      const whole = { nn: [false, true, true], nt: [false, false, true], tn: [true, true, false] }[layout]
+      const [M, N, K] = [m + i - 20, n + random.int(-40, 24), 1 + ((i * 89) % 420)].map((size, d) =>
+        whole[d] ? Math.ceil(size / 8) * 8 : size,
+      ) as [number, number, number]
+      const G = i % 4 < 2 ? 'bf16' : 'f32'
+      const digit = () => random.int(-1, 1)
+      const a = tensor(i % 6 === 5 ? 'f32' : 'bf16', aDims(layout, M, K), digit)
+      const b = tensor('bf16', bDims(layout, N, K), digit)
+      const add = i % 3 === 0 ? undefined : tensor(G, [M, N], digit)
+      const x = new Float64Array(N).map(digit)
+      const bx = multiply(exact, layout === 'nt' ? 'tn' : 'nn', b.values, x, undefined, K, 1, N)
+      const offset = add && multiply(exact, 'nn', add.values, x, undefined, M, 1, N)
+      const wanted = multiply(exact, layout, a.values, bx, offset, M, 1, K)
+      const label = `${M}x${N}x${K} ${a.dtype} ${G}${add ? ', add' : ''}`
+      const all = await runAll(t, { op, label, args: { a, b, add, c: output(G, [M, N]) } })
+      for (const [variant, results] of all) {
+        const { buffer } = results.get('c')!.slice()
+        const c = G === 'f32' ? new Float32Array(buffer) : Float64Array.from(new Uint16Array(buffer), fromBf16Bits)
+        t.strictSame(multiply(exact, 'nn', c, x, undefined, M, 1, N), wanted, `${label}, ${variant}`)
       }
     }
   })

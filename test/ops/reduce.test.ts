@@ -15,7 +15,7 @@ import {
   worst,
 } from './harness.js'
 
-function dot({ r }: Precision, a: HostTensor, b: HostTensor, add: HostTensor | undefined): number[] {
+function dot({ r }: Precision, a: HostTensor, b: HostTensor, add?: HostTensor): number[] {
   let sum = 0
   for (let i = 0; i < a.size; i++) sum = r(sum + r(a.values[i]! * b.values[i]!))
   return [add ? r(add.values[0]! + sum) : sum]
@@ -30,7 +30,7 @@ const SIZES = [...ODD, ...RESIDUES, 1000, 4095, 4096, 4097, 4111, 8191, 12289, 5
 t.test('dot', availability(), async (t) => {
   const random = new Random(1)
   for (const [i, N] of SIZES.entries()) {
-    for (const j of [0, 1]) {
+    for (const j of [0, 1, 2, 3]) {
       const [addend] = combination(i + j, ADDENDS)
       const a = tensor('f32', [N], () => random.normal())
       const b = tensor('f32', [N], () => random.normal())
@@ -50,7 +50,7 @@ t.test('dot', availability(), async (t) => {
 t.test('sum_squares', availability(), async (t) => {
   const random = new Random(2)
   for (const [i, N] of SIZES.entries()) {
-    for (const j of [0, 1]) {
+    for (const j of [0, 1, 2, 3]) {
       const [G, addend] = combination(2 * i + j, FLOATS, ADDENDS)
       const x = tensor(G, [N], () => random.normal())
       const add = addend === 'absent' ? undefined : tensor('f32', [1], [random.normal()])
@@ -78,6 +78,40 @@ t.test('sums keep small terms beside many large ones', availability(), async (t)
   })
 })
 
+t.test('more than all blocks of the CUDA kernel take at a time', availability(), async (t) => {
+  const random = new Random(3)
+  const N = 4096 * 1024 + 4101
+  const x = tensor('f32', [N], () => random.normal())
+  await check(t, {
+    op: 'sum_squares',
+    label: `${N}`,
+    args: { x, y: output('f32', [1]) },
+    reference: (p) => ({ y: dot(p, x, x) }),
+  })
+})
+
+t.test('the same bits wherever a tensor starts', availability(), async (t) => {
+  const random = new Random(4)
+  for (const N of [37, 4099, 9001]) {
+    const a = tensor('f32', [N], () => random.normal())
+    const b = tensor('f32', [N], () => random.normal())
+    const bits = { dot: new Set<number>(), sum_squares: new Set<number>() }
+    for (let i = 0; i < 8; i++) {
+      // each run is shifted by 0 to 3 elements at random
+      const y = output('f32', [1])
+      const label = `${N}, run ${i}`
+      const scale = { y: terms(a, b) }
+      const [dots, squares] = [
+        await check(t, { op: 'dot', label, args: { a, b, y }, reference: (p) => ({ y: dot(p, a, b) }), scale }),
+        await check(t, { op: 'sum_squares', label, args: { x: a, y }, reference: (p) => ({ y: dot(p, a, a) }) }),
+      ]
+      bits.dot.add(dots['y']!.values[0]!)
+      bits.sum_squares.add(squares['y']!.values[0]!)
+    }
+    t.strictSame([bits.dot.size, bits.sum_squares.size], [1, 1], `${N}: one result each`)
+  }
+})
+
 t.test('NaN, infinity, overflow', availability(), async (t) => {
   const N = 4099
   for (const [label, at, value] of [
@@ -91,14 +125,14 @@ t.test('NaN, infinity, overflow', availability(), async (t) => {
       op: 'sum_squares',
       label,
       args: { x, y: output('f32', [1]) },
-      reference: (p) => ({ y: dot(p, x, x, undefined) }),
+      reference: (p) => ({ y: dot(p, x, x) }),
     })
     const ones = tensor('f32', [N], () => 1)
     await check(t, {
       op: 'dot',
       label,
       args: { a: x, b: ones, y: output('f32', [1]) },
-      reference: (p) => ({ y: dot(p, x, ones, undefined) }),
+      reference: (p) => ({ y: dot(p, x, ones) }),
     })
   }
 })

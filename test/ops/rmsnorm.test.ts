@@ -67,12 +67,15 @@ const exact: Precision = { exact: true, r: (x) => x, store: () => (x) => x }
 const CHANNELS = [...ODD, ...RESIDUES, 200, 257, 384]
 const ROWS = [...ODD, 62, 130, 191, 200]
 
+/** Around the widths at which the CUDA kernels change: 384, 768 (1 warp), 3072, 6144 (8 warps), 12288 (registers). */
+const WIDE = [383, 385, 388, 760, 767, 769, 776, 1032, 1999, 2048, 3071, 3076, 4096, 6136, 6145, 6152, 12289, 12296]
+
 t.test('rmsnorm_fwd', availability(), async (t) => {
   const random = new Random(1)
-  for (let i = 0; i < 100; i++) {
-    const [F, W, eps] = combination(i, FLOATS, FLOATS, [1e-5, 1e-6, 0.5])
-    const N = random.pick(ROWS)
-    const C = CHANNELS[i % CHANNELS.length]!
+  for (let i = 0; i < 216; i++) {
+    const [F, W, eps, wide] = combination(i, FLOATS, FLOATS, [1e-5, 1e-6, 0.5], WIDE)
+    const N = i < 160 ? random.pick(ROWS) : random.int(1, 3)
+    const C = i < 160 ? CHANNELS[Math.floor(i / 4) % CHANNELS.length]! : wide
     const size = 10 ** random.int(-3, 3)
     const x = tensor(F, [N, C], () => size * random.normal())
     const w = tensor(W, [C], () => 1 + 0.3 * random.normal())
@@ -87,10 +90,10 @@ t.test('rmsnorm_fwd', availability(), async (t) => {
 
 t.test('rmsnorm_bwd', availability(), async (t) => {
   const random = new Random(2)
-  for (let i = 0; i < 144; i++) {
-    const [addend, dwAddend, F, W, G] = combination(i, ADDENDS, ADDENDS, FLOATS, FLOATS, FLOATS)
-    const N = random.pick(ROWS)
-    const C = CHANNELS[(i * 7) % CHANNELS.length]!
+  for (let i = 0; i < 216; i++) {
+    const [F, W, addend, dwAddend, G] = combination(i, FLOATS, FLOATS, ADDENDS, ADDENDS, FLOATS)
+    const N = i < 144 ? random.pick(ROWS) : random.int(1, 9)
+    const C = i < 144 ? CHANNELS[(i * 7) % CHANNELS.length]! : WIDE[Math.floor(i / 4) % WIDE.length]!
     const x = tensor(F, [N, C], () => random.normal())
     const w = tensor(W, [C], () => 1 + 0.3 * random.normal())
     const rstd = tensor('f32', [N], forward(exact, x, w, 1e-5).rstd)
@@ -106,6 +109,66 @@ t.test('rmsnorm_bwd', availability(), async (t) => {
       // a sum over N of random signs, of which only C results are compared
       scale: { dw: C < 64 ? 2 * Math.sqrt(N) : 0 },
     })
+  }
+})
+
+t.test('rmsnorm_bwd: more rows than blocks, sums that no shared memory holds', availability(), async (t) => {
+  const random = new Random(5)
+  for (const [N, C, F] of [
+    [2049, 385, 'f32'],
+    [8191, 5, 'f32'],
+    [8193, 16, 'bf16'],
+    [9000, 3, 'bf16'],
+    [5, 41480, 'bf16'],
+    [5, 41477, 'f32'],
+  ] as const) {
+    const x = tensor(F, [N, C], () => random.normal())
+    const w = tensor(F, [C], () => 1 + 0.3 * random.normal())
+    const rstd = tensor('f32', [N], () => 0.5 + random.next())
+    const dy = tensor(F, [N, C], () => random.normal())
+    await check(t, {
+      op: 'rmsnorm_bwd',
+      label: `N ${N} C ${C} ${F}`,
+      args: { x, w, rstd, dy, dx: output(F, [N, C]), dw: output('f32', [C]) },
+      reference: (p) => backward(p, { x, w, rstd, dy, add: undefined, dw_add: undefined }),
+      scale: { dw: 2 * Math.sqrt(N) },
+    })
+  }
+})
+
+t.test('the same bits wherever a tensor starts', availability(), async (t) => {
+  const random = new Random(6)
+  for (const [N, C, F] of [
+    [9, 40, 'bf16'],
+    [5, 776, 'bf16'],
+    [5, 772, 'f32'],
+  ] as const) {
+    const x = tensor(F, [N, C], () => random.normal())
+    const w = tensor(F, [C], () => 1 + 0.3 * random.normal())
+    const dy = tensor(F, [N, C], () => random.normal())
+    const rstd = tensor('f32', [N], forward(exact, x, w, 1e-5).rstd)
+    const seen = new Set<string>()
+    for (let i = 0; i < 8; i++) {
+      // each run is shifted by 0 to 3 elements at random
+      const label = `N ${N} C ${C} ${F}, run ${i}`
+      const results = {
+        ...(await check(t, {
+          op: 'rmsnorm_fwd',
+          label,
+          args: { x, w, y: output(F, [N, C]), rstd: output('f32', [N]), eps: 1e-5 },
+          reference: (p) => forward(p, x, w, Math.fround(1e-5)),
+        })),
+        ...(await check(t, {
+          op: 'rmsnorm_bwd',
+          label,
+          args: { x, w, rstd, dy, dx: output(F, [N, C]), dw: output('f32', [C]) },
+          reference: (p) => backward(p, { x, w, rstd, dy, add: undefined, dw_add: undefined }),
+          scale: { dw: 2 * Math.sqrt(N) },
+        })),
+      }
+      seen.add(JSON.stringify(Object.values(results).map(({ values }) => [...values])))
+    }
+    t.equal(seen.size, 1, `N ${N} C ${C} ${F}: one result`)
   }
 })
 

@@ -1,0 +1,301 @@
+// The CUDA backend: devices, memory, streams, errors, and the C ABI of backend.h. Built twice: by nvcc into
+// libropewalk_cuda.so, and by a host compiler, with simt/ in place of CUDA, into libropewalk_simt.so (tests).
+//
+// ROPEWALK_DEBUG=1 waits after every operation, so that an error names the one it comes from; ROPEWALK_CUDA_GRAPHS=0
+// launches every kernel of every run by itself.
+#include "../backend.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include "device.h"
+#include "gpu.h"
+#include "graph.h"
+#include "staging.h"
+
+namespace rw::cuda {
+
+void throw_cuda_error(cudaError_t error, const char* what, const char* file, int line) {
+  const char* name = std::strrchr(file, '/');
+  throw CudaError(error, std::string(what) + " failed: " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) +
+                             "), " + (name ? name + 1 : file) + ":" + std::to_string(line));
+}
+
+namespace {
+
+using Kernel = void (*)(Context& context, const void* args);
+
+#define IN(name, dtype, dims)
+#define FLOPS(expression)
+#define OP(name, row) [](Context& context, const void* args) { name(context, *static_cast<const name##_args*>(args)); },
+const Kernel kernels[] = {
+#include "../ops.def"
+};
+#undef IN
+#undef OP
+#undef FLOPS
+
+// Operations between two looks at `cancel`, and in one graph. At most two segments are on their way at a time.
+constexpr size_t kSegment = 32;
+
+bool flag_is(const char* name, const char* value) {
+  const char* given = std::getenv(name);
+  return given && !std::strcmp(given, value);
+}
+
+class Device final : public Context {
+ public:
+  // Not a constructor, so that what has been made is freed where the rest fails.
+  void open(int index) {
+    const cudaDeviceProp gpu = choose_gpu(index);
+    index_ = index;
+    description_ = describe_gpu(gpu);
+    sm_count = gpu.multiProcessorCount;
+    max_smem = gpu.sharedMemPerBlockOptin;
+    check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "creating a stream");
+    for (cudaEvent_t& event : ended_)
+      check(cudaEventCreateWithFlags(&event, cudaEventBlockingSync | cudaEventDisableTiming), "creating an event");
+    debug_ = flag_is("ROPEWALK_DEBUG", "1");
+    graphs_ = !debug_ && !flag_is("ROPEWALK_CUDA_GRAPHS", "0");
+  }
+
+  // Errors on the way are of no interest any more: the device may be lost.
+  ~Device() {
+    if (index_ < 0) return;
+    cudaSetDevice(index_);
+    if (stream) cudaStreamSynchronize(stream);
+    recordings_.clear();
+    for (cudaEvent_t event : ended_)
+      if (event) cudaEventDestroy(event);
+    if (stream) cudaStreamDestroy(stream);
+    for (const auto& [memory, bytes] : scratch_) cudaFree(memory);
+  }
+
+  const char* description() const { return description_.c_str(); }
+
+  // At the start of every call, on whatever thread it comes.
+  void enter() {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      if (!lost_.empty()) throw std::runtime_error(lost_);
+    }
+    check(cudaSetDevice(index_), "choosing a GPU");
+  }
+
+  // After a failure: whether the driver refuses everything from now on, as after an illegal access.
+  bool broken() {
+    cudaGetLastError();  // else the next launch would be blamed for it
+    size_t free_bytes, total_bytes;
+    const bool refused = cudaMemGetInfo(&free_bytes, &total_bytes) != cudaSuccess;
+    cudaGetLastError();
+    return refused;
+  }
+
+  // The message of a failure. One that the device does not survive is what all later calls fail with.
+  std::string diagnose(const std::string& message) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (lost_.empty() && broken()) lost_ = message + ". This device cannot be used any more: restart the process";
+    return lost_.empty() ? message : lost_;
+  }
+
+  void* alloc(size_t bytes) {
+    void* memory = nullptr;
+    const cudaError_t error = cudaMalloc(&memory, bytes);
+    if (error == cudaErrorMemoryAllocation) {
+      size_t free_bytes = 0, total_bytes = 0;
+      cudaGetLastError();
+      check(cudaMemGetInfo(&free_bytes, &total_bytes), "asking for free memory");
+      throw CudaError(error, "out of memory: " + size_text(bytes) + " were asked for, " + size_text(free_bytes) +
+                                 " of " + size_text(total_bytes) + " are free");
+    }
+    check(error, "an allocation");
+    return memory;
+  }
+
+  // Under simt this is where writing beside a block of memory shows.
+  void release(void* memory) {
+    cudaSetDevice(index_);
+    const cudaError_t error = cudaFree(memory);
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (error != cudaSuccess && lost_.empty())
+      lost_ = std::string("freeing memory failed: ") + cudaGetErrorString(error) +
+              ". This device cannot be used any more: restart the process";
+  }
+
+  // Grows by new blocks; older ones stay, because what was launched or captured may still use them.
+  void* scratch(size_t bytes) override {
+    if (scratch_.empty() || scratch_.back().second < bytes) {
+      scratch_.reserve(scratch_.size() + 1);
+      scratch_.push_back({alloc(bytes), bytes});
+    }
+    return scratch_.back().first;
+  }
+
+  Staging& staging() { return staging_; }
+  void forget(const rw_command* commands) { recordings_.forget(commands); }
+
+  int run(const char* plan, const rw_command* commands, size_t count, const int32_t* cancel) {
+    const auto* flag = reinterpret_cast<const volatile int32_t*>(cancel);
+    size_t done = 0, next = 0;  // operations before `done` have ended, those before `next` were submitted
+    try {
+      Recording* recording = graphs_ && count > 0 ? &recordings_.of(commands) : nullptr;
+      for (size_t segment = 0; next < count; segment++) {
+        if (segment >= 2) {
+          check(cudaEventSynchronize(ended_[segment % 2]), "waiting for the GPU");
+          done = (segment - 1) * kSegment;
+        }
+        const size_t end = std::min(count, next + kSegment);
+        const auto submit = [&] {
+          while (next < end && !(flag && *flag)) {
+            const rw_command& command = commands[next++];
+            kernels[command.op](*this, command.args);
+            if (debug_) check(cudaStreamSynchronize(stream), "running it");
+          }
+        };
+        if (flag && *flag) break;
+        if (!recording || recording->runs == 0) {
+          submit();
+        } else {
+          if (segment == recording->segments.size()) {
+            cudaGraphExec_t graph = capture(stream, submit);
+            if (next < end) {
+              cudaGraphExecDestroy(graph);  // cancelled while it was captured
+              break;
+            }
+            recording->segments.push_back(graph);
+          }
+          next = end;
+          check(cudaGraphLaunch(recording->segments[segment], stream), "launching a graph");
+        }
+        check(cudaEventRecord(ended_[segment % 2], stream), "submitting work");
+      }
+      // An event, and not the stream: waiting for it leaves the processor to others.
+      check(cudaEventRecord(ended_[0], stream), "submitting work");
+      check(cudaEventSynchronize(ended_[0]), "waiting for the GPU");
+      if (next < count) return RW_CANCELLED;
+      if (recording) recording->runs++;
+      return RW_OK;
+    } catch (const std::exception& error) {
+      throw std::runtime_error(place(plan, commands, done, next) + error.what());
+    }
+  }
+
+ private:
+  // Which operation failed: the one submitted last; or, when the device is lost, one of those that had not ended.
+  std::string place(const char* plan, const rw_command* commands, size_t done, size_t next) {
+    const auto name = [&](size_t at) {
+      return std::string(op_info[commands[at].op].name) + " (#" + std::to_string(at);
+    };
+    const std::string of_plan = std::string("plan \"") + plan + "\"";
+    if (next == 0) return of_plan + ": ";
+    const size_t last = next - 1, first = !debug_ && broken() ? done : last;
+    if (first == last) return name(last) + " of " + of_plan + "): ";
+    return "one of the operations " + name(first) + ") to " + name(last) + ") of " + of_plan +
+           ", ROPEWALK_DEBUG=1 tells which: ";
+  }
+
+  int index_ = -1;
+  std::string description_;
+  bool debug_ = false, graphs_ = true;
+  cudaEvent_t ended_[2] = {};  // of the last two segments
+  Staging staging_;
+  Recordings recordings_;
+  std::vector<std::pair<void*, size_t>> scratch_;
+  std::mutex mutex_;
+  std::string lost_;  // why the device is lost
+};
+
+thread_local std::string last_error;
+
+// Backend code throws inside; nothing leaves the C ABI but a code and a message.
+template <typename Body>
+int guarded(Device& device, Body&& body) {
+  try {
+    device.enter();
+    return body();
+  } catch (const std::bad_alloc&) {
+    last_error = "out of host memory";
+  } catch (const std::exception& error) {
+    last_error = device.diagnose(error.what());
+  }
+  return RW_ERROR;
+}
+
+Device& from(rw_device* device) { return *reinterpret_cast<Device*>(device); }
+
+int open(const rw_open_options* options, rw_device** device) {
+  try {
+    auto opened = std::make_unique<Device>();
+    opened->open(options->index);
+    *device = reinterpret_cast<rw_device*>(opened.release());
+    return RW_OK;
+  } catch (const std::exception& error) {
+    last_error = error.what();
+    cudaGetLastError();
+    return RW_ERROR;
+  }
+}
+
+void close(rw_device* device) { delete &from(device); }
+
+const char* describe(rw_device* device) { return from(device).description(); }
+
+int alloc(rw_device* device, size_t bytes, void** memory) {
+  return guarded(from(device), [&] {
+    *memory = from(device).alloc(bytes);
+    return RW_OK;
+  });
+}
+
+void release(rw_device* device, void* memory) { from(device).release(memory); }
+
+int upload(rw_device* device, void* to, const void* data, size_t bytes) {
+  return guarded(from(device), [&] {
+    from(device).staging().upload(from(device).stream, to, data, bytes);
+    return RW_OK;
+  });
+}
+
+int download(rw_device* device, void* to, const void* data, size_t bytes) {
+  return guarded(from(device), [&] {
+    from(device).staging().download(from(device).stream, to, data, bytes);
+    return RW_OK;
+  });
+}
+
+int host_visible(rw_device*) { return 0; }
+
+int memory(rw_device* device, uint64_t* free_bytes, uint64_t* total_bytes) {
+  return guarded(from(device), [&] {
+    size_t free_now = 0, total = 0;
+    check(cudaMemGetInfo(&free_now, &total), "asking for free memory");
+    *free_bytes = free_now;
+    *total_bytes = total;
+    return RW_OK;
+  });
+}
+
+int run(rw_device* device, const char* plan, const rw_command* commands, size_t count, const int32_t* cancel) {
+  return guarded(from(device), [&] { return from(device).run(plan, commands, count, cancel); });
+}
+
+void forget(rw_device* device, const rw_command* commands) { from(device).forget(commands); }
+
+const char* error() { return last_error.c_str(); }
+
+const rw_backend backend_functions = {
+    RW_BACKEND_ABI, table_hash, RW_BACKEND_NAME, open,   close, describe, alloc, release,
+    upload,         download,   host_visible,    memory, run,   forget,   error};
+
+}  // namespace
+}  // namespace rw::cuda
+
+// What the addon looks up in the library.
+extern "C" __attribute__((visibility("default"))) const rw_backend* ropewalk_backend() {
+  return &rw::cuda::backend_functions;
+}

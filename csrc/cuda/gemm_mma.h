@@ -1,0 +1,207 @@
+// The tensor-core kernel of matmul.cu: a, b bf16.
+#pragma once
+#include "gemm.h"
+#include "ptx.h"
+
+namespace rw::cuda {
+
+// A block's tile of c and how it is divided among warps; k elements of the sum per stage, `stages` of which are under
+// way.
+template <int M, int N, int WarpsM, int WarpsN, int BlocksPerSm>
+struct MmaTile {
+  static constexpr int m = M, n = N, k = 64, stages = 3, blocks_per_sm = BlocksPerSm;
+  static constexpr int warps_n = WarpsN, threads = kWarp * WarpsM * WarpsN;
+  static constexpr int warp_m = M / WarpsM, warp_n = N / WarpsN;
+  static_assert(warp_m % 16 == 0 && warp_n % 32 == 0);
+
+  struct Smem {
+    bf16 a[stages][M * k];
+    REDZONE(after_a);
+    bf16 b[stages][N * k];
+    REDZONE(after_b);
+  };
+  static_assert(sizeof(Smem) <= 163 * 1024, "an SM of sm_80 has no more");
+};
+
+// Where the 16-byte piece `piece` of a row lies in a tile: eight consecutive rows have the same piece in eight
+// different groups of banks, so that neither the copies nor ldmatrix ever wait for a bank.
+template <int Columns>
+__device__ __forceinline__ int swizzled(int row, int piece) {
+  return row * Columns + ((piece ^ (row & 7)) << 3);
+}
+
+// A thread's share of copying tiles, Rows x Columns as the operand is stored, into shared memory. What lies outside of
+// the matrix becomes 0.
+template <int Rows, int Columns, int Threads, bool Aligned>
+struct Copier {
+  static constexpr int kPieces = Columns / 8, kRowStep = Threads / kPieces, kCopies = Rows / kRowStep;
+  static_assert(kRowStep % 8 == 0 && Rows % kRowStep == 0, "the swizzle is the same for all rows of a thread");
+
+  const bf16* matrix;
+  const bf16* from;  // this thread's first piece of the next tile
+  int64_t stride;
+  int rows, columns;  // of the matrix, from there on
+  int to;             // place of that piece in the tile
+
+  __device__ __forceinline__ Copier(const void* data, int64_t stride, int row, int column, int row_end, int column_end)
+      : matrix(static_cast<const bf16*>(data)), stride(stride) {
+    const int own_row = threadIdx.x / kPieces, piece = threadIdx.x % kPieces;
+    from = matrix + (row + own_row) * stride + column + 8 * piece;
+    rows = row_end - row - own_row;
+    columns = column_end - column - 8 * piece;
+    to = swizzled<Columns>(own_row, piece);
+  }
+
+  __device__ __forceinline__ void copy(bf16* tile) const {
+    const bf16* p = from;
+#pragma unroll
+    for (int i = 0; i < kCopies; i++, p += kRowStep * stride) {
+      bf16* place = tile + to + i * kRowStep * Columns;
+      const bool inside = i * kRowStep < rows && columns > 0;
+      if constexpr (Aligned) {
+        cp_async_16(place, inside ? p : matrix, inside);  // columns is a multiple of 8
+      } else {
+        uint32_t word[4] = {};
+#pragma unroll
+        for (int j = 0; j < 8; j++)
+          if (inside && j < columns) word[j / 2] |= static_cast<uint32_t>(p[j].bits) << j % 2 * 16;
+        *reinterpret_cast<uint4*>(place) = make_uint4(word[0], word[1], word[2], word[3]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void next_rows() { from += Rows * stride, rows -= Rows; }
+  __device__ __forceinline__ void next_columns() { from += Columns, columns -= Columns; }
+};
+
+// An operand of a tile that is Extent wide: rows of a or columns of b. Along: whether it is stored along k, as the
+// extent's rows of 64 elements, or across, as 64 rows of `Extent` elements.
+template <bool IsRows, bool Along, int Extent, typename Tile, bool Aligned>
+struct Operand : Copier<Along ? Extent : Tile::k, Along ? Tile::k : Extent, Tile::threads, Aligned> {
+  using Base = Copier<Along ? Extent : Tile::k, Along ? Tile::k : Extent, Tile::threads, Aligned>;
+
+  __device__ __forceinline__ Operand(const void* data, int64_t stride, int first, int end, int k, int k_end)
+      : Base(data, stride, Along ? first : k, Along ? k : first, Along ? end : k_end, Along ? k_end : end) {}
+
+  __device__ __forceinline__ void advance() {
+    if constexpr (Along)
+      Base::next_columns();
+    else
+      Base::next_rows();
+  }
+
+  // Fragments of 16 k from 16 `step` on and of 16 Count rows or columns from `first` on, as mma wants them in adjacent
+  // registers. r[0 .. 3] of rows: first 8 of both, last 8 rows, last 8 k, both; of columns the middle two change places.
+  template <int Count>
+  __device__ __forceinline__ static void fragments(uint32_t (&r)[Count][4], const bf16* tile, int first, int step) {
+    const int lane = lane_index();
+    const int half_extent = IsRows ? lane / 8 % 2 : lane / 16, half_k = IsRows ? lane / 16 : lane / 8 % 2;
+#pragma unroll
+    for (int i = 0; i < Count; i++) {
+      if constexpr (Along)
+        ldmatrix_x4(r[i], tile + swizzled<Tile::k>(first + 16 * i + 8 * half_extent + lane % 8, 2 * step + half_k));
+      else
+        ldmatrix_x4_trans(
+            r[i], tile + swizzled<Extent>(16 * step + 8 * half_k + lane % 8, first / 8 + 2 * i + half_extent));
+    }
+  }
+};
+
+// Lane t of four has two columns of each of four pieces of 8; afterwards all 8 of piece t.
+__device__ __forceinline__ void gather_piece(float (&x)[8]) {
+  const int t = lane_index() % 4;
+#pragma unroll
+  for (int step = 1; step <= 2; step *= 2) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      if (i / 2 & step) continue;
+      const int j = i + 2 * step;
+      const float got = __shfl_xor_sync(kAllLanes, t & step ? x[i] : x[j], step);
+      if (t & step)
+        x[i] = got;
+      else
+        x[j] = got;
+    }
+  }
+}
+
+template <typename Tile, Layout layout, bool Aligned>
+__global__ void __launch_bounds__(Tile::threads, Tile::blocks_per_sm) mma_kernel(Product p) {
+  using A = Operand<true, layout != Layout::tn, Tile::m, Tile, Aligned>;
+  using B = Operand<false, layout == Layout::nt, Tile::n, Tile, Aligned>;
+  constexpr int kSteps = Tile::k / 16, kRows = Tile::warp_m / 16, kColumns = Tile::warp_n / 16,
+                kAhead = Tile::stages - 1;
+
+  auto& smem = dyn_smem<typename Tile::Smem>();
+  const auto [m, n] = tile_of_block<Tile::m, Tile::n>(p);
+  const int k = blockIdx.y * p.k_share, k_end = p.k - k < p.k_share ? p.k : k + p.k_share;
+  const int tiles = ceil_div(k_end - k, Tile::k);
+  A a(p.a, p.a_stride, m, p.m, k, k_end);
+  B b(p.b, p.b_stride, n, p.n, k, k_end);
+  const int warp_m = warp_index() / Tile::warps_n * Tile::warp_m, warp_n = warp_index() % Tile::warps_n * Tile::warp_n;
+
+#pragma unroll
+  for (int stage = 0; stage < kAhead; stage++) {
+    a.copy(smem.a[stage]), a.advance();
+    b.copy(smem.b[stage]), b.advance();
+    cp_async_commit();
+  }
+  cp_async_wait<kAhead - 1>();
+  __syncthreads();
+
+  float sum[kRows][2 * kColumns][4] = {};
+  uint32_t fragment_a[2][kRows][4], fragment_b[2][kColumns][4];
+  A::fragments(fragment_a[0], smem.a[0], warp_m, 0);
+  B::fragments(fragment_b[0], smem.b[0], warp_n, 0);
+
+  int now = 0, write = kAhead;  // the stage in use, and the one that is free
+  for (int tile = 0; tile < tiles; tile++) {
+    const int next = tile + 1 == tiles ? now : now + 1 == Tile::stages ? 0 : now + 1;
+#pragma unroll
+    for (int step = 0; step < kSteps; step++) {
+      // Tiles after the last one are empty: the copies read nothing, and no branch is needed. They go into the stage
+      // before the present one, whose last fragments were read before the barrier below.
+      if (step == 0) a.copy(smem.a[write]), a.advance();
+      if (step == 1) {
+        b.copy(smem.b[write]), b.advance();
+        cp_async_commit();
+      }
+      if (step == kSteps - 1) {  // the next tile is there
+        cp_async_wait<kAhead - 1>();
+        __syncthreads();
+      }
+      // Fragments are loaded one step ahead; after the last tile once more from it, in vain.
+      const int ahead = (step + 1) % kSteps, stage = step == kSteps - 1 ? next : now;
+      A::fragments(fragment_a[ahead % 2], smem.a[stage], warp_m, ahead);
+      B::fragments(fragment_b[ahead % 2], smem.b[stage], warp_n, ahead);
+#pragma unroll
+      for (int i = 0; i < kRows; i++)
+#pragma unroll
+        for (int j = 0; j < 2 * kColumns; j++)
+          mma_16x8x16(sum[i][j], fragment_a[step % 2][i], fragment_b[step % 2][j / 2][j % 2 * 2],
+                      fragment_b[step % 2][j / 2][j % 2 * 2 + 1]);
+    }
+    write = now;
+    now = next;
+  }
+  cp_async_wait<0>();
+
+  const int group = lane_index() / 4, t = lane_index() % 4;
+#pragma unroll
+  for (int i = 0; i < kRows; i++)
+#pragma unroll
+    for (int half = 0; half < 2; half++)
+#pragma unroll
+      for (int j = 0; j < 2 * kColumns; j += 4) {
+        float x[8];
+#pragma unroll
+        for (int piece = 0; piece < 4; piece++) {
+          x[2 * piece] = sum[i][j + piece][2 * half];
+          x[2 * piece + 1] = sum[i][j + piece][2 * half + 1];
+        }
+        gather_piece(x);
+        store_result(p, m + warp_m + 16 * i + 8 * half + group, n + warp_n + 8 * (j + t), x);
+      }
+}
+
+}  // namespace rw::cuda

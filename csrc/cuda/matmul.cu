@@ -1,0 +1,286 @@
+// c = a b (+ add), with a (M,K), b (K,N) and c (M,N) stored as the op's suffix says: n as is, t transposed. a, b, add
+// and c are f32 or bf16 each; sums are f32, and c is rounded once, at its store.
+//
+// a, b bf16 (gemm_mma.h): mma.sync 16x8x16. A block computes a tile of c, 64 of k at a time: three stages of tiles of a
+// and
+//   b in shared memory, filled by cp.async two stages ahead and swizzled, so that copies and ldmatrix (.trans where an
+//   operand is not stored along k) take one pass over the banks each. Fragments are loaded one step of 16 ahead of
+//   their use. c goes from registers to memory, 16 bytes a thread. Tiles (threads, shared memory, blocks of an SM of
+//   sm_80):
+//     128 x 256 (256, 144 KB, 1), 128 x 128 (256, 96 KB, 1), 64 x 64 (128, 48 KB, 3).
+//   Rows that do not start at multiples of 16 bytes, or are not as long, are copied element by element (64 x 64 only).
+// otherwise (gemm_ffma.h): f32 products and sums, two stages of 16 of k, elements widened on their way through
+// registers.
+//   Tiles of 256 threads: 128 x 128 with 8 x 8 elements a thread (32 KB, 2 blocks of an SM), 64 x 64 with 4 x 4 (16
+//   KB).
+// M <= 4, b transposed (decoding: y = x w^T): b is read once, straight from memory, a warp for two rows of it.
+//
+// The grid is one block a tile, in groups that share rows and columns in the L2; where tiles are too few for the SMs,
+// the sum is divided among several blocks, whose f32 parts go to scratch and are added in their order by a second
+// kernel. Tile and division are chosen by an estimate of the time. Traffic: a is read N / TileN times, b M / TileM
+// times, mostly from the L2; add and c once.
+//
+// Kerr, Merrill, Demouth, Tran, CUTLASS: Fast Linear Algebra in CUDA C++, 2017; Osama et al., Stream-K, arXiv
+// 2301.03598.
+#include "gemm_ffma.h"
+#include "gemm_mma.h"
+
+namespace rw::cuda {
+
+namespace {
+
+// ---- the sum's parts
+// --------------------------------------------------------------------------------------------------
+
+constexpr int kSumThreads = 256;
+
+// c = add + parts[0] + parts[1] + ..
+template <typename T>
+__global__ void __launch_bounds__(kSumThreads)
+    sum_parts_kernel(const float* parts, int count, const T* add, T* c, int64_t size) {
+  const int64_t i = int64_t{blockIdx.x} * kSumThreads + threadIdx.x;
+  if (i >= size) return;
+  float sum = 0;
+  for (int part = 0; part < count; part++) sum += parts[part * size + i];
+  c[i] = from_float<T>(add ? to_float(add[i]) + sum : sum);
+}
+
+// ---- few rows
+// ---------------------------------------------------------------------------------------------------------
+
+constexpr int kFewThreads = 256, kFewColumns = 2;
+
+// Each warp computes two columns of c, Rows at most: b's rows are read 8 elements a lane, a's come out of the L1.
+template <typename A, typename B, typename C, int Rows>
+__global__ void __launch_bounds__(kFewThreads) few_rows_kernel(Product p) {
+  const int column = (blockIdx.x * (kFewThreads / kWarp) + warp_index()) * kFewColumns, lane = lane_index();
+  const A* a[Rows];
+  const B* b[kFewColumns];
+#pragma unroll
+  for (int i = 0; i < Rows; i++) a[i] = static_cast<const A*>(p.a) + (i < p.m ? i : p.m - 1) * p.a_stride;
+#pragma unroll
+  for (int j = 0; j < kFewColumns; j++)
+    b[j] = static_cast<const B*>(p.b) + (column + j < p.n ? column + j : p.n - 1) * p.b_stride;
+
+  float sum[Rows][kFewColumns] = {};
+#pragma unroll(Rows == 1 ? 4 : 1)
+  for (int k = 8 * lane; k < p.k; k += 8 * kWarp) {
+    float x[8], y[kFewColumns][8];
+#pragma unroll
+    for (int j = 0; j < kFewColumns; j++) load_piece(b[j] + k, y[j]);
+#pragma unroll
+    for (int i = 0; i < Rows; i++) {
+      load_piece(a[i] + k, x);
+#pragma unroll
+      for (int j = 0; j < kFewColumns; j++)
+#pragma unroll
+        for (int u = 0; u < 8; u++) sum[i][j] += x[u] * y[j][u];
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < Rows; i++)
+#pragma unroll
+    for (int j = 0; j < kFewColumns; j++) {
+      const float total = warp_sum(sum[i][j]);
+      if (lane != i * kFewColumns + j || i >= p.m || column + j >= p.n) continue;
+      const int64_t at = int64_t{i} * p.n + column + j;
+      static_cast<C*>(p.c)[at] = from_float<C>(p.add ? to_float(static_cast<const C*>(p.add)[at]) + total : total);
+    }
+}
+
+template <typename A, typename B, typename C>
+void launch_few_rows(const Context& context, const Product& p) {
+  const auto kernel = p.m == 1 ? few_rows_kernel<A, B, C, 1> : few_rows_kernel<A, B, C, 4>;
+  const unsigned blocks = ceil_div(p.n, kFewThreads / kWarp * kFewColumns);
+  launch({blocks, kFewThreads, 0, context.stream}, kernel, p);
+}
+
+// ---- tiles
+// ------------------------------------------------------------------------------------------------------------
+
+using Kernel = void (*)(Product);
+
+// A kernel and what the choice needs to know of it: `rate` are products a clock of an SM, as far as a large product
+// gets.
+struct TileKernel {
+  int m, n, threads;
+  size_t smem;
+  int blocks_per_sm;
+  double rate;
+  Kernel kernel;
+};
+
+template <typename Tile, Layout layout, bool Aligned>
+constexpr TileKernel mma_tile(double rate) {
+  return {Tile::m,
+          Tile::n,
+          Tile::threads,
+          sizeof(typename Tile::Smem),
+          Tile::blocks_per_sm,
+          rate,
+          mma_kernel<Tile, layout, Aligned>};
+}
+
+template <typename A, typename B, Layout layout, int Quads>
+constexpr TileKernel ffma_tile(double rate) {
+  using Tile = FfmaTile<Quads>;
+  return {Tile::m, Tile::n, Tile::threads, sizeof(typename Tile::Smem), 2, rate, ffma_kernel<A, B, layout, Quads>};
+}
+
+using LargeTile = MmaTile<128, 256, 2, 4, 1>;
+using MediumTile = MmaTile<128, 128, 2, 4, 1>;
+using SmallTile = MmaTile<64, 64, 2, 2, 3>;
+
+// Rates relative to the 1024 products a clock of an SM of sm_80, and 64 in f32: estimates, not yet measured.
+template <Layout layout>
+constexpr TileKernel mma_tiles[] = {mma_tile<LargeTile, layout, true>(0.9 * 1024),
+                                    mma_tile<MediumTile, layout, true>(0.75 * 1024),
+                                    mma_tile<SmallTile, layout, true>(0.5 * 1024)};
+template <Layout layout>
+constexpr TileKernel mma_unaligned_tiles[] = {mma_tile<SmallTile, layout, false>(0.2 * 1024)};
+template <typename B, Layout layout>
+constexpr TileKernel ffma_tiles[] = {ffma_tile<float, B, layout, 2>(0.85 * 64),
+                                     ffma_tile<float, B, layout, 1>(0.5 * 64)};
+// No model multiplies bf16 by f32 weights.
+template <Layout layout>
+constexpr TileKernel ffma_bf16_tiles[] = {ffma_tile<bf16, float, layout, 1>(0.5 * 64)};
+
+struct Tiles {
+  const TileKernel* begin;
+  int count;
+};
+
+template <size_t Count>
+Tiles list(const TileKernel (&tiles)[Count]) {
+  return {tiles, static_cast<int>(Count)};
+}
+
+template <Layout layout>
+Tiles tiles_for(DType a, DType b, bool aligned) {
+  if (a == DType::bf16 && b == DType::bf16)
+    return aligned ? list(mma_tiles<layout>) : list(mma_unaligned_tiles<layout>);
+  if (a == DType::bf16) return list(ffma_bf16_tiles<layout>);
+  if (b == DType::bf16) return list(ffma_tiles<bf16, layout>);
+  return list(ffma_tiles<float, layout>);
+}
+
+struct Choice {
+  const TileKernel* tile;
+  int shares;  // among how many blocks the sum of a tile is divided
+};
+
+constexpr int kMaxShares = 32, kMinShare = 256;
+
+// The least time in clocks: that of the SM with the most blocks, each with a start and an end that cost as much as 192
+// steps of k; for a divided sum also its second kernel (3000 clocks, then 1500 bytes a clock). An SM with less than
+// half of the blocks that it could have at a time is not quicker than one with half of them.
+Choice choose(const Tiles& tiles, int64_t m, int64_t n, int64_t k, int sm_count) {
+  Choice best = {};
+  double best_time = 0;
+  for (const TileKernel* tile = tiles.begin; tile < tiles.begin + tiles.count; tile++) {
+    const int64_t count = ceil_div<int64_t>(m, tile->m) * ceil_div<int64_t>(n, tile->n);
+    for (int shares = 1; shares <= kMaxShares && (shares == 1 || k >= int64_t{kMinShare} * shares); shares++) {
+      const int64_t most = ceil_div<int64_t>(count * shares, sm_count), least = (tile->blocks_per_sm + 1) / 2;
+      const double block =
+          static_cast<double>(tile->m) * tile->n * (static_cast<double>(k) / shares + 192) / tile->rate;
+      double time = static_cast<double>(most > least ? most : least) * block;
+      if (shares > 1) time += 3000 + static_cast<double>(m) * static_cast<double>(n) * (2 * shares + 1) * 4 / 1500;
+      if (best.tile && time >= best_time) continue;
+      best = {tile, shares};
+      best_time = time;
+    }
+  }
+  return best;
+}
+
+// Whether rows of `length` elements can be read `piece` elements at a time.
+bool in_pieces(const Matrix& x, int64_t length, int piece) {
+  return aligned(x.data, static_cast<size_t>(piece * dtype_bytes(x.dtype) < 16 ? piece * dtype_bytes(x.dtype) : 16)) &&
+         x.stride % piece == 0 && length % piece == 0;
+}
+
+void launch_tiles(Context& context, const Tiles& tiles, Product p) {
+  const auto [tile, wanted] = choose(tiles, p.m, p.n, p.k, context.sm_count);
+  p.k_share = static_cast<int>(ceil_div(ceil_div<int64_t>(p.k, wanted), int64_t{64}) * 64);
+  const unsigned shares = ceil_div(p.k, p.k_share);  // none of them empty
+  const unsigned count = ceil_div(p.m, tile->m) * ceil_div(p.n, tile->n);
+  const int64_t size = int64_t{p.m} * p.n;
+  const Launch at({count, shares}, tile->threads, tile->smem, context.stream);
+  if (shares == 1) return launch(at, tile->kernel, p);
+
+  Product parts = p;
+  parts.c = context.scratch(static_cast<size_t>(size * shares) * sizeof(float));
+  parts.add = nullptr;
+  parts.dtype = DType::f32;
+  parts.wide = size % 4 == 0 && p.n % kMmaPiece == 0;
+  launch(at, tile->kernel, parts);
+  with_float_type(p.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const unsigned blocks = static_cast<unsigned>(ceil_div<int64_t>(size, kSumThreads));
+    launch({blocks, kSumThreads, 0, context.stream}, sum_parts_kernel<T>, static_cast<const float*>(parts.c),
+           static_cast<int>(shares), static_cast<const T*>(p.add), static_cast<T*>(p.c), size);
+  });
+}
+
+constexpr int64_t kLargest = INT32_MAX - 1024;  // dimensions are rounded up to tiles in 32 bits
+
+}  // namespace
+
+void gemm(Context& context, Layout layout, int64_t m, int64_t n, int64_t k, const Matrix& a, const Matrix& b,
+          const void* add, void* c, DType dtype) {
+  if (m > kLargest || n > kLargest || k > kLargest)
+    throw std::runtime_error("a product of M = " + std::to_string(m) + ", N = " + std::to_string(n) +
+                             ", K = " + std::to_string(k) + ": no dimension may exceed " + std::to_string(kLargest));
+  const int64_t a_row = layout == Layout::tn ? m : k, b_row = layout == Layout::nt ? k : n;
+  const bool mma = a.dtype == DType::bf16 && b.dtype == DType::bf16;
+  const int piece = mma ? kMmaPiece : kFfmaPiece;
+  const Matrix out = {c, dtype, n}, addend = {add, dtype, n};
+  const Product p = {a.data,
+                     b.data,
+                     add,
+                     c,
+                     a.stride,
+                     b.stride,
+                     static_cast<int>(m),
+                     static_cast<int>(n),
+                     static_cast<int>(k),
+                     static_cast<int>(k),
+                     dtype,
+                     in_pieces(out, n, piece) && in_pieces(addend, n, piece),
+                     in_pieces(a, a_row, piece),
+                     in_pieces(b, b_row, piece)};
+  if (layout == Layout::nt && m <= 4 && in_pieces(a, k, 8) && in_pieces(b, k, 8))
+    return with_float_type(a.dtype, [&](auto zero_a) {
+      with_float_type(b.dtype, [&](auto zero_b) {
+        with_float_type(dtype, [&](auto zero_c) {
+          launch_few_rows<decltype(zero_a), decltype(zero_b), decltype(zero_c)>(context, p);
+        });
+      });
+    });
+  const bool whole = p.a_wide && p.b_wide;
+  switch (layout) {
+    case Layout::nn:
+      return launch_tiles(context, tiles_for<Layout::nn>(a.dtype, b.dtype, whole), p);
+    case Layout::nt:
+      return launch_tiles(context, tiles_for<Layout::nt>(a.dtype, b.dtype, whole), p);
+    case Layout::tn:
+      return launch_tiles(context, tiles_for<Layout::tn>(a.dtype, b.dtype, whole), p);
+  }
+}
+
+namespace {
+
+template <typename Args>
+void matmul(Context& context, Layout layout, int64_t k, const Args& args) {
+  const auto stored = [](const Tensor& x) { return Matrix{x.data, x.dtype, x.dims[1]}; };
+  gemm(context, layout, args.c.dims[0], args.c.dims[1], k, stored(args.a), stored(args.b), args.add.data, args.c.data,
+       args.c.dtype);
+}
+
+}  // namespace
+
+void matmul_nn(Context& context, const matmul_nn_args& args) { matmul(context, Layout::nn, args.a.dims[1], args); }
+void matmul_nt(Context& context, const matmul_nt_args& args) { matmul(context, Layout::nt, args.a.dims[1], args); }
+void matmul_tn(Context& context, const matmul_tn_args& args) { matmul(context, Layout::tn, args.a.dims[0], args); }
+
+}  // namespace rw::cuda
