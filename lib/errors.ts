@@ -18,7 +18,7 @@
  * | `ERR_CACHE` | tokenised data cannot be kept, or changed while they were read |
  * | `ERR_EXISTS`, `ERR_NO_SPACE`, `ERR_WRITE` | the target is already there; the disk or quota is full; another failure to write |
  * | `ERR_CHECKPOINT`, `ERR_RESUME` | no healthy checkpoint; one of a run with other options, model or data |
- * | `ERR_DEVICE_UNAVAILABLE`, `ERR_OUT_OF_MEMORY` | the device cannot be opened; it has too little memory |
+ * | `ERR_DEVICE_UNAVAILABLE`, `ERR_OUT_OF_MEMORY`, `ERR_DEVICE` | the device cannot be opened; it has too little memory; an operation failed on it |
  * | `ERR_NO_ADDON`, `ERR_BAD_ADDON`, `ERR_STALE_ADDON` | the native part is missing for this platform, damaged, or of another version |
  *
  * @category Devices and errors

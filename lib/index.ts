@@ -74,6 +74,7 @@ export {
   writeRope,
 } from './rope.js'
 export { Device, type DeviceOptions } from './runtime/device.js'
+export type { DeviceMemory } from './runtime/native.js'
 export type { Packing } from './train/data.js'
 export {
   type StepResult,

@@ -87,12 +87,16 @@ struct Forward : Attention {
   int part;         // slots of a part, a multiple of all tiles
   bool vector;      // 16-byte accesses
   Partial partial;  // null where there is one part
+
+  explicit Forward(const Attention& attention)
+      : Attention(attention), group(H / K), part(0), vector(false), partial() {}
 };
 
 // What a block keeps in shared memory, as its registers are full during the loop.
 struct Place {
   int b, head0, row0;  // sequence, first head of the group, first row
   int first, last;     // keys that all rows see
+  int begin, end;      // keys that some row sees, from the start of a tile on
 };
 
 template <typename T, int kD, int kWarps, int kRowBlocks, int kKeys>
@@ -137,7 +141,7 @@ __device__ __forceinline__ void load_queries(T* tile, const Forward& a, int b, i
       load_unit<n>(from + half, y);
       load_unit<n>(a.cos + angle, cos);
       load_unit<n>(a.sin + angle, sin);
-      rotate_pairs<n>(x, y, cos, sin, a.factor);
+      rotate_pairs<n>(x, y, cos, sin, a.factor.value);
     }
     store_unit<n>(tile + element_at<T, kD>(row, left), x);
     store_unit<n>(tile + element_at<T, kD>(row, right), y);
@@ -188,9 +192,10 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 1 ? 4 : sizeof(T) == 2 
     highest.x = max(highest.x, __shfl_xor_sync(kAllLanes, highest.x, step));
     highest.y = max(highest.y, __shfl_xor_sync(kAllLanes, highest.y, step));
   }
-  if (threadIdx.x == 0) smem.place = {b, kv_head * a.group, row0, highest.x, lowest.y};
   const int begin = max(lowest.x / kKeys * kKeys, static_cast<int>(blockIdx.z) * a.part);
   const int end = min(highest.y, static_cast<int>(blockIdx.z) * a.part + a.part - 1) + 1;
+
+  if (threadIdx.x == 0) smem.place = {b, kv_head * a.group, row0, highest.x, lowest.y, begin, end};
 
   const int64_t stride = static_cast<int64_t>(a.K) * a.D;
   int64_t key = (static_cast<int64_t>(b) * a.S + begin) * stride + kv_head * a.D;  // where the tile's keys and values are
@@ -305,7 +310,7 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 1 ? 4 : sizeof(T) == 2 
   if (cleaned) {
     const T* values = v + static_cast<int64_t>(place.b) * a.S * stride + place.head0 / a.group * a.D;
 #pragma unroll 1
-    for (int n0 = begin; n0 < end; n0 += kKeys)
+    for (int n0 = place.begin; n0 < place.end; n0 += kKeys)
       if (is_masked(n0))
         add_not_finite<kD>(o, values + n0 * stride, stride, min(kKeys, a.S - n0), a.D, 1, [&](int r, int n) {
           return n0 + n >= own_seen[8 * r].x && n0 + n <= own_seen[8 * r].y;
@@ -341,7 +346,7 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 1 ? 4 : sizeof(T) == 2 
     const int row = own_row0 + 8 * r + g;
     if (a.lse && t == 0 && row < rows)
       a.lse[(static_cast<int64_t>(place.b) * a.H + place.head0 + row % a.group) * a.T + row / a.group] =
-          top[r] * kLn2 + logf(total[r]);
+          top[r] * a.factor.from_base_2 + logf(total[r]);
     const float divided = 1 / (total[r] == 0 ? 1 : total[r]);
 #pragma unroll
     for (int j = 0; j < kD / 8; j++)
@@ -387,7 +392,6 @@ template <typename T>
 void launch_forward(Context& context, Forward& a) {
   constexpr bool kHalf = sizeof(T) == 2;
   a.vector = vectors_fit(kHalf ? DType::bf16 : DType::f32, a.D, {a.q, a.k, a.v, a.o, a.cos, a.sin});
-  a.group = a.H / a.K;
 
   // Where few rows meet a long cache, blocks share its slots: about 4 for each multiprocessor.
   const int rows = a.T * a.group, tile_rows = rows <= kFewRows ? kFewRows : 128;
@@ -443,8 +447,7 @@ void launch_rotation(Context& context, const Rotation& rotation) {
 }  // namespace
 
 void attend(Context& context, DType dtype, const Attention& attention) {
-  Forward a = {};
-  static_cast<Attention&>(a) = attention;
+  Forward a(attention);
   if (dtype == DType::bf16)
     launch_forward<bf16>(context, a);
   else
@@ -460,7 +463,7 @@ void rotate_rows(Context& context, const Rotation& rotation) {
 
 void attention_fwd(Context& context, const attention_fwd_args& args) {
   rotate_rows(context, {args.k, args.cos, args.sin, args.pos, args.kr.data});
-  Attention a = {};
+  Attention a(args.scale);
   a.q = args.q.data;
   a.k = args.kr.data;
   a.v = args.v.data;
@@ -475,7 +478,6 @@ void attention_fwd(Context& context, const attention_fwd_args& args) {
   a.H = static_cast<int>(args.q.dims[2]);
   a.D = static_cast<int>(args.q.dims[3]);
   a.K = static_cast<int>(args.k.dims[2]);
-  a.factor = static_cast<float>(args.scale) * kLog2E;
   attend(context, args.q.dtype, a);
 }
 

@@ -12,7 +12,7 @@
 
 namespace rw::cuda {
 
-constexpr float kLog2E = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+constexpr float kLog2E = 1.44269504088896341f;
 constexpr int kMaxHeadDim = 256;
 
 // ---- tiles ------------------------------------------------------------------------------------------------------------
@@ -43,7 +43,8 @@ __device__ __forceinline__ void load_tile(T* tile, const T* from, int64_t stride
       const int row = at / kChunks, chunk = at % kChunks;
       const bool valid = own_row + row < rows && (own_chunk + chunk) * kVector<T> < D;
       cp_async_16(tile + chunk_at<T, kD>(own_row + row, own_chunk + chunk),
-                  valid ? own + row * stride + chunk * kVector<T> : from, valid);
+                  valid ? own + chunk * kVector<T> : from, valid);
+      if ((at + kThreads) % kChunks == 0) own += (kThreads < kChunks ? 1 : kThreads / kChunks) * stride;
     }
     return;
   }
@@ -175,6 +176,7 @@ __device__ __forceinline__ void multiply_nt(float (&c)[kRowBlocks][kBlocks][4], 
   }
 }
 
+// In f32 four products make one term: a quarter of the roundings of a chain of all.
 template <int kD, int kRowBlocks, int kBlocks>
 __device__ __forceinline__ void multiply_nt(float (&c)[kRowBlocks][kBlocks][4], const float* a, int row0, const float* b) {
   const int g = lane_index() / 4, t = lane_index() % 4;
@@ -192,7 +194,7 @@ __device__ __forceinline__ void multiply_nt(float (&c)[kRowBlocks][kBlocks][4], 
 #pragma unroll
         for (int i = 0; i < 2 * kRowBlocks; i++) {
           const float4 x = left[i / 2][i % 2];
-          c[i / 2][j][i % 2 * 2 + e] += x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;  // a chain of kD / 4 roundings
+          c[i / 2][j][i % 2 * 2 + e] += x.x * y.x + x.y * y.y + x.z * y.z + x.w * y.w;
         }
       }
   }
@@ -251,17 +253,22 @@ __device__ __forceinline__ void multiply_nn(float (&c)[kRowBlocks][kD / 8][4],
           make_float2(a[i / 2][j][i % 2 * 2], a[i / 2][j][i % 2 * 2 + 1]);
   __syncwarp();
 #pragma unroll 1
-  for (int k = 0; k < 8 * kDepthBlocks; k++) {
-    float left[2 * kRowBlocks];
+  for (int chunk = 0; chunk < 2 * kDepthBlocks; chunk++) {
+    float4 left[2 * kRowBlocks];
 #pragma unroll
-    for (int i = 0; i < 2 * kRowBlocks; i++) left[i] = own[element_at<float, kStride>(8 * i + g, k)];
+    for (int i = 0; i < 2 * kRowBlocks; i++)
+      left[i] = *reinterpret_cast<const float4*>(own + chunk_at<float, kStride>(8 * i + g, chunk));
 #pragma unroll
     for (int j = 0; j < kD / 8; j++) {
-      const float2 right = *reinterpret_cast<const float2*>(b + element_at<float, kD>(k, 8 * j + 2 * t));
+      float2 right[4];
+#pragma unroll
+      for (int k = 0; k < 4; k++)
+        right[k] = *reinterpret_cast<const float2*>(b + element_at<float, kD>(4 * chunk + k, 8 * j + 2 * t));
 #pragma unroll
       for (int i = 0; i < 2 * kRowBlocks; i++) {
-        c[i / 2][j][i % 2 * 2] += left[i] * right.x;
-        c[i / 2][j][i % 2 * 2 + 1] += left[i] * right.y;
+        const float4 x = left[i];
+        c[i / 2][j][i % 2 * 2] += x.x * right[0].x + x.y * right[1].x + x.z * right[2].x + x.w * right[3].x;
+        c[i / 2][j][i % 2 * 2 + 1] += x.x * right[0].y + x.y * right[1].y + x.z * right[2].y + x.w * right[3].y;
       }
     }
   }
@@ -326,15 +333,30 @@ struct Rotation {
 };
 void rotate_rows(Context& context, const Rotation& rotation);
 
+// The factor scale log2(e) goes into q when it is rotated, so that weights are powers of 2 of products, and no product is
+// multiplied again. f32 holds the factor with an error; the same error in what leads back makes up for it.
+struct Factor {
+  float scale, value;
+  float to_base_2, from_base_2;  // about log2(e) and ln(2)
+
+  explicit Factor(double exact) : scale(static_cast<float>(exact)), value(scale * kLog2E) {
+    const double ratio = scale == 0 ? kLog2E : static_cast<double>(value) / scale;
+    to_base_2 = static_cast<float>(ratio);
+    from_base_2 = static_cast<float>(1 / ratio);
+  }
+};
+
 // Forward attention: over keys first[t] .. t, or first[t] .. last[t] of S slots where `last` is given. k is rotated.
 struct Attention {
-  const void *q, *k, *v;
-  void* o;
-  float* lse;  // null where it is not wanted
-  const float *cos, *sin;
-  const int32_t *pos, *first, *last;
-  int B, T, H, K, D, S;
-  float factor;  // scale log2 e: goes into q when it is rotated, so that weights are powers of 2 of products
+  const void *q = nullptr, *k = nullptr, *v = nullptr;
+  void* o = nullptr;
+  float* lse = nullptr;  // null where it is not wanted
+  const float *cos = nullptr, *sin = nullptr;
+  const int32_t *pos = nullptr, *first = nullptr, *last = nullptr;
+  int B = 0, T = 0, H = 0, K = 0, D = 0, S = 0;
+  Factor factor;
+
+  explicit Attention(double scale) : factor(scale) {}
 };
 void attend(Context& context, DType dtype, const Attention& attention);
 

@@ -41,7 +41,7 @@ struct Backward {
   const int32_t *pos, *first;
   const int2* firsts;  // (B, tiles of columns): the smallest and largest first[t] of a tile
   int T, H, K, D;
-  float scale;
+  Factor factor;
   bool vector;  // 16-byte accesses
 };
 
@@ -294,7 +294,7 @@ __global__ void __launch_bounds__(Shape<T, kD>::kThreads, sizeof(T) == 2 && kD <
 #pragma unroll
         for (int r = 0; r < 2 * kRowBlocks; r++) {
           float& weight = p[r / 2][j][r % 2 * 2 + e];
-          weight = exp2_approx(fmaf(kKeyRows ? lse : row_lse[r], -kLog2E, weight));
+          weight = exp2_approx(fmaf(kKeyRows ? lse : row_lse[r], -a.factor.to_base_2, weight));
           bool seen = true;
           if (masked) {
             const int row = row0 + warp_row0 + 8 * r + g;
@@ -341,7 +341,7 @@ __global__ void __launch_bounds__(Shape<T, kD>::kThreads, sizeof(T) == 2 && kD <
   const auto store = [&](auto unit) {
     constexpr int n = decltype(unit)::value;
     if constexpr (kSlopes)
-      store_gradients<kD, kRowBlocks, true, n>(own, sum, kKeyRows ? kLn2 : a.scale,
+      store_gradients<kD, kRowBlocks, true, n>(own, sum, kKeyRows ? a.factor.from_base_2 : a.factor.scale,
                                                static_cast<T*>(kKeyRows ? a.dk : a.dq) + to, row_stride, pos, own_rows, a);
     if constexpr (kValues)
       store_gradients<kD, kRowBlocks, false, n>(own, values, 1, static_cast<T*>(a.dv) + to, row_stride, pos, own_rows, a);
@@ -363,29 +363,30 @@ void launch_bwd(Context& context, const Backward& a, int B) {
 template <typename T>
 void backward(Context& context, const attention_bwd_args& args) {
   const int B = static_cast<int>(args.q.dims[0]);
-  Backward a = {};
-  a.qr = args.qr.data;
-  a.kr = args.kr.data;
-  a.v = args.v.data;
-  a.dout = args.dout.data;
-  a.dq = args.dq.data;
-  a.dk = args.dk.data;
-  a.dv = args.dv.data;
-  a.lse = args.lse.as<float>();
-  a.delta = args.delta.as<float>();
-  a.cos = args.cos.as<float>();
-  a.sin = args.sin.as<float>();
-  a.pos = args.pos.as<int32_t>();
-  a.first = args.first.as<int32_t>();
-  a.T = static_cast<int>(args.q.dims[1]);
-  a.H = static_cast<int>(args.q.dims[2]);
-  a.D = static_cast<int>(args.q.dims[3]);
-  a.K = static_cast<int>(args.k.dims[2]);
-  a.scale = static_cast<float>(args.scale);
+  Backward a = {args.qr.data,
+                args.kr.data,
+                args.v.data,
+                args.dout.data,
+                args.dq.data,
+                args.dk.data,
+                args.dv.data,
+                args.lse.as<float>(),
+                args.delta.as<float>(),
+                args.cos.as<float>(),
+                args.sin.as<float>(),
+                args.pos.as<int32_t>(),
+                args.first.as<int32_t>(),
+                nullptr,
+                static_cast<int>(args.q.dims[1]),
+                static_cast<int>(args.q.dims[2]),
+                static_cast<int>(args.k.dims[2]),
+                static_cast<int>(args.q.dims[3]),
+                Factor(args.scale),
+                false};
   a.vector = vectors_fit(args.q.dtype, a.D, {a.qr, a.kr, a.v, a.dout, args.o.data, a.dq, a.dk, a.dv, a.cos, a.sin});
 
   rotate_rows(context, {args.k, args.cos, args.sin, args.pos, args.kr.data});
-  rotate_rows(context, {args.q, args.cos, args.sin, args.pos, args.qr.data, a.scale * kLog2E});
+  rotate_rows(context, {args.q, args.cos, args.sin, args.pos, args.qr.data, a.factor.value});
   const int64_t rows = static_cast<int64_t>(B) * a.T * a.H;
   launch({static_cast<unsigned>(ceil_div(rows, int64_t{kDeltaThreads / kRowThreads})), kDeltaThreads, 0, context.stream},
          a.vector ? attention_delta_kernel<T, kVector<T>> : attention_delta_kernel<T, 1>, args.o.as<T>(),

@@ -28,7 +28,7 @@ void kv_append(Context& context, const kv_append_args& args) {
 }
 
 void attention_cached(Context& context, const attention_cached_args& args) {
-  Attention a = {};
+  Attention a(args.scale);
   a.q = args.q.data;
   a.k = args.k_cache.data;
   a.v = args.v_cache.data;
@@ -44,7 +44,6 @@ void attention_cached(Context& context, const attention_cached_args& args) {
   a.D = static_cast<int>(args.q.dims[3]);
   a.S = static_cast<int>(args.k_cache.dims[1]);
   a.K = static_cast<int>(args.k_cache.dims[2]);
-  a.factor = static_cast<float>(args.scale) * kLog2E;
   attend(context, args.q.dtype, a);
 }
 

@@ -140,7 +140,7 @@ class Device final : public Context {
   void forget(const rw_command* commands) { recordings_.forget(commands); }
 
   int run(const char* plan, const rw_command* commands, size_t count, const int32_t* cancel) {
-    const auto* flag = reinterpret_cast<const volatile int32_t*>(cancel);
+    const auto cancelled = [flag = reinterpret_cast<const volatile int32_t*>(cancel)] { return flag && *flag; };
     size_t done = 0, next = 0;  // operations before `done` have ended, those before `next` were submitted
     try {
       Recording* recording = graphs_ && count > 0 ? &recordings_.of(commands) : nullptr;
@@ -150,25 +150,19 @@ class Device final : public Context {
           done = (segment - 1) * kSegment;
         }
         const size_t end = std::min(count, next + kSegment);
+        const bool eager = !recording || recording->runs == 0;
         const auto submit = [&] {
-          while (next < end && !(flag && *flag)) {
+          while (next < end && !(eager && cancelled())) {
             const rw_command& command = commands[next++];
             kernels[command.op](*this, command.args);
             if (debug_) check(cudaStreamSynchronize(stream), "running it");
           }
         };
-        if (flag && *flag) break;
-        if (!recording || recording->runs == 0) {
+        if (cancelled()) break;
+        if (eager) {
           submit();
         } else {
-          if (segment == recording->segments.size()) {
-            cudaGraphExec_t graph = capture(stream, submit);
-            if (next < end) {
-              cudaGraphExecDestroy(graph);  // cancelled while it was captured
-              break;
-            }
-            recording->segments.push_back(graph);
-          }
+          if (segment == recording->segments.size()) recording->segments.push_back(capture(stream, submit));
           next = end;
           check(cudaGraphLaunch(recording->segments[segment], stream), "launching a graph");
         }

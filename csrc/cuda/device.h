@@ -90,7 +90,7 @@ __device__ __forceinline__ T& dyn_smem() {
   extern __shared__ __align__(1024) unsigned char rw_dynamic_smem[];
   return *reinterpret_cast<T*>(rw_dynamic_smem);
 #else
-  return *static_cast<T*>(simt::dynamic_shared(sizeof(T)));
+  return simt::dynamic_struct<T>();
 #endif
 }
 

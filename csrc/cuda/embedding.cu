@@ -130,38 +130,48 @@ __global__ void __launch_bounds__(kThreads)
   if (v >= vocabulary) return;
   const int32_t begin = start[v], end = start[v + 1];
   if (begin == end && add == dw) return;
-  for (int64_t tile = int64_t{blockIdx.y} * kPacks * kWarp * Pack; tile < channels;
-       tile += int64_t{gridDim.y} * kPacks * kWarp * Pack) {
-    float sum[kPacks][Pack] = {};
+  const int64_t own = (int64_t{blockIdx.y} * kPacks * kWarp + lane_index()) * Pack;
+  Raw<Pack, G> before[kPacks];
+#pragma unroll
+  for (int j = 0; j < kPacks; j++) {
+    const int64_t c = own + j * kWarp * Pack;
+    before[j] = add && c < channels ? fetch<Pack>(add + v * channels + c) : Raw<Pack, G>{};
+  }
+  float sum[kPacks][Pack] = {};
 #pragma unroll 2
-    for (int32_t i = begin; i < end; i++) {
-      const F* from = dy + order[i] * channels;
-#pragma unroll
-      for (int j = 0; j < kPacks; j++) {
-        const int64_t c = tile + (j * kWarp + lane_index()) * Pack;
-        if (c >= channels) continue;
-        float x[Pack];
-        load(from + c, x);
-#pragma unroll
-        for (int k = 0; k < Pack; k++) sum[j][k] += x[k];
-      }
-    }
+  for (int32_t i = begin; i < end; i++) {
+    const F* from = dy + order[i] * channels;
 #pragma unroll
     for (int j = 0; j < kPacks; j++) {
-      const int64_t c = tile + (j * kWarp + lane_index()) * Pack;
+      const int64_t c = own + j * kWarp * Pack;
       if (c >= channels) continue;
-      if (add) {
-        float x[Pack];
-        load(add + v * channels + c, x);
+      float x[Pack];
+      load(from + c, x);
 #pragma unroll
-        for (int k = 0; k < Pack; k++) sum[j][k] = x[k] + sum[j][k];
-      }
-      store(dw + v * channels + c, sum[j]);
+      for (int k = 0; k < Pack; k++) sum[j][k] += x[k];
     }
+  }
+#pragma unroll
+  for (int j = 0; j < kPacks; j++) {
+    const int64_t c = own + j * kWarp * Pack;
+    if (c >= channels) continue;
+    if (add) {
+      float x[Pack];
+      to_floats(before[j], x);
+#pragma unroll
+      for (int k = 0; k < Pack; k++) sum[j][k] = x[k] + sum[j][k];
+    }
+    store(dw + v * channels + c, sum[j]);
   }
 }
 
 unsigned blocks_of(int64_t items, int64_t in_a_block) { return static_cast<unsigned>(ceil_div(items, in_a_block)); }
+
+void need_at_most(int64_t size, int64_t limit, const char* what) {
+  if (size > limit)
+    throw std::runtime_error("there are " + std::to_string(size) + " " + what + ", the limit is " +
+                             std::to_string(limit));
+}
 
 }  // namespace
 
@@ -182,8 +192,9 @@ void embedding_fwd(Context& context, const embedding_fwd_args& args) {
 
 void embedding_bwd(Context& context, const embedding_bwd_args& args) {
   const int64_t rows = args.dy.dims[0], channels = args.dy.dims[1], vocabulary = args.dw.dims[0];
-  if (rows > INT32_MAX)
-    throw std::runtime_error("ids has " + std::to_string(rows) + " elements, at most 2147483647 can be sorted");
+  need_at_most(rows, INT32_MAX, "ids");
+  need_at_most(vocabulary, INT32_MAX, "rows of dw");
+  need_at_most(channels, 65535 * kPacks * kWarp, "channels");  // one tile a block in y
   const auto* ids = args.ids.as<int32_t>();
   const size_t scratch = static_cast<size_t>(vocabulary + 1 + rows) * sizeof(int32_t);
   auto* start = static_cast<int32_t*>(context.scratch(scratch));
@@ -201,8 +212,8 @@ void embedding_bwd(Context& context, const embedding_bwd_args& args) {
       using G = decltype(g);
       constexpr int P = kPack<F, G>;
       const bool vector = all_aligned(args.dy, args.add, args.dw) && channels % P == 0;
-      const unsigned tiles = blocks_of(channels, kPacks * kWarp * (vector ? P : 1));
-      launch({dim3(blocks_of(vocabulary, kWarps), tiles < 65535 ? tiles : 65535), kThreads, 0, context.stream},
+      const dim3 grid(blocks_of(vocabulary, kWarps), blocks_of(channels, kPacks * kWarp * (vector ? P : 1)));
+      launch({grid, kThreads, 0, context.stream},
              vector ? embedding_bwd_kernel<P, F, G> : embedding_bwd_kernel<1, F, G>, start, order, args.dy.as<F>(),
              args.add.as<G>(), args.dw.as<G>(), channels, vocabulary);
     });

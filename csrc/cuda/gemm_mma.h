@@ -91,7 +91,8 @@ struct Operand : Copier<Along ? Extent : Tile::k, Along ? Tile::k : Extent, Tile
   }
 
   // Fragments of 16 k from 16 `step` on and of 16 Count rows or columns from `first` on, as mma wants them in adjacent
-  // registers. r[0 .. 3] of rows: first 8 of both, last 8 rows, last 8 k, both; of columns the middle two change places.
+  // registers. r[0 .. 3] of rows: first 8 of both, last 8 rows, last 8 k, both; of columns the middle two change
+  // places.
   template <int Count>
   __device__ __forceinline__ static void fragments(uint32_t (&r)[Count][4], const bf16* tile, int first, int step) {
     const int lane = lane_index();
@@ -101,8 +102,8 @@ struct Operand : Copier<Along ? Extent : Tile::k, Along ? Tile::k : Extent, Tile
       if constexpr (Along)
         ldmatrix_x4(r[i], tile + swizzled<Tile::k>(first + 16 * i + 8 * half_extent + lane % 8, 2 * step + half_k));
       else
-        ldmatrix_x4_trans(
-            r[i], tile + swizzled<Extent>(16 * step + 8 * half_k + lane % 8, first / 8 + 2 * i + half_extent));
+        ldmatrix_x4_trans(r[i],
+                          tile + swizzled<Extent>(16 * step + 8 * half_k + lane % 8, first / 8 + 2 * i + half_extent));
     }
   }
 };

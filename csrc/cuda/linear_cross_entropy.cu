@@ -1,15 +1,15 @@
 // nll[n] = -log softmax(x w^T)[labels[n]], and the gradients of sum_n weight[n] nll[n].
 //
-// x (N,C), w (V,C) f32 or bf16; nll, weight (N) and dw (V,C) f32; dx as x. With z = x w^T, m = max_v z, s = sum_v e^(z
-// - m) and q the same sum without the label: nll = m - z[label] + log s, dz = weight (e^(z - m) / s - onehot(label)),
-// whose label's share is -weight q / s and not a difference of almost equal numbers; dx = dz w, dw = dw_add + dz^T x.
+// x (N,C), w (V,C) f32 or bf16; nll, weight (N) and dw (V,C) f32; dx as x. With z = x w^T, m = max_v z, s = sum_v of
+// e^(z - m) and q the same sum without the label: nll = m - z[label] + log s, dz = weight e^(z - m) / s, but for the
+// label -weight q / s, no difference of almost equal numbers; dx = dz w, dw = dw_add + dz^T x.
 //
 // The logits (N,V) never exist whole: `chunk` rows at a time, f32, in `logits`, and dz replaces them. Where x and w are
 // both bf16, dz is rounded to bf16, so that both products with it run on tensor cores, as they do in any training in
 // bf16: each row of dz then takes the first half of its row of logits. dw is summed in f32 over all chunks.
 //
 // The products are gemm (matmul.cu). Between them one block of 256 threads a row of logits, which reads it once for
-// maximum and sums together (a running maximum, arXiv 1805.02867), and once more for dz, mostly from the L2: 4 elements
+// maximum and sum together (a running maximum, arXiv 1805.02867), and once more for dz, mostly from the L2: 4 elements
 // a thread where rows allow it. Traffic of a chunk: w is read once (forward) or twice, dw is read and written once;
 // each logit is written once and read twice (4 bytes), dz written once and read twice (2 or 4 bytes).
 //

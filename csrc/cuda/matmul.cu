@@ -1,27 +1,22 @@
 // c = a b (+ add), with a (M,K), b (K,N) and c (M,N) stored as the op's suffix says: n as is, t transposed. a, b, add
 // and c are f32 or bf16 each; sums are f32, and c is rounded once, at its store.
 //
-// a, b bf16 (gemm_mma.h): mma.sync 16x8x16. A block computes a tile of c, 64 of k at a time: three stages of tiles of a
-// and
-//   b in shared memory, filled by cp.async two stages ahead and swizzled, so that copies and ldmatrix (.trans where an
-//   operand is not stored along k) take one pass over the banks each. Fragments are loaded one step of 16 ahead of
-//   their use. c goes from registers to memory, 16 bytes a thread. Tiles (threads, shared memory, blocks of an SM of
-//   sm_80):
-//     128 x 256 (256, 144 KB, 1), 128 x 128 (256, 96 KB, 1), 64 x 64 (128, 48 KB, 3).
-//   Rows that do not start at multiples of 16 bytes, or are not as long, are copied element by element (64 x 64 only).
-// otherwise (gemm_ffma.h): f32 products and sums, two stages of 16 of k, elements widened on their way through
-// registers.
-//   Tiles of 256 threads: 128 x 128 with 8 x 8 elements a thread (32 KB, 2 blocks of an SM), 64 x 64 with 4 x 4 (16
-//   KB).
-// M <= 4, b transposed (decoding: y = x w^T): b is read once, straight from memory, a warp for two rows of it.
+// a and b bf16 (gemm_mma.h): mma.sync 16x8x16. A block computes a tile of c, 64 of k at a time: three stages of tiles
+//   of a and b in shared memory, filled by cp.async two stages ahead and swizzled, so that copies and ldmatrix (.trans
+//   where an operand is not stored along k) take one pass over the banks each. Fragments are loaded 16 k before their
+//   use. c goes from registers to memory, 16 bytes a thread. Tiles (threads, shared memory, blocks of an SM of sm_80):
+//   128 x 256 (256, 144 KB, 1), 128 x 128 (256, 96 KB, 1), 64 x 64 (128, 48 KB, 3). Rows whose start or length is no
+//   multiple of 16 bytes are copied element by element, in tiles of 64 x 64.
+// otherwise (gemm_ffma.h): f32 products and sums, two stages of 16 k, elements widened on their way through registers:
+//   128 x 128 with 8 x 8 elements a thread (256, 32 KB, 2), 64 x 64 with 4 x 4 (256, 16 KB, 2).
+// M <= 4 with b transposed (decoding: y = x w^T): b is read once, straight from memory, two rows of it a warp.
 //
 // The grid is one block a tile, in groups that share rows and columns in the L2; where tiles are too few for the SMs,
 // the sum is divided among several blocks, whose f32 parts go to scratch and are added in their order by a second
-// kernel. Tile and division are chosen by an estimate of the time. Traffic: a is read N / TileN times, b M / TileM
-// times, mostly from the L2; add and c once.
+// kernel. Tile and division are chosen by an estimate of the time: bits depend on the shape and the number of SMs.
+// Traffic: a is read N / TileN times, b M / TileM times, mostly from the L2; add and c once.
 //
-// Kerr, Merrill, Demouth, Tran, CUTLASS: Fast Linear Algebra in CUDA C++, 2017; Osama et al., Stream-K, arXiv
-// 2301.03598.
+// Kerr, Merrill, Demouth, Tran, CUTLASS: Fast Linear Algebra in CUDA C++, 2017; Osama et al., Stream-K, 2301.03598.
 #include "gemm_ffma.h"
 #include "gemm_mma.h"
 

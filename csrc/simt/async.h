@@ -1,5 +1,5 @@
-// Copies that happen later: cp.async here; mbarrier, TMA and wgmma of sm_90 below. What is under way holds NaN until it is
-// waited for, so that a wait that is missing or comes too early shows in the numbers.
+// Copies that happen later: cp.async here; mbarrier, TMA and wgmma of sm_90 below. What is under way holds NaN until it
+// is waited for, so that a wait that is missing or comes too early shows in the numbers.
 #pragma once
 #include "simt.h"
 

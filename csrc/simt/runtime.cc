@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <functional>
 #include <map>
 #include <mutex>
 #include <set>
@@ -122,11 +123,11 @@ void enqueue(cudaStream_t stream, bool late, std::function<void()> work) {
   }
 }
 
-void launch(dim3 grid, dim3 block, size_t smem, cudaStream_t stream, const char* file, int line, const void* kernel,
-            const std::function<void()>& body) {
+void submit(dim3 grid, dim3 block, size_t smem, cudaStream_t stream, const char* file, int line, const void* kernel,
+            const Call& call) {
   enqueue(stream, false, [=] {
     if (machine.fault > 0 && ++launches == machine.fault) faulted = true;
-    if (!faulted) run_grid(grid, block, smem, file, line, kernel, body);
+    if (!faulted) run_grid(grid, block, smem, file, line, kernel, call);
   });
 }
 

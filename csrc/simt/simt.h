@@ -9,7 +9,9 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <functional>
+#include <memory>
+#include <new>
+#include <type_traits>
 
 #define __global__
 #define __device__
@@ -63,7 +65,7 @@ struct Coordinates {
   uint3 thread, block;
   dim3 block_dim, grid_dim;
 };
-extern thread_local __attribute__((tls_model("initial-exec"))) const Coordinates* coordinates;
+extern __thread __attribute__((tls_model("initial-exec"))) const Coordinates* coordinates;
 
 }  // namespace simt
 
@@ -176,18 +178,48 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec);
 
 namespace simt {
 
-// Between the arrays of a struct in shared memory: nothing may touch it.
+// What a launch calls for each thread. The arguments lie in memory that kernels may read, but not write.
+struct Call {
+  std::shared_ptr<const void> arguments;
+  size_t bytes;
+  void (*run)(const void* arguments);
+};
+void submit(dim3 grid, dim3 block, size_t smem, cudaStream_t stream, const char* file, int line, const void* kernel,
+            const Call& call);
+
+// Runs the grid when it is its turn in the stream, and returns when all is done. Throws std::runtime_error with what
+// the kernel did wrong.
+template <typename Body>
+void launch(dim3 grid, dim3 block, size_t smem, cudaStream_t stream, const char* file, int line, const void* kernel,
+            const Body& body) {
+  submit(grid, block, smem, stream, file, line, kernel,
+         {std::make_shared<const Body>(body), sizeof(Body),
+          [](const void* arguments) { (*static_cast<const Body*>(arguments))(); }});
+}
+
+// Nothing may touch these bytes of shared memory.
+void red_zone(const void* begin, size_t bytes);
+
+// Between the arrays of a struct in shared memory.
 struct alignas(16) Redzone {
   unsigned char bytes[16];
+  Redzone() { red_zone(bytes, sizeof(bytes)); }
 };
 
-// Runs the grid, block after block, and returns when all is done. Throws std::runtime_error with what a kernel did
-// wrong.
-void launch(dim3 grid, dim3 block, size_t smem, cudaStream_t stream, const char* file, int line, const void* kernel,
-            const std::function<void()>& body);
+// The running block's dynamic shared memory. `bytes` is what the kernel believes to have; `construct` is called once
+// for a layout.
+void* dynamic_shared(size_t bytes, const void* layout = nullptr, void (*construct)(void*) = nullptr);
 
-// The running block's shared memory. `bytes` is what the kernel believes to have; `key` names a static variable.
-void* dynamic_shared(size_t bytes);
+template <typename T>
+T& dynamic_struct() {
+  static const char layout = 0;
+  void (*construct)(void*) = nullptr;
+  // Default-initialised: this writes nothing, but red zones make themselves known.
+  if constexpr (std::is_default_constructible_v<T>) construct = [](void* memory) { new (memory) T; };
+  return *static_cast<T*>(dynamic_shared(sizeof(T), &layout, construct));
+}
+
+// A static variable; `key` says which.
 void* static_shared(const void* key, size_t bytes, size_t alignment);
 
 // Ends the block, and the launch with this error. Does not return.

@@ -1,9 +1,13 @@
-// The case list: what is measured, how much work it is, and what it is compared with.
+// The case list of the CPU: what is measured, how much work it is, and what it is compared with. That of GPUs is in gpu.ts.
+import { type Case, kernelCases, outOfCache, rooflineSide, type Setting, type Stem, targetOf } from './case.js'
+import { gpuCases } from './gpu.js'
 import {
-  attention,
   adamw,
-  kernelSide,
-  type Kernel,
+  append,
+  attention,
+  attentionOfRotated,
+  copy,
+  embedding,
   type Layout,
   linearCrossEntropy,
   matmul,
@@ -12,111 +16,40 @@ import {
 } from './kernels.js'
 import { loadSides } from './load.js'
 import type { Side } from './measure.js'
-import { copySide, type MatmulCase, type PeerCase, type Peers } from './peers.js'
-import { generateSide, LLAMA_25M, stepSide } from './step.js'
+import type { MatmulCase } from './peers.js'
+import { LLAMA_25M } from './models.js'
+import { generateSide, stepSide } from './step.js'
 
-export const stems = [
-  'matmul',
-  'attention',
-  'rmsnorm',
-  'swiglu',
-  'linear_cross_entropy',
-  'adamw',
-  'step',
-  'load',
-  'generate',
-] as const
-export type Stem = (typeof stems)[number]
-
-export interface Setting {
-  /** Numbers of threads; long training steps, loading and generating use the largest. */
-  threads: readonly number[]
-  /** Small sizes: shows that everything works, not how fast it is. */
-  quick: boolean
-  /** Size of the file of the stem load. */
-  loadBytes: number
-  /** Bytes of the last level of cache; data that are to come from memory are four times as large. */
-  cacheBytes: number
+/** All cases, or those of some stems. */
+export function listCases(setting: Setting, chosen?: readonly Stem[]): Case[] {
+  const all = setting.gpu ? gpuCases(setting) : BUILDERS.flatMap((build) => build(setting))
+  return all.filter(({ stem }) => !chosen || chosen.includes(stem))
 }
 
-export interface Case {
-  stem: Stem
-  name: string
-  threads: number
-  unit: 'GFLOP/s' | 'GB/s'
-  /** What it is to reach: a part of the rate of another side. */
-  bar?: { side: string; least: number }
-  /** Seconds are long here: fewer runs will do. */
-  heavy?: boolean
-  /** The side that stands for what the machine can do. */
-  roofline: 'matmul' | 'copy' | 'cat'
-  /** Our side, then the peers', then the roofline. */
-  sides(peers: Pick<Peers, 'sides'>): Promise<Side[]>
-}
-
-/** Seconds of a run to aim at, and the rates of one thread that the number of repeats is guessed from. */
-const RUN_SECONDS = 0.03
-const GUESS = { 'GFLOP/s': 220e9, 'GB/s': 20e9 }
-
-/** All cases, or those of one stem. */
-export function listCases(setting: Setting, stem?: Stem): Case[] {
-  return BUILDERS.filter(([name]) => stem === undefined || name === stem).flatMap(([, build]) => build(setting))
-}
-
-const BUILDERS: readonly [Stem, (setting: Setting) => Case[]][] = [
-  ['matmul', matmulCases],
-  ['attention', attentionCases],
-  ['rmsnorm', rmsnormCases],
-  ['swiglu', swigluCases],
-  ['linear_cross_entropy', crossEntropyCases],
-  ['adamw', adamwCases],
-  ['step', stepCases],
-  ['load', loadCases],
-  ['generate', generateCases],
+const BUILDERS: readonly ((setting: Setting) => Case[])[] = [
+  matmulCases,
+  attentionCases,
+  ropeCases,
+  rmsnormCases,
+  swigluCases,
+  crossEntropyCases,
+  embeddingCases,
+  adamwCases,
+  copyCases,
+  stepCases,
+  loadCases,
+  generateCases,
 ]
-
-/** Our own large matrix product, or a plain copy, at the same number of threads. */
-async function rooflineSide(kind: 'matmul' | 'copy', setting: Setting, threads: number): Promise<Side> {
-  if (kind === 'copy') return copySide(outOfCache(setting) / 2, setting.quick ? 1 : 2, threads)
-  const size = setting.quick ? 512 : 2048
-  const side = await kernelSide(matmul('nn', size, size, size), 2 * size ** 3, 1, threads)
-  return { ...side, name: 'matmul' }
-}
-
-/** Bytes of data that no cache holds. */
-const outOfCache = ({ quick, cacheBytes }: Setting): number => (quick ? 1 << 20 : Math.min(4 * cacheBytes, 1 << 30))
-
-interface KernelCase {
-  stem: Stem
-  name: string
-  unit: Case['unit']
-  work: number
-  kernel: Kernel
-  peer?: PeerCase
-  bar?: Case['bar']
-}
-
-/** A case of one operation, for each number of threads. */
-function kernelCases(setting: Setting, { kernel, peer, work, ...rest }: KernelCase): Case[] {
-  const roofline = rest.unit === 'GB/s' ? 'copy' : 'matmul'
-  return setting.threads.map((threads) => {
-    const wanted = ((setting.quick ? 0.1 : 1) * RUN_SECONDS * GUESS[rest.unit] * threads) / work
-    const repeats = Math.max(1, Math.min(1000, Math.round(wanted)))
-    const sides = async (peers: Pick<Peers, 'sides'>): Promise<Side[]> => [
-      await kernelSide(kernel, work, repeats, threads),
-      ...(peer ? await peers.sides(peer, work * repeats, repeats, threads) : []),
-      await rooflineSide(roofline, setting, threads),
-    ]
-    return { ...rest, threads, roofline, sides }
-  })
-}
 
 function matmulCases(setting: Setting): Case[] {
   const of = (name: string, layout: Layout, m: number, n: number, k: number): Case[] => {
     const peer: MatmulCase = { op: 'matmul', layout, m, n, k }
     const bar = { side: 'openblas', least: 0.95 }
     const kernel = matmul(layout, m, n, k)
-    return kernelCases(setting, { stem: 'matmul', unit: 'GFLOP/s', work: 2 * m * n * k, name, kernel, peer, bar })
+    const bytes = 4 * (m * n + m * k + n * k)
+    return kernelCases(setting, {
+      ...{ stem: 'matmul', unit: 'GFLOP/s', work: 2 * m * n * k, bytes, name, kernel, peer, bar },
+    })
   }
   const layouts = ['nn', 'nt', 'tn'] as const
   const cubes = (setting.quick ? [128] : [512, 1024, 2048]).flatMap((size) =>
@@ -139,45 +72,66 @@ function matmulCases(setting: Setting): Case[] {
   return [...cubes, ...steps]
 }
 
+const shapeOf = (time: number) => ({ batch: 1, time, heads: 8, kvHeads: 8, headDim: 64 })
+
 function attentionCases(setting: Setting): Case[] {
-  const [heads, headDim] = [8, 64]
   return (setting.quick ? [128] : [2048, 4096]).flatMap((time) =>
     (['fwd', 'bwd', 'fwd+bwd'] as const).flatMap((mode) => {
       const products = { fwd: 2, bwd: 5, 'fwd+bwd': 7 }[mode]
+      const shape = shapeOf(time)
+      const { heads, headDim } = shape
       return kernelCases(setting, {
         ...{ stem: 'attention', name: `${mode} T ${time}`, unit: 'GFLOP/s' },
         work: products * heads * headDim * time * (time + 1),
-        kernel: attention(mode, time, heads, headDim),
-        peer: { op: 'attention', mode, time, heads, headDim },
+        bytes: 4 * 4 * heads * headDim * time,
+        kernel: attention(mode, shape),
+        peer: { op: 'attention', mode, ...shape },
         ...(mode === 'fwd+bwd' && { bar: { side: 'matmul', least: 0.6 } }),
       })
     }),
   )
 }
 
+function ropeCases(setting: Setting): Case[] {
+  const shape = shapeOf(setting.quick ? 128 : 4096)
+  const { heads, headDim, time } = shape
+  const elements = heads * headDim * time
+  return [
+    ...kernelCases(setting, {
+      ...{ stem: 'rope', name: `attention fwd T ${time}`, unit: 'GFLOP/s', work: 2 * elements * (time + 1) },
+      ...{ bytes: 16 * elements, kernel: attention('fwd', shape) },
+      others: { 'keys rotated before': attentionOfRotated(shape) },
+    }),
+    ...kernelCases(setting, {
+      ...{ stem: 'rope', name: `keys into the cache, ${time}`, unit: 'GB/s', work: 16 * elements },
+      ...{ bytes: 16 * elements, kernel: append(shape) },
+    }),
+  ]
+}
+
 function rmsnormCases(setting: Setting): Case[] {
   const channels = 512
   const rows = Math.ceil(outOfCache(setting) / (2 * 4 * channels))
-  const bytes = { fwd: 8 * rows * channels, bwd: 12 * rows * channels }
-  return (['fwd', 'bwd'] as const).flatMap((mode) =>
-    kernelCases(setting, {
-      ...{ stem: 'rmsnorm', name: `${mode} ${rows} x ${channels}`, unit: 'GB/s', work: bytes[mode] },
+  return (['fwd', 'bwd'] as const).flatMap((mode) => {
+    const bytes = { fwd: 8, bwd: 12 }[mode] * rows * channels
+    return kernelCases(setting, {
+      ...{ stem: 'rmsnorm', name: `${mode} ${rows} x ${channels}`, unit: 'GB/s', work: bytes, bytes },
       kernel: rmsnorm(mode, rows, channels),
       peer: { op: 'rmsnorm', mode, rows, channels },
-    }),
-  )
+    })
+  })
 }
 
 function swigluCases(setting: Setting): Case[] {
   const size = Math.ceil(outOfCache(setting) / (3 * 4))
-  const bytes = { fwd: 12 * size, bwd: 20 * size }
-  return (['fwd', 'bwd'] as const).flatMap((mode) =>
-    kernelCases(setting, {
-      ...{ stem: 'swiglu', name: `${mode} ${size}`, unit: 'GB/s', work: bytes[mode] },
+  return (['fwd', 'bwd'] as const).flatMap((mode) => {
+    const bytes = { fwd: 12, bwd: 20 }[mode] * size
+    return kernelCases(setting, {
+      ...{ stem: 'swiglu', name: `${mode} ${size}`, unit: 'GB/s', work: bytes, bytes },
       kernel: swiglu(mode, size),
       peer: { op: 'swiglu', mode, size },
-    }),
-  )
+    })
+  })
 }
 
 function crossEntropyCases(setting: Setting): Case[] {
@@ -187,6 +141,7 @@ function crossEntropyCases(setting: Setting): Case[] {
     kernelCases(setting, {
       ...{ stem: 'linear_cross_entropy', name: `fwd+bwd ${rows} x ${channels} x ${vocabulary}`, unit: 'GFLOP/s' },
       work: 6 * rows * channels * vocabulary,
+      bytes: 4 * (2 * rows * channels + 2 * vocabulary * channels),
       // as the model does: logits of 16 MB at a time
       kernel: linearCrossEntropy(rows, channels, vocabulary, Math.min(rows, Math.floor((4 << 20) / vocabulary))),
       peer: { op: 'cross_entropy', rows, channels, vocabulary },
@@ -194,13 +149,38 @@ function crossEntropyCases(setting: Setting): Case[] {
   )
 }
 
+function embeddingCases(setting: Setting): Case[] {
+  const [rows, channels, vocabulary] = setting.quick ? [64, 64, 100] : [1 << 15, 512, 32000]
+  return (['fwd', 'bwd'] as const).flatMap((mode) => {
+    const bytes = 4 * channels * (mode === 'fwd' ? 2 * rows : rows + vocabulary)
+    return kernelCases(setting, {
+      ...{
+        stem: 'embedding',
+        name: `${mode} ${rows} x ${channels}, V ${vocabulary}`,
+        unit: 'GB/s',
+        work: bytes,
+        bytes,
+      },
+      kernel: embedding(mode, rows, channels, vocabulary),
+      peer: { op: 'embedding', mode, rows, channels, vocabulary },
+    })
+  })
+}
+
 function adamwCases(setting: Setting): Case[] {
   const size = setting.quick ? 1 << 16 : Math.max(26 << 20, Math.ceil(outOfCache(setting) / 16))
   return kernelCases(setting, {
-    ...{ stem: 'adamw', name: `${size}`, unit: 'GB/s', work: 28 * size },
+    ...{ stem: 'adamw', name: `${size}`, unit: 'GB/s', work: 28 * size, bytes: 28 * size },
     kernel: adamw(size),
     peer: { op: 'adamw', size },
     bar: { side: 'copy', least: 0.8 },
+  })
+}
+
+function copyCases(setting: Setting): Case[] {
+  const size = Math.ceil(outOfCache(setting) / 8)
+  return kernelCases(setting, {
+    ...{ stem: 'copy', name: `cast f32 ${size}`, unit: 'GB/s', work: 8 * size, bytes: 8 * size, kernel: copy(size) },
   })
 }
 
@@ -217,7 +197,7 @@ function stepCases(setting: Setting): Case[] {
     sides: async (peers) => {
       const ours = await stepSide(time, threads)
       const theirs = await peers.sides({ op: 'step', time, config: LLAMA_25M }, ours.work, 1, threads)
-      return [ours, ...theirs, await rooflineSide('matmul', setting, threads)]
+      return [ours, ...theirs, await rooflineSide('matmul', setting, threads, peers)]
     },
   })
   // The long ones, which take minutes on one thread, with all threads only.
@@ -225,10 +205,10 @@ function stepCases(setting: Setting): Case[] {
 }
 
 function loadCases(setting: Setting): Case[] {
-  const { loadBytes } = setting
+  const { loadBytes, device } = setting
   const name = `safetensors, ${(loadBytes / 1e6).toFixed(0)} MB`
   const bar = { side: 'cat', least: 0.8 }
-  const sides = (): Promise<Side[]> => loadSides(loadBytes)
+  const sides = (): Promise<Side[]> => loadSides(loadBytes, device)
   return [{ stem: 'load', name, threads: most(setting), unit: 'GB/s', roofline: 'cat', bar, heavy: true, sides }]
 }
 
@@ -236,6 +216,9 @@ function generateCases(setting: Setting): Case[] {
   const threads = most(setting)
   return (setting.quick ? [16] : [128, 1024, 4000]).map((length) => ({
     ...{ stem: 'generate', name: `25M, ${length} cached`, threads, unit: 'GB/s', roofline: 'copy' },
-    sides: async () => [await generateSide(length, threads), await rooflineSide('copy', setting, threads)],
+    sides: async (peers) => {
+      const ours = await generateSide(LLAMA_25M, length, targetOf(setting, threads))
+      return [ours, await rooflineSide('copy', setting, threads, peers)]
+    },
   }))
 }

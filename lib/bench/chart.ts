@@ -3,8 +3,8 @@ import type { Report } from './run.js'
 
 const BAR = 13
 const GAP = 12
-const LEFT = 300
-const WIDTH = 980
+const LEFT = 340
+const WIDTH = 1020
 /** Right of the bars: their figures. */
 const RIGHT = 200
 
@@ -35,9 +35,10 @@ export function svg({ machine, cases }: Report): string {
   const text = (x: number, y: number, content: string, attributes = ''): void => {
     out.push(`<text x="${x.toFixed(1)}" y="${y}"${attributes}>${escape(content)}</text>`)
   }
-  const { cpu, isa, node, date, loadBefore } = machine
+  const { device, deviceDescription, cpu, isa, node, date, loadBefore } = machine
+  const measured = device === 'cpu' ? `${cpu}, ${isa}` : `${device}: ${deviceDescription}`
   text(10, 22, 'ropewalk bench: medians, as parts of the roofline of the same run', ' class="title"')
-  text(10, 42, `${cpu}, ${isa}, Node ${node}, ${date.slice(0, 10)}, load ${loadBefore}`, ' class="faint"')
+  text(10, 42, `${measured}, Node ${node}, ${date.slice(0, 10)}, load ${loadBefore}`, ' class="faint"')
   names.forEach((name, i) => {
     const x = 10 + 140 * i
     out.push(`<rect x="${x}" y="54" width="${BAR}" height="${BAR}" fill="${colour(name)}"/>`)
@@ -47,7 +48,7 @@ export function svg({ machine, cases }: Report): string {
   const top = y - 6
   cases.forEach(({ stem, name, threads, unit, roofline }, i) => {
     const middle = y + (bars[i]!.length * BAR) / 2 + 4
-    text(LEFT - 10, middle, `${stem} ${name}, ${threads}t`, ' text-anchor="end"')
+    text(LEFT - 10, middle, `${stem} ${name}${threads ? `, ${threads}t` : ''}`, ' text-anchor="end"')
     bars[i]!.forEach(({ name: side, rate }, j) => {
       const width = scale * parts[i]![j]!
       out.push(`<rect x="${LEFT}" y="${y}" width="${width.toFixed(1)}" height="${BAR - 2}" fill="${colour(side)}"/>`)

@@ -1,12 +1,22 @@
 // Our own side of the cases of single operations: plans that repeat one operation on random data.
 import { Device } from '../runtime/device.js'
 import * as ops from '../runtime/ops.gen.js'
+import { type Plan } from '../runtime/plan.js'
 import { Recorder } from '../runtime/recorder.js'
-import type { Tensor } from '../runtime/tensor.js'
+import type { DType, Tensor } from '../runtime/tensor.js'
+import { integers, random, result } from './data.js'
 import type { Side } from './measure.js'
 
 export type Layout = 'nn' | 'nt' | 'tn'
 export type Mode = 'fwd' | 'bwd' | 'fwd+bwd'
+
+/** What a case runs on: a device's name and, on the CPU, the number of threads. */
+export interface Target {
+  device: string
+  threads: number
+}
+
+export const openTarget = ({ device, threads }: Target): Device => Device.open(device, threads > 0 ? { threads } : {})
 
 /** Records one operation, or a few, on tensors that are there already. */
 type Record = (recorder: Recorder) => void
@@ -14,76 +24,112 @@ type Record = (recorder: Recorder) => void
 /** Makes a case's tensors on a device, and gives what to record. */
 export type Kernel = (device: Device) => Promise<Record>
 
-/** A side that runs `kernel` `repeats` times in one plan, so that what a single call costs does not count. */
-export async function kernelSide(kernel: Kernel, work: number, repeats: number, threads: number): Promise<Side> {
-  const device = Device.open('cpu', { threads })
+export interface Repeats {
+  /** How often the operation is in the plan; 'measured': as often as it takes for a run of `RUN_SECONDS`. */
+  count: number | 'measured'
+  /** Sets of tensors that the repeats use in turn, so that none finds its own in a cache. */
+  sets?: number
+}
+
+/** Seconds of a run to aim at: what it costs to start a plan and to learn of its end is then no part of the figure. */
+export const RUN_SECONDS = 0.03
+const MOST_REPEATS = 1000
+
+/** A side that runs `kernel` many times in one plan; `work` is that of one time. */
+export async function kernelSide(
+  kernel: Kernel,
+  work: number,
+  target: Target,
+  { count, sets = 1 }: Repeats,
+): Promise<Side & { repeats: number }> {
+  const device = openTarget(target)
   try {
-    const recorder = new Recorder(device, 'bench')
-    const record = await kernel(device)
-    for (let i = 0; i < repeats; i++) record(recorder)
-    const plan = recorder.plan()
-    plan.load()
-    const run = async (): Promise<number> => {
-      const start = performance.now()
-      await plan.run()
-      return (performance.now() - start) / 1000
+    const records: Record[] = []
+    while (records.length < sets) records.push(await kernel(device))
+    const plan = (repeats: number): Plan => {
+      const recorder = new Recorder(device, 'bench')
+      for (let i = 0; i < repeats; i++) records[i % sets]!(recorder)
+      const plan = recorder.plan()
+      plan.load()
+      return plan
     }
-    return { name: 'ropewalk', work: work * repeats, run, dispose: () => device.dispose() }
+    const repeats = count === 'measured' ? await repeatsFor(plan) : count
+    const whole = plan(repeats)
+    const run = (): Promise<number> => seconds(whole)
+    return { name: 'ropewalk', work: work * repeats, repeats, run, dispose: () => device.dispose() }
   } catch (error) {
     device.dispose()
     throw error
   }
 }
 
-/** Uniform numbers in (-scale, scale). */
-export async function random(device: Device, dims: number[], scale = 1): Promise<Tensor> {
-  const tensor = device.tensor('f32', dims, 'random numbers')
-  const data = new Float32Array(tensor.size)
-  for (let i = 0; i < data.length; i++) data[i] = scale * (2 * Math.random() - 1)
-  await device.upload(tensor, data)
-  return tensor
+async function repeatsFor(planOf: (repeats: number) => Plan): Promise<number> {
+  const once = planOf(1)
+  try {
+    let best = Infinity
+    for (let i = 0; i < 3; i++) best = Math.min(best, await seconds(once))
+    return Math.max(1, Math.min(MOST_REPEATS, Math.round(RUN_SECONDS / best)))
+  } finally {
+    once.dispose()
+  }
 }
 
-async function integers(device: Device, dims: number[], of: (i: number) => number): Promise<Tensor> {
-  const tensor = device.tensor('i32', dims, 'integers')
-  await device.upload(
-    tensor,
-    Int32Array.from({ length: tensor.size }, (_, i) => of(i)),
-  )
-  return tensor
+async function seconds(plan: Plan): Promise<number> {
+  const start = performance.now()
+  await plan.run()
+  return (performance.now() - start) / 1000
 }
 
-const output = (device: Device, dims: number[]): Tensor => device.tensor('f32', dims, 'results')
-
-export function matmul(layout: Layout, m: number, n: number, k: number): Kernel {
+export function matmul(layout: Layout, m: number, n: number, k: number, dtype: DType = 'f32'): Kernel {
   return async (device) => {
-    const a = await random(device, layout === 'tn' ? [k, m] : [m, k])
-    const b = await random(device, layout === 'nt' ? [n, k] : [k, n])
-    const c = output(device, [m, n])
+    const a = await random(device, dtype, layout === 'tn' ? [k, m] : [m, k])
+    const b = await random(device, dtype, layout === 'nt' ? [n, k] : [k, n])
+    const c = result(device, dtype, [m, n])
     const emit = { nn: ops.matmulNn, nt: ops.matmulNt, tn: ops.matmulTn }[layout]
     return (recorder) => emit(recorder, { a, b, c })
   }
 }
 
+export interface AttentionShape {
+  batch: number
+  time: number
+  heads: number
+  kvHeads: number
+  headDim: number
+}
+
+/** Queries, keys and values of variance 1, positions 0 .. T-1, causal. */
+async function attentionInputs(device: Device, dtype: DType, { batch, time, heads, kvHeads, headDim }: AttentionShape) {
+  const of = (count: number): Promise<Tensor> => random(device, dtype, [batch, time, count, headDim], Math.sqrt(3))
+  const angle = (t: number, i: number): number => t * 10000 ** (-i / (headDim / 2))
+  const half = headDim / 2
+  const table = async (f: (x: number) => number): Promise<Tensor> => {
+    const tensor = device.tensor('f32', [time, half], 'rotation table')
+    const values = Float32Array.from({ length: time * half }, (_, n) => f(angle(Math.floor(n / half), n % half)))
+    await device.upload(tensor, values)
+    return tensor
+  }
+  return {
+    ...{ q: await of(heads), k: await of(kvHeads), v: await of(kvHeads), scale: 1 / Math.sqrt(headDim) },
+    ...{ cos: await table(Math.cos), sin: await table(Math.sin) },
+    pos: await integers(device, [batch, time], (n) => n % time),
+    first: await integers(device, [batch, time], () => 0),
+  }
+}
+
 /** Causal, the rotary embedding included. */
-export function attention(mode: Mode, time: number, heads: number, headDim: number): Kernel {
+export function attention(mode: Mode, shape: AttentionShape, dtype: DType = 'f32'): Kernel {
   return async (device) => {
-    const dims = [1, time, heads, headDim]
-    const unit = Math.sqrt(3) // of variance 1
-    const [q, k, v, dout] = await Promise.all([1, 2, 3, 4].map(() => random(device, dims, unit)))
-    const inputs = {
-      ...{ q: q!, k: k!, v: v!, scale: 1 / Math.sqrt(headDim) },
-      cos: await random(device, [time, headDim / 2]),
-      sin: await random(device, [time, headDim / 2]),
-      pos: await integers(device, [1, time], (t) => t),
-      first: await integers(device, [1, time], () => 0),
-    }
-    const o = output(device, dims)
-    const lse = output(device, [1, heads, time])
-    const gradients = { dq: output(device, dims), dk: output(device, dims), dv: output(device, dims) }
+    const { batch, time, heads } = shape
+    const inputs = await attentionInputs(device, dtype, shape)
+    const { q, k } = inputs
+    const o = result(device, dtype, q.dims)
+    const lse = result(device, 'f32', [batch, heads, time])
     const forward: Record = (recorder) => ops.attentionFwd(recorder, { ...inputs, o, lse })
-    const backward: Record = (recorder) => ops.attentionBwd(recorder, { ...inputs, o, lse, dout: dout!, ...gradients })
     if (mode === 'fwd') return forward
+    const dout = await random(device, dtype, q.dims, Math.sqrt(3))
+    const [dq, dk, dv] = [q, k, k].map(({ dims }) => result(device, dtype, dims)) as [Tensor, Tensor, Tensor]
+    const backward: Record = (recorder) => ops.attentionBwd(recorder, { ...inputs, o, lse, dout, dq, dk, dv })
     if (mode === 'bwd') {
       const recorder = new Recorder(device, 'what the backward pass needs')
       forward(recorder)
@@ -97,48 +143,96 @@ export function attention(mode: Mode, time: number, heads: number, headDim: numb
   }
 }
 
-export function rmsnorm(mode: Mode, rows: number, channels: number): Kernel {
+/** The forward pass over keys that were rotated before: what is left of attention_fwd without the rotation of its keys. */
+export function attentionOfRotated(shape: AttentionShape, dtype: DType = 'f32'): Kernel {
+  return async (device) => {
+    const { k, v, ...inputs } = await attentionInputs(device, dtype, shape)
+    const o = result(device, dtype, inputs.q.dims)
+    const last = await integers(device, [shape.batch, shape.time], (n) => n % shape.time)
+    return (recorder) => ops.attentionCached(recorder, { ...inputs, k_cache: k, v_cache: v, last, o })
+  }
+}
+
+/** Rotating keys, and copying values, into a cache. */
+export function append(shape: AttentionShape, dtype: DType = 'f32'): Kernel {
+  return async (device) => {
+    const { k, v, cos, sin, pos } = await attentionInputs(device, dtype, shape)
+    const slot = await integers(device, [shape.batch, shape.time], (n) => n % shape.time)
+    const [k_cache, v_cache] = [await random(device, dtype, k.dims), await random(device, dtype, v.dims)]
+    return (recorder) => ops.kvAppend(recorder, { k, v, cos, sin, pos, slot, k_cache, v_cache })
+  }
+}
+
+export function rmsnorm(mode: Mode, rows: number, channels: number, dtype: DType = 'f32'): Kernel {
   return async (device) => {
     const dims = [rows, channels]
-    const [x, dy] = await Promise.all([random(device, dims), random(device, dims)])
-    const w = await random(device, [channels])
-    const rstd = await random(device, [rows])
-    const y = output(device, dims)
-    const dw = output(device, [channels])
+    const [x, dy] = [await random(device, dtype, dims), await random(device, dtype, dims)]
+    const w = await random(device, dtype, [channels])
+    const rstd = await random(device, 'f32', [rows])
+    const y = result(device, dtype, dims)
+    const dw = result(device, 'f32', [channels])
     if (mode === 'fwd') return (recorder) => ops.rmsnormFwd(recorder, { x, w, y, rstd, eps: 1e-5 })
     return (recorder) => ops.rmsnormBwd(recorder, { x, w, rstd, dy, dx: y, dw })
   }
 }
 
-export function swiglu(mode: Mode, size: number): Kernel {
+export function swiglu(mode: Mode, size: number, dtype: DType = 'f32'): Kernel {
   return async (device) => {
-    const [gate, up, dy] = await Promise.all([1, 2, 3].map(() => random(device, [size])))
-    const [dgate, dup] = [output(device, [size]), output(device, [size])]
-    if (mode === 'fwd') return (recorder) => ops.swigluFwd(recorder, { gate: gate!, up: up!, y: dgate })
-    return (recorder) => ops.swigluBwd(recorder, { gate: gate!, up: up!, dy: dy!, dgate, dup })
+    const [gate, up] = [await random(device, dtype, [size]), await random(device, dtype, [size])]
+    const dgate = result(device, dtype, [size])
+    if (mode === 'fwd') return (recorder) => ops.swigluFwd(recorder, { gate, up, y: dgate })
+    const [dy, dup] = [await random(device, dtype, [size]), result(device, dtype, [size])]
+    return (recorder) => ops.swigluBwd(recorder, { gate, up, dy, dgate, dup })
   }
 }
 
-export function linearCrossEntropy(rows: number, channels: number, vocabulary: number, chunk: number): Kernel {
+export function linearCrossEntropy(
+  rows: number,
+  channels: number,
+  vocabulary: number,
+  chunk: number,
+  dtype: DType = 'f32',
+): Kernel {
   return async (device) => {
-    const x = await random(device, [rows, channels], Math.sqrt(3))
-    const w = await random(device, [vocabulary, channels], 0.035)
+    const x = await random(device, dtype, [rows, channels], Math.sqrt(3))
+    const w = await random(device, dtype, [vocabulary, channels], 0.035)
     const labels = await integers(device, [rows], () => Math.floor(vocabulary * Math.random()))
-    const weight = await random(device, [rows], 1 / rows)
+    const weight = await random(device, 'f32', [rows], 1 / rows)
     const results = {
-      nll: output(device, [rows]),
-      dx: output(device, [rows, channels]),
-      dw: output(device, [vocabulary, channels]),
+      nll: result(device, 'f32', [rows]),
+      dx: result(device, dtype, [rows, channels]),
+      dw: result(device, 'f32', [vocabulary, channels]),
     }
     return (recorder) => ops.linearCrossEntropyBwd(recorder, { x, w, labels, weight, chunk, ...results })
   }
 }
 
-export function adamw(size: number): Kernel {
+export function embedding(
+  mode: Mode,
+  rows: number,
+  channels: number,
+  vocabulary: number,
+  dtype: DType = 'f32',
+): Kernel {
   return async (device) => {
-    const p = await random(device, [size], 0.02)
-    const g = await random(device, [size], 0.01)
-    const [m, v] = [output(device, [size]), output(device, [size])]
+    const ids = await integers(device, [rows], () => Math.floor(vocabulary * Math.random()))
+    const x = await random(device, dtype, [mode === 'fwd' ? vocabulary : rows, channels])
+    if (mode === 'fwd') {
+      const y = result(device, dtype, [rows, channels])
+      return (recorder) => ops.embeddingFwd(recorder, { ids, w: x, y })
+    }
+    const dw = result(device, 'f32', [vocabulary, channels])
+    return (recorder) => ops.embeddingBwd(recorder, { ids, dy: x, dw })
+  }
+}
+
+/** `weights` in bf16 have a master in f32. */
+export function adamw(size: number, weights: DType = 'f32'): Kernel {
+  return async (device) => {
+    const p = await random(device, weights, [size], 0.02)
+    const master = weights === 'f32' ? undefined : await random(device, 'f32', [size], 0.02)
+    const g = await random(device, 'f32', [size], 0.01)
+    const [m, v] = [result(device, 'f32', [size]), result(device, 'f32', [size])]
     const zeros = new Recorder(device, 'optimizer start')
     for (const y of [m, v]) ops.fill(zeros, { y, value: 0 })
     await zeros.plan().run()
@@ -146,6 +240,15 @@ export function adamw(size: number): Kernel {
     const hyper = device.tensor('f32', [8], 'hyper')
     await device.upload(hyper, Float32Array.of(1e-5, 0.9, 0.5, 0, 1, 1, 1, 0))
     const rest = { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0 }
-    return (recorder) => ops.adamw(recorder, { p, g, m, v, hyper, ...rest })
+    return (recorder) => ops.adamw(recorder, { p, master, g, m, v, hyper, ...rest })
+  }
+}
+
+/** Our own copy, element by element. */
+export function copy(size: number, dtype: DType = 'f32'): Kernel {
+  return async (device) => {
+    const x = await random(device, dtype, [size])
+    const y = result(device, dtype, [size])
+    return (recorder) => ops.cast(recorder, { x, y })
   }
 }

@@ -51,14 +51,14 @@ export async function writeModel(dir: string, bytes: number): Promise<number> {
 }
 
 /** Llama.load, memory and checks included, and `cat file > /dev/null`, both from the page cache. */
-export async function loadSides(bytes: number): Promise<Side[]> {
+export async function loadSides(bytes: number, device: string): Promise<Side[]> {
   const dir = await mkdtemp(join(tmpdir(), 'ropewalk-bench-'))
   const remove = (): Promise<void> => rm(dir, { recursive: true, force: true })
   try {
     const work = await writeModel(dir, bytes)
     const load = async (): Promise<number> => {
       const start = performance.now()
-      const model = await Llama.load(dir, { device: 'cpu' })
+      const model = await Llama.load(dir, { device })
       const taken = performance.now() - start
       model.dispose()
       return taken / 1000

@@ -8,6 +8,9 @@ import { Device } from '../runtime/device.js'
 
 /** What a result depends on beside the code. */
 export interface Machine {
+  /** Of the device that was measured: its name, and one line for people. */
+  device: string
+  deviceDescription: string
   cpu: string
   cores: number
   /** The kernels in use: baseline, avx2, avx512. */
@@ -25,13 +28,16 @@ export interface Machine {
   loadBefore: number
 }
 
-export function describeMachine(): Machine {
-  using device = Device.open('cpu', { threads: 1 })
+/** `measured`: the device, open. */
+export function describeMachine(measured: Device): Machine {
+  using cpu = Device.open('cpu', { threads: 1 })
   const { version } = createRequire(import.meta.url)(join(PACKAGE_ROOT, 'package.json')) as { version: string }
   return {
+    device: measured.name,
+    deviceDescription: measured.description,
     cpu: cpus()[0]?.model.trim() ?? process.arch,
     cores: availableParallelism(),
-    isa: device.description.split(',')[0]!,
+    isa: cpu.description.split(',')[0]!,
     cacheBytes: cacheBytes(),
     memoryBytes: totalmem(),
     system: `${process.platform}-${process.arch} ${release()}`,
@@ -56,6 +62,8 @@ function cacheBytes(): number {
 }
 
 function commit(): string | null {
+  const bundled = join(PACKAGE_ROOT, 'bundle.json') // see scripts/gpu-bundle.js
+  if (existsSync(bundled)) return (JSON.parse(readFileSync(bundled, 'utf8')) as { commit: string }).commit
   if (!existsSync(join(PACKAGE_ROOT, '.git'))) return null
   const git = (...args: string[]): string =>
     execFileSync('git', args, { cwd: PACKAGE_ROOT, encoding: 'utf8', stdio: ['ignore', 'pipe', 'ignore'] }).trim()

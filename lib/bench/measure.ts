@@ -7,6 +7,10 @@ export interface Side {
   work: number
   /** Tokens of a run, where that means something. */
   tokens?: number
+  /** Device memory that it takes. */
+  bytes?: number
+  /** What is to be known of the figures. */
+  remark?: string
   /** Runs once; gives the seconds that the work itself took. */
   run(): Promise<number>
   dispose?(): unknown
@@ -27,6 +31,8 @@ export interface Budget {
   seconds: number
   /** At least so many runs of each side. */
   rounds: number
+  /** Milliseconds between two sides; default 40. */
+  settle?: number
   signal?: AbortSignal | undefined
 }
 
@@ -41,14 +47,17 @@ const MOST_ROUNDS = 400
  * Runs the sides in turn, A B C A B C ..., so that other work on the machine meets all of them alike. Gives each side's
  * rates, work per second, by round. The first run of each is not counted.
  */
-export async function compare(sides: readonly Side[], { seconds, rounds, signal }: Budget): Promise<number[][]> {
+export async function compare(
+  sides: readonly Side[],
+  { seconds, rounds, signal, settle = SETTLE_MS }: Budget,
+): Promise<number[][]> {
   const rates = sides.map((): number[] => [])
   let end = Infinity
   for (let round = -1; round < MOST_ROUNDS && (round < rounds || performance.now() < end); round++) {
     if (round === 0) end = performance.now() + 1000 * seconds * sides.length
     for (const [i, side] of sides.entries()) {
       signal?.throwIfAborted()
-      if (sides.length > 1) await setTimeout(SETTLE_MS)
+      if (sides.length > 1) await setTimeout(settle)
       let taken = await side.run()
       if (taken < SHORT) taken = await side.run()
       if (round >= 0) rates[i]!.push(side.work / taken)

@@ -22,7 +22,7 @@ export function copySide(bytes: number, repeats: number, threads: number): Side 
 
 /** A peer's own description of a case. */
 export interface PeerCase {
-  op: 'matmul' | 'attention' | 'rmsnorm' | 'swiglu' | 'cross_entropy' | 'adamw' | 'step'
+  op: 'matmul' | 'attention' | 'rmsnorm' | 'swiglu' | 'cross_entropy' | 'embedding' | 'adamw' | 'copy' | 'step'
   [parameter: string]: unknown
 }
 
@@ -42,14 +42,20 @@ export class Peers {
   private blas = false
   private python: Python | undefined
 
+  private constructor(private readonly device: string) {}
+
   static none(): Peers {
-    return new Peers()
+    return new Peers('cpu')
   }
 
-  /** `isa`: of this processor, so that OpenBLAS is at its best. */
-  static async open(isa: string): Promise<Peers> {
-    const peers = new Peers()
-    peers.openBlas(isa)
+  /** The peers on a device, as for Device.open. `isa`: of this processor, so that OpenBLAS is at its best. */
+  static async open(isa: string, device: string): Promise<Peers> {
+    const peers = new Peers(device)
+    if (device === 'simt') {
+      peers.missing.push('on simt: it executes kernels for tests, at no speed that could be compared')
+      return peers
+    }
+    if (device === 'cpu') peers.openBlas(isa)
     await peers.openPython(process.env.ROPEWALK_PYTHON || 'python3')
     return peers
   }
@@ -65,11 +71,13 @@ export class Peers {
     }
     const { python } = this
     if (!python) return sides
-    const { variants } = await python.ask<{ variants: string[] }>({ do: 'setup', case: peer, threads })
+    const setup = { do: 'setup', case: peer, device: this.device, threads: threads || 1 }
+    const { id, variants, failed } = await python.ask<{ id: number; variants: string[]; failed: string[] }>(setup)
+    if (variants.length === 0 && failed.length > 0) throw new Error(failed.join('; '))
     for (const variant of variants) {
       const run = async (): Promise<number> =>
-        (await python.ask<{ seconds: number }>({ do: 'run', variant, repeats })).seconds
-      sides.push({ name: variant, work, run, dispose: () => python.ask({ do: 'drop' }) })
+        (await python.ask<{ seconds: number }>({ do: 'run', id, variant, repeats })).seconds
+      sides.push({ name: variant, work, run, dispose: () => python.ask({ do: 'drop', id }) })
     }
     return sides
   }
@@ -96,10 +104,12 @@ export class Peers {
   private async openPython(command: string): Promise<void> {
     const python = new Python(command)
     try {
-      const versions = await python.ask<Record<'python' | 'torch' | 'transformers', string | null>>({ do: 'hello' })
+      const hello = { do: 'hello', device: this.device }
+      const versions = await python.ask<Record<'python' | 'torch' | 'transformers' | 'cuda', string | null>>(hello)
       if (versions.torch === null) throw new Error(`Python ${versions.python} has no torch`)
       const transformers = versions.transformers === null ? '' : `, transformers ${versions.transformers}`
-      this.found.push(`PyTorch ${versions.torch}${transformers}`)
+      const cuda = versions.cuda === null ? '' : `, ${versions.cuda}`
+      this.found.push(`PyTorch ${versions.torch}${cuda}${transformers}`)
       this.python = python
     } catch (error) {
       python.close()

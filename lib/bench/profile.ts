@@ -1,13 +1,16 @@
 // Where the time of a training step goes, operation by operation.
 import { readBatch } from '../model/batch.js'
-import { Llama } from '../model/llama.js'
+import { parameterShapes, readConfig } from '../model/config.js'
+import { Parameters } from '../model/parameters.js'
 import { disposePass, recordPass, runPass } from '../model/passes.js'
 import { Plan } from '../runtime/plan.js'
 import type { Command } from '../runtime/recorder.js'
 import { Tensor } from '../runtime/tensor.js'
 import { AdamW } from '../train/optimizer.js'
+import { randomTokens, randomWeights } from './data.js'
+import { openTarget, type Target } from './kernels.js'
 import { summarize } from './measure.js'
-import { LLAMA_25M, randomTokens } from './step.js'
+import type { ModelConfig } from './models.js'
 
 export interface ProfileRow {
   /** An operation, with its sizes where it is a matrix product. */
@@ -34,13 +37,16 @@ function label({ row, values }: Command): string {
  * crossing into native code adds some 30 microseconds.
  */
 export async function profileStep(
+  raw: ModelConfig,
   time: number,
-  threads: number,
+  target: Target,
   sweeps: number,
   signal?: AbortSignal,
 ): Promise<ProfileRow[]> {
-  using model = await Llama.create(LLAMA_25M, { device: 'cpu', threads, seed: 1 })
-  const { device, config, weights } = model
+  using device = openTarget(target)
+  const config = readConfig({ ...raw, max_position_embeddings: Math.max(time, raw.max_position_embeddings) }, 'bench')
+  const weights = new Parameters(device, device.name === 'cpu' ? 'f32' : 'bf16', parameterShapes(config))
+  await randomWeights(weights)
   const optimizer = new AdamW(weights, { betas: [0.9, 0.95], eps: 1e-8, weightDecay: 0, maxGradNorm: 0 })
   await optimizer.reset()
   await device.upload(optimizer.loss, new Float32Array(1)) // no step leaves one here; the update asks whether it is finite

@@ -27,15 +27,19 @@ export function caseTable(cases: readonly CaseResult[]): Table {
     'bar',
     'peers (ours is ... as fast)',
   ]
-  const rows = cases.map(({ stem, name, threads, unit, ours, tokensPerSecond, peers, roofline, bar }) => [
-    `${stem} ${name}`,
-    threads,
-    `${short(ours.median)} ${unit}${tokensPerSecond === undefined ? '' : `, ${short(tokensPerSecond)} tokens/s`}`,
+  const rows = cases.map(({ stem, name, threads, unit, ours, peers, roofline, bar, ...rest }) => [
+    `${stem} ${name}${rest.remark ? ` (${rest.remark})` : ''}`,
+    threads || '-',
+    [
+      `${short(ours.median)} ${unit}`,
+      ...(rest.tokensPerSecond === undefined ? [] : [`${short(rest.tokensPerSecond)} tokens/s`]),
+      ...(rest.bytes === undefined ? [] : [`${short(rest.bytes / 1e9)} GB`]),
+    ].join(', '),
     `${short(ours.q1)}..${short(ours.q3)}`,
     ours.n,
     `${roofline.name} ${short(roofline.rate.median)}`,
     percent(roofline.ours.median),
-    bar ? `${bar.met ? 'met' : 'NOT met'}: ${bar.least} ${bar.side}` : '-',
+    bar ? `${bar.met ? 'met' : 'NOT met'}: ${bar.least.toFixed(2)} ${bar.side}` : '-',
     peers.map(versus).join(', ') || '-',
   ])
   return { head, rows }
@@ -54,10 +58,10 @@ export function factTable(facts: readonly Fact[]): Table {
   }
 }
 
-export function profileTable({ time, rows }: Profile): Table {
+export function profileTable({ model, time, rows }: Profile): Table {
   const total = rows.reduce((sum, { seconds }) => sum + seconds, 0)
   return {
-    head: [`operation of a step, T ${time}`, 'count', 'ms', 'share', 'GFLOP/s', 'GB/s'],
+    head: [`operation of a step of ${model}, T ${time}`, 'count', 'ms', 'share', 'GFLOP/s', 'GB/s'],
     rows: [
       ...rows.map(({ op, count, seconds, flops, traffic }) => [
         ...[op, count, (1000 * seconds).toFixed(1), `${((100 * seconds) / total).toFixed(1)} %`],
@@ -66,6 +70,20 @@ export function profileTable({ time, rows }: Profile): Table {
       ['all', rows.reduce((sum, { count }) => sum + count, 0), (1000 * total).toFixed(1), '100 %', '', ''],
     ],
   }
+}
+
+/** One line about what was measured on. */
+export function machineLine({
+  device,
+  deviceDescription,
+  cpu,
+  cores,
+  isa,
+  memoryBytes,
+  node,
+}: Report['machine']): string {
+  const host = `${cpu}, ${cores} cores, ${isa}, ${(memoryBytes / 2 ** 30).toFixed(1)} GiB, Node ${node}`
+  return device === 'cpu' ? host : `${device}: ${deviceDescription}; ${host}`
 }
 
 const COLUMNS = [

@@ -1,11 +1,14 @@
 // Runs the cases one after the other, and gathers what they gave.
-import { type Case, listCases, type Setting, type Stem, stepTimes } from './cases.js'
+import { Device } from '../runtime/device.js'
+import type { Case, Setting, Stem } from './case.js'
+import { listCases, stepTimes } from './cases.js'
 import { describeMachine, load, type Machine } from './machine.js'
 import { compare, ratio, type Side, summarize, type Summary } from './measure.js'
 import { loadMemory, stepMemory } from './memory.js'
+import { LLAMA_1B, LLAMA_25M, LLAMA_TINY } from './models.js'
 import { Peers } from './peers.js'
 import { profileStep, type ProfileRow } from './profile.js'
-import { eventFacts, type Fact } from './step.js'
+import { eventFacts, type Fact, runCost } from './step.js'
 
 export interface SideResult {
   name: string
@@ -24,6 +27,10 @@ export interface CaseResult {
   work: number
   ours: Summary
   tokensPerSecond?: number
+  /** Device memory that ours takes, where that is known. */
+  bytes?: number
+  /** What is to be known of the figures. */
+  remark?: string
   /** The peers. */
   peers: SideResult[]
   roofline: SideResult
@@ -32,6 +39,7 @@ export interface CaseResult {
 }
 
 export interface Profile {
+  model: string
   time: number
   threads: number
   rows: ProfileRow[]
@@ -39,95 +47,147 @@ export interface Profile {
 
 /** The JSON document. */
 export interface Report {
-  version: 1
+  version: 2
   machine: Machine & { loadAfter: number }
-  settings: { stem: Stem | null; threads: number[]; quick: boolean; seconds: number; peers: string[] }
+  settings: { stems: readonly Stem[] | null; threads: number[]; quick: boolean; seconds: number; peers: string[] }
   cases: CaseResult[]
+  /** Cases and parts that ended with an error; the others go on. */
+  failures: { name: string; error: string }[]
+  /** Cases that were not begun, because their time was up. */
+  left: string[]
   facts: Fact[]
   profiles: Profile[]
 }
 
 export interface Options {
-  stem?: Stem
+  /** As for Device.open. */
+  device: string
+  stems?: readonly Stem[]
   quick: boolean
   peers: boolean
   profile: boolean
   threads?: readonly number[]
   /** Seconds for each side of a case. */
   seconds: number
+  /** Seconds after which no case is begun. */
+  limit: number
   loadBytes: number
   signal: AbortSignal
   /** Remarks, and what is being done: `done` of `total`. */
   note(text: string): void
   progress(done: number, total: number, what: string): void
+  /** Called after every part, so that what was measured outlives a process that does not. */
+  save(report: Report): Promise<void>
 }
 
 const GIGA = 1e9
+/** Of the free memory of a GPU: what its driver, library workspaces and staging buffers leave to a training step. */
+const USABLE = 0.95
 
 export async function runBench(options: Options): Promise<Report> {
-  const { stem, quick, seconds, signal } = options
-  const machine = describeMachine()
-  const threads = options.threads ? [...options.threads] : [...new Set([1, machine.cores])]
-  const setting: Setting = { threads, quick, loadBytes: options.loadBytes, cacheBytes: machine.cacheBytes }
-  const peers = options.peers ? await Peers.open(machine.isa) : Peers.none()
+  const { stems, quick, seconds, signal } = options
+  const { machine, setting } = describe(options)
+  const peers = options.peers ? await Peers.open(machine.isa, setting.device) : Peers.none()
+  const end = performance.now() + 1000 * options.limit
+  const report: Report = {
+    version: 2,
+    machine: { ...machine, loadAfter: 0 },
+    settings: { stems: stems ?? null, threads: [...setting.threads], quick, seconds, peers: peers.found },
+    ...{ cases: [], failures: [], left: [], facts: [], profiles: [] },
+  }
   try {
     for (const line of peers.found) options.note(`peer: ${line}`)
     for (const line of peers.missing) options.note(`no peer ${line}`)
-    const cases = listCases(setting, stem)
-    const extras = extraWork(setting, options)
-    const total = cases.length + extras.length
-    const results: CaseResult[] = []
-    for (const [i, one] of cases.entries()) {
-      options.progress(i, total, `${one.stem} ${one.name}, threads ${one.threads}`)
-      results.push(await runCase(one, peers, options))
-    }
-    const report: Report = {
-      version: 1,
-      machine: { ...machine, loadAfter: 0 },
-      settings: { stem: stem ?? null, threads, quick, seconds, peers: peers.found },
-      cases: results,
-      facts: [],
-      profiles: [],
-    }
-    for (const [i, { name, run }] of extras.entries()) {
-      options.progress(cases.length + i, total, name)
+    const cases = listCases(setting, stems).map((one) => ({
+      name: `${one.stem} ${one.name}${one.threads ? `, threads ${one.threads}` : ''}`,
+      run: async () => report.cases.push(await runCase(one, peers, options)),
+    }))
+    const parts = [...cases, ...extraWork(setting, report, options)]
+    for (const [i, { name, run }] of parts.entries()) {
       signal.throwIfAborted()
-      await run(report)
+      if (performance.now() > end) {
+        report.left.push(name)
+        continue
+      }
+      options.progress(i, parts.length, name)
+      try {
+        await run()
+      } catch (error) {
+        signal.throwIfAborted()
+        const { message } = error as Error
+        options.note(`${name}: ${message}`)
+        report.failures.push({ name, error: message })
+      }
+      report.machine.loadAfter = load()
+      await options.save(report)
     }
-    report.machine.loadAfter = load()
     return report
   } finally {
     peers.close()
   }
 }
 
+function describe({ device: name, threads, quick, loadBytes }: Options): { machine: Machine; setting: Setting } {
+  using device = Device.open(name)
+  const machine = describeMachine(device)
+  const gpu = device.name !== 'cpu'
+  const memoryBytes = USABLE * (device.memory()?.freeBytes ?? machine.memoryBytes)
+  const { cacheBytes } = machine
+  const counts = gpu ? [0] : threads ? [...threads] : [...new Set([1, machine.cores])]
+  return {
+    machine,
+    setting: {
+      device: name === 'auto' ? device.name : name,
+      gpu,
+      threads: counts,
+      quick,
+      loadBytes,
+      cacheBytes,
+      memoryBytes,
+    },
+  }
+}
+
 /** What is measured beside the cases. */
 function extraWork(
   setting: Setting,
-  { stem, quick, profile, loadBytes, signal }: Options,
-): { name: string; run(report: Report): Promise<unknown> }[] {
+  report: Report,
+  { stems, quick, profile, loadBytes, signal }: Options,
+): { name: string; run(): Promise<unknown> }[] {
   const threads = Math.max(...setting.threads)
   const times = stepTimes(setting)
-  const wants = (name: Stem): boolean => stem === undefined || stem === name
+  const wants = (name: Stem): boolean => !stems || stems.includes(name)
   const extras: ReturnType<typeof extraWork> = []
   const facts = (name: string, run: () => Promise<Fact[]>): void => {
     const bare = ({ name, value, unit }: Fact): Fact => ({ name, value, unit })
     extras.push({
       name,
-      run: async ({ facts }) => facts.push(...(await run()).map((fact) => (quick ? bare(fact) : fact))),
+      run: async () => report.facts.push(...(await run()).map((fact) => (quick ? bare(fact) : fact))),
     })
   }
-  if (wants('step')) {
-    facts('memory of a step', () => stepMemory(times.at(-1)!, threads))
-    facts('event loop and cancelling', () => eventFacts(quick, threads, signal))
-  }
-  if (wants('load')) facts('memory of loading', () => loadMemory(loadBytes, threads))
-  if (profile && wants('step')) {
-    for (const time of times) {
-      const run = async ({ profiles }: Report): Promise<unknown> =>
-        profiles.push({ time, threads, rows: await profileStep(time, threads, quick ? 1 : 3, signal) })
-      extras.push({ name: `profile of a step, T ${time}`, run })
+  if (setting.gpu && wants('copy')) facts('cost of a run', () => runCost({ device: setting.device, threads }))
+  if (!setting.gpu) {
+    if (wants('step')) {
+      facts('memory of a step', () => stepMemory(times.at(-1)!, threads))
+      facts('event loop and cancelling', () => eventFacts(quick, threads, signal))
     }
+    if (wants('load')) facts('memory of loading', () => loadMemory(loadBytes, threads))
+  }
+  if (!profile || !wants('step')) return extras
+  const [model, config] = !setting.gpu
+    ? (['25M', LLAMA_25M] as const)
+    : quick
+      ? (['tiny', LLAMA_TINY] as const)
+      : (['1.1B', LLAMA_1B] as const)
+  for (const time of setting.gpu && !quick ? [4096] : times) {
+    extras.push({
+      name: `profile of a step of ${model}, T ${time}`,
+      run: async () => {
+        const target = { device: setting.device, threads }
+        const rows = await profileStep(config, time, target, quick ? 1 : 3, signal)
+        report.profiles.push({ model, time, threads, rows })
+      },
+    })
   }
   return extras
 }
@@ -147,7 +207,9 @@ async function runCase(one: Case, peers: Peers, { seconds, quick, signal, note }
   })
   let rates: number[][]
   try {
-    rates = await compare(sides, { seconds, rounds: quick || one.heavy ? 3 : 5, signal })
+    // the host's threads have nothing to do with what a GPU computes
+    const settle = threads === 0 ? { settle: 0 } : {}
+    rates = await compare(sides, { seconds, rounds: quick || one.heavy ? 3 : 5, signal, ...settle })
   } finally {
     for (const side of sides) await side.dispose?.()
   }
@@ -157,13 +219,15 @@ async function runCase(one: Case, peers: Peers, { seconds, quick, signal, note }
     return { name: side, rate, ours: ratio(rates[0]!, rates[i + 1]!) }
   })
   const ours = summarize(rates[0]!.map((value) => value / GIGA))
+  const roofline = results.at(-1)!
   // A bar says nothing about small sizes.
   const against = quick ? undefined : results.find((side) => side.name === bar?.side)
   return {
     ...{ stem, name, threads, unit, work: own.work, ours },
     ...(own.tokens !== undefined && { tokensPerSecond: (GIGA * ours.median * own.tokens) / own.work }),
-    peers: results.filter((side) => side.name !== one.roofline),
-    roofline: results.find((side) => side.name === one.roofline)!,
+    ...(own.bytes !== undefined && { bytes: own.bytes }),
+    ...(own.remark !== undefined && { remark: own.remark }),
+    ...{ peers: results.slice(0, -1), roofline },
     ...(bar && against && { bar: { ...bar, met: against.ours.median >= bar.least } }),
   }
 }

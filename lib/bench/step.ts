@@ -1,45 +1,16 @@
 // Whole models: training steps, decoding, and how little both disturb JavaScript.
 import { monitorEventLoopDelay } from 'node:perf_hooks'
 import { setTimeout } from 'node:timers/promises'
+import { parameterShapes, readConfig } from '../model/config.js'
 import { Continuation } from '../model/generate.js'
 import { Llama } from '../model/llama.js'
+import { Parameters } from '../model/parameters.js'
+import { DTYPE_BYTES } from '../runtime/tensor.js'
 import { Trainer } from '../train/trainer.js'
+import { randomTokens, randomWeights } from './data.js'
+import { copy, kernelSide, openTarget, type Target } from './kernels.js'
 import { quantile, type Side } from './measure.js'
-
-/** The model that speed is measured on: large enough for its products to be, small enough for two cores. */
-export const LLAMA_25M = {
-  model_type: 'llama',
-  hidden_size: 512,
-  intermediate_size: 1376,
-  num_hidden_layers: 8,
-  num_attention_heads: 8,
-  num_key_value_heads: 8,
-  head_dim: 64,
-  vocab_size: 4096,
-  max_position_embeddings: 4096,
-  rms_norm_eps: 1e-5,
-  tie_word_embeddings: true,
-}
-
-/** A model of the size that people watch train in a terminal. */
-const LLAMA_1M = {
-  ...LLAMA_25M,
-  hidden_size: 128,
-  intermediate_size: 352,
-  num_hidden_layers: 4,
-  num_attention_heads: 4,
-  num_key_value_heads: 4,
-  head_dim: 32,
-  vocab_size: 768,
-}
-
-type Config = typeof LLAMA_25M
-
-/** Rows of random tokens. */
-export function randomTokens(rows: number, time: number, vocabulary: number): number[][] {
-  const row = (): number[] => Array.from({ length: time }, () => Math.floor(vocabulary * Math.random()))
-  return Array.from({ length: rows }, row)
-}
+import { LLAMA_1M, LLAMA_25M, type ModelConfig } from './models.js'
 
 export interface Training {
   model: Llama
@@ -47,7 +18,7 @@ export interface Training {
   dispose(): void
 }
 
-export async function startTraining(config: Config, context: number, threads: number): Promise<Training> {
+export async function startTraining(config: ModelConfig, context: number, threads: number): Promise<Training> {
   const model = await Llama.create(config, { device: 'cpu', threads, seed: 1 })
   const trainer = new Trainer(model, { context })
   const dispose = (): void => {
@@ -69,22 +40,31 @@ export async function stepSide(time: number, threads: number): Promise<Side> {
   return { name: 'ropewalk', work: trainer.plan().flopsPerStep, tokens: time, run, dispose }
 }
 
-/** Writing tokens one by one after `length` others. */
-export async function generateSide(length: number, threads: number): Promise<Side> {
-  const { hidden_size: c, num_hidden_layers: layers, vocab_size: vocabulary } = LLAMA_25M
-  const model = await Llama.create(LLAMA_25M, { device: 'cpu', threads, seed: 1 })
+/** Writing tokens one by one after `length` others; in bf16 on a GPU. */
+export async function generateSide(raw: ModelConfig, length: number, target: Target): Promise<Side> {
   const count = 16
-  const text = new Continuation(model.device, model.config, model.weights, length + count)
-  await text.feed(randomTokens(1, length, vocabulary)[0]!)
-  const run = async (): Promise<number> => {
-    text.length = length
-    const start = performance.now()
-    for (let i = 0; i < count; i++) await text.feed([(7 * i) % vocabulary])
-    return (performance.now() - start) / 1000
+  const device = openTarget(target)
+  try {
+    const config = readConfig({ ...raw, max_position_embeddings: length + count }, 'bench')
+    const weights = new Parameters(device, device.name === 'cpu' ? 'f32' : 'bf16', parameterShapes(config))
+    await randomWeights(weights)
+    const text = new Continuation(device, config, weights, length + count)
+    await text.feed(randomTokens(1, length, config.vocabSize)[0]!)
+    const run = async (): Promise<number> => {
+      text.length = length
+      const start = performance.now()
+      for (let i = 0; i < count; i++) await text.feed([(7 * i) % config.vocabSize])
+      return (performance.now() - start) / 1000
+    }
+    // Every weight (but one row of an embedding that is no lm_head), and all keys and values, are read for each token.
+    const cached = 2 * config.layers * length * config.kvHeads * config.headDim
+    const rows = config.tied ? 0 : (config.vocabSize - 1) * config.hiddenSize
+    const work = DTYPE_BYTES[weights.dtype] * (weights.count - rows + cached) * count
+    return { name: 'ropewalk', work, tokens: count, run, dispose: () => device.dispose() }
+  } catch (error) {
+    device.dispose()
+    throw error
   }
-  // Every weight, and the keys and values of every layer, are read for each token.
-  const bytes = 4 * (model.parameterCount + 2 * layers * length * c)
-  return { name: 'ropewalk', work: bytes * count, tokens: count, run, dispose: () => model.dispose() }
 }
 
 /** A figure beside the cases. */
@@ -95,6 +75,19 @@ export interface Fact {
   /** The least or the most that it should be. */
   least?: number
   most?: number
+}
+
+/** What it takes to start a plan and to learn of its end: it is in every figure, once for all the repeats of a run. */
+export async function runCost(target: Target): Promise<Fact[]> {
+  const side = await kernelSide(copy(1), 8, target, { count: 1 })
+  try {
+    const times: number[] = []
+    for (let i = 0; i < 60; i++) times.push(1000 * (await side.run()))
+    const sorted = times.slice(10).sort((a, b) => a - b)
+    return [{ name: 'a run of one tiny operation: median', value: quantile(sorted, 0.5), unit: 'ms' }]
+  } finally {
+    await side.dispose?.()
+  }
 }
 
 /** How late JavaScript's timers are while the 25M model trains, and how soon a cancelled step of a small one ends. */

@@ -1,18 +1,26 @@
 import { constants } from 'node:fs'
 import { access, writeFile } from 'node:fs/promises'
 import { dirname } from 'node:path'
-import { stems } from '../bench/cases.js'
+import { type Stem, stems } from '../bench/case.js'
 import { svg } from '../bench/chart.js'
-import { caseTable, csv, factTable, profileTable, type Table } from '../bench/report.js'
+import { caseTable, csv, factTable, machineLine, profileTable, type Table } from '../bench/report.js'
 import { type Report, runBench } from '../bench/run.js'
-import { didYouMean, formatBytes, quote, RopewalkError } from '../errors.js'
+import { didYouMean, quote, RopewalkError } from '../errors.js'
 import { type Command, commonOptions, defined, UsageError } from './options.js'
 import type { Output, Progress } from './output.js'
 
 const options = {
+  device: { kind: 'text', value: 'name', help: 'what to measure: auto, cpu, cuda, cuda:1, simt', default: 'auto' },
   quick: { kind: 'flag', help: 'small sizes and few runs: shows that it works, not how fast it is' },
   time: { kind: 'number', value: 's', min: 0, help: 'seconds to measure each side of a case', default: '1, quick 0.1' },
-  threads: { kind: 'numbers', value: 'n,...', min: 1, help: 'numbers of CPU threads', default: '1 and one a core' },
+  limit: { kind: 'number', value: 's', min: 0, help: 'seconds after which no case is begun', default: 'none' },
+  threads: {
+    kind: 'numbers',
+    value: 'n,...',
+    min: 1,
+    help: 'numbers of CPU threads, for the device cpu',
+    default: '1 and one a core',
+  },
   'no-peers': { kind: 'flag', help: 'without OpenBLAS, PyTorch and transformers' },
   'load-mb': {
     kind: 'number',
@@ -34,30 +42,49 @@ export const bench: Command<typeof options> = {
   name: 'bench',
   summary: 'Measures kernels, training steps, loading and generating beside peers and what the machine can do.',
   details:
-    'ropewalk bench [stem] measures one part only. Stems:\n' +
+    'ropewalk bench [stem] measures one part only, ropewalk bench matmul,adamw two. Stems:\n' +
     `${stems.join(', ')}\n\n` +
     'Every side of a case runs in turn, so that other work on the machine meets all alike; given are medians, and\n' +
-    'ratios within rounds. Peers are used where they are: OpenBLAS (ROPEWALK_OPENBLAS names its file), PyTorch and\n' +
-    'transformers (of the Python that ROPEWALK_PYTHON names, else python3).',
-  examples: ['ropewalk bench --quick', 'ropewalk bench matmul --threads 1,2 --svg matmul.svg'],
+    'ratios within rounds. Operations are timed by the host, many in one plan. Peers are used where they are: PyTorch\n' +
+    'and transformers (of the Python that ROPEWALK_PYTHON names, else python3), on the CPU also OpenBLAS\n' +
+    '(ROPEWALK_OPENBLAS names its file), on a GPU cuBLAS, cuBLASLt, FlashAttention and cuDNN through PyTorch. There the\n' +
+    'weights are bf16, and the roofline is the matrix product of cuBLAS and the copy of PyTorch, else our own.\n' +
+    'The device simt executes the CUDA kernels on the CPU, for tests; with --quick only.',
+  examples: [
+    'ropewalk bench --quick',
+    'ropewalk bench matmul --threads 1,2 --svg matmul.svg',
+    'ropewalk bench attention,rope --device cuda --out attention.json',
+  ],
   operands: ['stem?'],
   options,
-  async run({ operands: [name], values }, output) {
-    const { quick, threads, profile } = values
-    const stem = stems.find((known) => known === name)
-    if (name !== undefined && !stem) {
-      throw new UsageError(`there is no stem ${quote(name)}${didYouMean(name, stems)}; known are ${stems.join(', ')}`)
+  async run({ operands: [names], values }, output) {
+    const { quick, threads, profile, device = threads ? 'cpu' : 'auto' } = values
+    const stems = names === undefined ? undefined : readStems(names)
+    if (device === 'simt' && !quick) {
+      throw new UsageError('--device simt executes kernels on the CPU, for tests: it needs --quick')
     }
+    if (threads && device !== 'cpu') throw new UsageError(`--threads counts CPU threads: leave out --device ${device}`)
     const files = defined({ out: values.out, csv: values.csv, svg: values.svg })
     for (const path of Object.values(files)) await requireFolder(path)
+    const contents = {
+      out: (report: Report) => `${JSON.stringify(report, null, 1)}\n`,
+      csv,
+      svg,
+    }
+    const save = async (report: Report): Promise<void> => {
+      for (const [kind, path] of Object.entries(files)) {
+        await writeFile(path, contents[kind as keyof typeof contents](report))
+      }
+    }
     const interrupt = listen(output)
     let progress: Progress | undefined
     let report: Report
     try {
       report = await runBench({
-        ...defined({ stem, threads: threads && [...new Set(threads)] }),
-        ...{ quick, profile, peers: !values['no-peers'], signal: interrupt.signal },
+        ...defined({ stems, threads: threads && [...new Set(threads)] }),
+        ...{ device, quick, profile, peers: !values['no-peers'], signal: interrupt.signal, save },
         seconds: values.time ?? (quick ? 0.1 : 1),
+        limit: values.limit ?? Infinity,
         loadBytes: (values['load-mb'] ?? (quick ? 8 : 1000)) * 1e6,
         note: (text) => output.note(text),
         progress(done, total, what) {
@@ -73,20 +100,23 @@ export const bench: Command<typeof options> = {
       interrupt.stop()
     }
     show(report, output)
-    const contents = {
-      out: () => `${JSON.stringify(report, null, 1)}\n`,
-      csv: () => csv(report),
-      svg: () => svg(report),
-    }
-    for (const [kind, path] of Object.entries(files)) await writeFile(path, contents[kind as keyof typeof contents]())
+    await save(report)
     output.value(report)
+    return report.failures.length > 0 ? 1 : 0
   },
 }
 
-function show({ machine, cases, facts, profiles }: Report, output: Output): void {
-  const { cpu, cores, isa, memoryBytes, node, loadBefore, loadAfter } = machine
-  output.line(`${cpu}, ${cores} cores, ${isa}, ${formatBytes(memoryBytes).replace(/.*\((.*)\)/, '$1')}, Node ${node}`)
-  output.line(`load of the machine ${loadBefore} before, ${loadAfter} after`)
+function readStems(names: string): Stem[] {
+  return names.split(',').map((name) => {
+    const stem = stems.find((known) => known === name)
+    if (stem) return stem
+    throw new UsageError(`there is no stem ${quote(name)}${didYouMean(name, stems)}; known are ${stems.join(', ')}`)
+  })
+}
+
+function show({ machine, cases, facts, profiles, failures, left }: Report, output: Output): void {
+  output.line(machineLine(machine))
+  output.line(`load of the machine ${machine.loadBefore} before, ${machine.loadAfter} after`)
   const table = ({ head, rows }: Table): void => {
     if (rows.length === 0) return
     output.line()
@@ -95,6 +125,8 @@ function show({ machine, cases, facts, profiles }: Report, output: Output): void
   table(caseTable(cases))
   table(factTable(facts))
   for (const profile of profiles) table(profileTable(profile))
+  for (const { name, error } of failures) output.line(`FAILED ${name}: ${error}`)
+  if (left.length > 0) output.line(`not begun within --limit: ${left.join('; ')}`)
 }
 
 /** Before minutes of work: whether their result can be written. */

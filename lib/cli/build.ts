@@ -18,8 +18,9 @@ export const build: Command<typeof options> = {
   summary: 'Builds the native addon from source, for machines that no prebuilt one fits.',
   details:
     `Needs CMake >= ${OLDEST_CMAKE.join('.')}, a C++17 compiler, and make or ninja; nothing is downloaded. It takes about a\n` +
-    'minute and leaves the addon in the package, where it goes before a prebuilt one. In a clone, npm run build:native\n' +
-    'is quicker: it compiles only what changed.',
+    'minute and leaves the addon in the package, where it goes before a prebuilt one. Where there is nvcc (12.4 or later)\n' +
+    'it builds the CUDA backend too, which takes minutes; ROPEWALK_CUDA=off leaves that out, =on insists on it. In a\n' +
+    'clone, npm run build:native and npm run build:cuda are quicker: they compile only what changed.',
   examples: ['ropewalk build', 'CXX=clang++ ropewalk build'],
   operands: [],
   options,
@@ -89,7 +90,7 @@ function compiles(compiler: string): boolean {
 
 /** Runs a script with its output on stderr, as it comes: CMake's own lines say how far it is. Returns how it ended. */
 function show(output: Output, script: string): Promise<number | string> {
-  const env = has('make') ? process.env : { CMAKE_GENERATOR: 'Ninja', ...process.env }
+  const env = { ROPEWALK_CUDA: 'auto', ...(!has('make') && { CMAKE_GENERATOR: 'Ninja' }), ...process.env }
   const child = spawn(process.execPath, [script], { env, stdio: ['ignore', 'pipe', 'pipe'] })
   for (const stream of [child.stdout, child.stderr]) {
     stream.setEncoding('utf8').on('data', (text: string) => output.stderr.write(text))

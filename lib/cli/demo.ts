@@ -10,7 +10,7 @@ import type { Output } from './output.js'
 const options = {
   seed: { kind: 'number', value: 'n', min: 0, max: 1e6, whole: true, help: 'of texts and prompts', default: '1' },
   out: { kind: 'text', value: 'folder', help: 'where the page goes', default: './ropewalk-demo' },
-  quick: { kind: 'flag', help: 'only the smaller factor and fewer steps: a look, no measurement' },
+  quick: { kind: 'flag', help: 'fewer steps: a look, no measurement' },
   ...commonOptions,
 } as const
 
@@ -21,7 +21,7 @@ export const demo: Command<typeof options> = {
   name: 'demo',
   summary: 'Shows Position Interpolation in miniature, on this CPU, in about two minutes.',
   details:
-    'A small LLaMA that comes with the package is stretched to 4 and 8 times its window: extrapolated, interpolated,\n' +
+    'A small LLaMA that comes with the package is stretched to 4 times its window: extrapolated, interpolated,\n' +
     'interpolated and fine-tuned, and fine-tuned without interpolation. Perplexity and passkey retrieval of all four are\n' +
     'printed, and drawn in a page: <out>/index.html. Ctrl-C ends it and leaves nothing behind.',
   examples: ['ropewalk demo', 'ropewalk demo --seed 2 --out ./demo-2', 'ropewalk demo --quick'],
@@ -110,7 +110,8 @@ function show(result: DemoResult, out: string, output: Output): void {
       line(`           ${figures}`)
     }
   }
-  line('\nppl a-b: perplexity of tokens with a to b tokens before them. key n: passkeys found in prompts of n tokens.')
+  line('\n8x is left out: 150 steps, as many as fitted beside 4x, brought no key back there.')
+  line('ppl a-b: perplexity of tokens with a to b tokens before them. key n: passkeys found in prompts of n tokens.')
   line(
     `k_max: distance up to which at least 20 % of the keys are found. ${Math.round(seconds)} s; charts: ${out}/index.html`,
   )

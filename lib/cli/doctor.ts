@@ -55,9 +55,12 @@ function platform(): Check {
   const report = process.report?.getReport() as { header?: { glibcVersionRuntime?: string } } | undefined
   const glibc = report?.header?.glibcVersionRuntime
   const libc = process.platform !== 'linux' ? '' : glibc ? `, glibc ${glibc}` : ', not glibc (musl?)'
-  const machine = `${availableParallelism()} cores, ${formatBytes(totalmem()).replace(/.*\((.*)\)/, '$1')} of memory`
+  const machine = `${availableParallelism()} cores, ${short(totalmem())} of memory`
   return { name: 'platform', ok: true, detail: `${process.platform}-${process.arch} ${release()}${libc}; ${machine}` }
 }
+
+/** 1.5 GiB, without the exact number. */
+const short = (bytes: number): string => formatBytes(bytes).replace(/.*\((.*)\)/, '$1')
 
 function addon(): Check {
   try {
@@ -68,7 +71,7 @@ function addon(): Check {
   }
 }
 
-/** One line a backend; only the CPU's absence is a fault. */
+/** One line a backend, and a further one for each further GPU; only the CPU's absence is a fault. */
 function backends(): Check[] {
   let list: ReturnType<ReturnType<typeof native>['backends']>
   try {
@@ -78,15 +81,15 @@ function backends(): Check[] {
   }
   return list
     .filter(({ name, available }) => available || name !== 'simt')
-    .map(({ name, available, detail }) => ({
+    .map(({ name, available, detail, memory }) => ({
       name,
       ok: available || name !== 'cpu',
       absent: !available && name !== 'cpu',
-      detail,
+      detail: memory ? `${detail}, ${short(memory.freeBytes)} free` : detail,
     }))
 }
 
-/** A matrix product of odd shape on the default device against float64. */
+/** A matrix product of odd shape on the device that `auto` is, against float64. */
 async function selfCheck(): Promise<Check> {
   const name = 'self-check'
   const [m, n, k] = [37, 53, 29]
@@ -117,7 +120,7 @@ async function selfCheck(): Promise<Check> {
     // k products of values up to 1, each rounded to float32.
     const ok = worst <= k * 2 ** -23
     const detail = `matmul ${m}x${n}x${k} on ${device.name}: largest error ${worst.toExponential(1)}`
-    return { name, ok, detail: ok ? detail : `${detail}: this CPU or this build computes wrongly` }
+    return { name, ok, detail: ok ? detail : `${detail}: this machine or this build computes wrongly` }
   } catch (error) {
     return { name, ok: false, detail: (error as Error).message }
   }

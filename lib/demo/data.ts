@@ -177,11 +177,11 @@ export class Corpus {
     return this.prose(dice, persons, length)
   }
 
-  /** Passkey documents of random lengths, as many as there is room for. */
+  /** Passkey documents of random lengths, more short than long ones, as many as there is room for. */
   private prompts(dice: Dice, people: number, length: number): number[] {
     const row: number[] = []
     for (let room = length; room >= this.bare; room = length - row.length) {
-      row.push(...this.promptAndAnswer(dice, this.bare + dice.below(room - this.bare + 1)))
+      row.push(...this.promptAndAnswer(dice, this.bare + Math.floor(dice.next() ** 2 * (room - this.bare + 1))))
     }
     return this.fill(row, dice, people, length)
   }

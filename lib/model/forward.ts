@@ -1,5 +1,5 @@
 // The whole model, top to bottom. The backward pass is the tape's, in reverse (layers.ts).
-import { embeddingFwd } from '../runtime/ops.gen.js'
+import { embeddingFwd, matmulNt } from '../runtime/ops.gen.js'
 import type { Tensor } from '../runtime/tensor.js'
 import type { LlamaConfig } from './config.js'
 import {
@@ -102,7 +102,9 @@ export function head(config: LlamaConfig, parameters: Parameters): Parameter {
 export function logits(tape: Tape, config: LlamaConfig, parameters: Parameters, x: Tensor, rows?: Tensor): Tensor {
   const chosen = rows ? embeddingFwd(tape.recorder, { ids: rows, w: x }).y : x
   const h = rmsnorm(tape, chosen, parameters.get('model.norm.weight'), config.rmsNormEps)
-  return linear(tape, h, head(config, parameters))
+  const w = head(config, parameters)
+  const c = tape.recorder.scratch('f32', [h.dims[0]!, w.value.dims[0]!], 'logits')
+  return matmulNt(tape.recorder, { a: h, b: w.value, c }).c
 }
 
 /** A batch -> negative log-likelihoods (N); with a training tape, the gradients of sum weight nll follow on rewind. */

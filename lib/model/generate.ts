@@ -3,7 +3,7 @@ import type { Buffer, Device } from '../runtime/device.js'
 import { attentionCached, kvAppend } from '../runtime/ops.gen.js'
 import type { Plan } from '../runtime/plan.js'
 import { Recorder } from '../runtime/recorder.js'
-import type { Tensor } from '../runtime/tensor.js'
+import type { DType, Tensor } from '../runtime/tensor.js'
 import { rotationRows } from './batch.js'
 import type { LlamaConfig } from './config.js'
 import { type Attend, logits as recordLogits, trunk } from './forward.js'
@@ -29,6 +29,7 @@ export class Continuation {
   private readonly cache: { k: Tensor; v: Tensor }[] = []
   private readonly passes = new Map<number, Pass>()
   private readonly buffers: Buffer[] = []
+  private readonly activations: DType
   /** What the weights were when the passes were recorded. */
   private mapped: boolean
 
@@ -39,10 +40,11 @@ export class Continuation {
     readonly capacity: number,
   ) {
     this.mapped = parameters.mapped
+    this.activations = device.activationsFor(parameters.dtype)
     const dims = [1, capacity, config.kvHeads, config.headDim]
     for (let layer = 0; layer < config.layers; layer++) {
-      const k = this.own(device.tensor(device.activations, dims, `keys of layer ${layer}`))
-      const v = this.own(device.tensor(device.activations, dims, `values of layer ${layer}`))
+      const k = this.own(device.tensor(this.activations, dims, `keys of layer ${layer}`))
+      const v = this.own(device.tensor(this.activations, dims, `values of layer ${layer}`))
       this.cache.push({ k, v })
     }
   }
@@ -111,7 +113,7 @@ export class Continuation {
 
   private record(time: number): Pass {
     const { device, config, parameters } = this
-    const recorder = new Recorder(device, `continue by ${time}`)
+    const recorder = new Recorder(device, `continue by ${time}`, this.activations)
     const tape = new Tape(recorder, false)
     const integers = (dims: number[], name: string): Tensor => this.own(device.tensor('i32', dims, name))
     const half = config.headDim / 2

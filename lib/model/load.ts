@@ -14,7 +14,7 @@ import { Parameters } from './parameters.js'
  * @category Models
  */
 export interface LoadOptions {
-  /** 'auto' (default), 'cpu', 'cuda', 'cuda:1', 'simt' (tests) or 'dry' (plans only). */
+  /** 'auto' (default), 'cpu', 'cuda', 'cuda:1', 'simt' (tests), or 'dry' and 'dry:cuda' (plans only). */
   device?: string
   /** How weights are kept; default: as in the checkpoint (float16 becomes float32). Arithmetic is float32 on the CPU. */
   dtype?: 'float32' | 'bfloat16'

@@ -46,7 +46,7 @@ export function recordPass(
   { share, arena, finish }: PassOptions = {},
 ): Pass {
   const tensors = share?.tensors ?? allocBatch(device, config, rows, time)
-  const recorder = new Recorder(device, `${kind} of ${rows} x ${time} tokens`)
+  const recorder = new Recorder(device, `${kind} of ${rows} x ${time} tokens`, device.activationsFor(parameters.dtype))
   const training = kind === 'gradients' || kind === 'accumulate'
   const tape = new Tape(recorder, training, kind === 'accumulate')
   let output: Tensor

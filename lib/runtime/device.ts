@@ -1,5 +1,5 @@
 import { didYouMean, formatBytes, RopewalkError } from '../errors.js'
-import { native } from './native.js'
+import { type DeviceMemory, native } from './native.js'
 import { DTYPE_BYTES, DTYPE_CODE, type DType, type Storage, Tensor } from './tensor.js'
 
 /** Element types of files; integers stay integers, the others are converted to what the tensor holds. */
@@ -49,8 +49,9 @@ export class Buffer implements Storage {
 }
 
 /**
- * Where plans run: `cpu`; `cuda` or `cuda:1` (not in this version); `simt`, the CUDA kernels on the CPU, for tests;
- * `auto`, the best that is there; `dry`, which records and plans but allocates and computes nothing.
+ * Where plans run: `cpu`; `cuda`, or `cuda:1` for the second GPU; `simt`, the CUDA kernels on the CPU, for tests; `auto`,
+ * `cuda` where it can be used and else `cpu`; `dry` and `dry:cuda`, which record and plan as for those two, but allocate
+ * and compute nothing.
  *
  * @category Devices and errors
  */
@@ -64,18 +65,28 @@ export class Device {
   private disposed = false
 
   private constructor(
-    /** 'cpu', 'cuda', 'simt' or 'dry'. */
+    /** 'cpu', 'cuda', 'cuda:1', 'simt', 'dry' ... */
     readonly name: string,
     /** One line for people. */
     readonly description: string,
     private readonly id: number | undefined,
     /** CPU threads that were asked for; 0 for one for each core. */
     readonly threads = 0,
+    /** Why `auto` is not a GPU. */
+    readonly fallback?: string,
   ) {}
 
-  /** @internal Dtype in which activations are kept: the CPU computes in f32 and stores them so. */
-  get activations(): DType {
-    return 'f32'
+  /**
+   * @internal Dtype in which activations of a model with such weights are kept: on a GPU theirs, so that bf16 runs on
+   * tensor cores; the CPU computes in f32 and stores them so.
+   */
+  activationsFor(weights: DType): DType {
+    return /^(dry:)?(cuda|simt)/.test(this.name) ? weights : 'f32'
+  }
+
+  /** @internal A device that plans what this one would do. */
+  planner(): Device {
+    return Device.open(this.activationsFor('bf16') === 'bf16' ? 'dry:cuda' : 'dry')
   }
 
   /** Whether it only plans. */
@@ -96,21 +107,35 @@ export class Device {
     if (!Number.isInteger(threads) || threads < 0 || threads > 1024) {
       throw new RangeError(`threads is ${String(threads)}, but must be a whole number from 1 to 1024`)
     }
-    if (name === 'dry') return new Device('dry', 'records and plans, allocates nothing', undefined)
+    if (/^dry(:cuda)?$/.test(name)) return new Device(name, 'records and plans, allocates nothing', undefined)
     const [, backend, index = '0'] = /^(auto|cpu|cuda|simt)(?::(\d{1,3}))?$/.exec(name) ?? []
     if (!backend || (backend === 'auto' && name !== 'auto')) {
-      const known = ['auto', 'cpu', 'cuda', 'cuda:1', 'simt', 'dry']
+      const known = ['auto', 'cpu', 'cuda', 'cuda:1', 'simt', 'dry', 'dry:cuda']
       throw new RangeError(`unknown device "${name}"${didYouMean(name, known)}; known are ${known.join(', ')}`)
     }
     const addon = native()
-    // 'auto' is the CPU until there is a backend for a GPU; `ropewalk doctor` says why.
-    const chosen = backend === 'auto' ? 'cpu' : backend
-    try {
+    const open = (chosen: string, fallback?: string): Device => {
       const id = addon.openDevice(chosen, Number(index), threads)
-      return new Device(chosen, addon.describe(id), id, threads)
+      return new Device(Number(index) > 0 ? name : chosen, addon.describe(id), id, threads, fallback)
+    }
+    try {
+      if (backend !== 'auto') return open(backend)
+      let reason: string
+      try {
+        return open('cuda')
+      } catch (error) {
+        reason = (error as Error).message
+      }
+      return open('cpu', reason)
     } catch (error) {
       throw new RopewalkError('ERR_DEVICE_UNAVAILABLE', `device "${name}": ${(error as Error).message}`)
     }
+  }
+
+  /** Free and total memory of a GPU; undefined for a device that uses the host's. */
+  memory(): DeviceMemory | undefined {
+    this.check()
+    return this.id === undefined ? undefined : native().memory(this.id)
   }
 
   /** @internal A block of memory; throws ERR_OUT_OF_MEMORY. */
@@ -125,7 +150,7 @@ export class Device {
         throw new RopewalkError(
           'ERR_OUT_OF_MEMORY',
           `${name}: ${this.name} could not allocate ${formatBytes(bytes)} (${formatBytes(this.allocatedBytes)} are ` +
-            `in use by this model): ${(error as Error).message}. Use a shorter context, a smaller batch, or dtype bfloat16`,
+            `in use by this model): ${(error as Error).message}. Use a shorter context, fewer rows, or dtype bfloat16`,
         )
       }
     }
@@ -258,12 +283,12 @@ export class Device {
   }
 }
 
-/** A file that changed is no fault of the device. */
+/** What fails on the device or in a file is no fault of the caller. */
 async function typed<T>(work: Promise<T>): Promise<T> {
   try {
     return await work
   } catch (cause) {
-    const { code, message } = cause as NodeJS.ErrnoException
-    throw code === 'ERR_FILE_CHANGED' ? new RopewalkError(code, message, { cause }) : cause
+    const { code = '', message } = cause as NodeJS.ErrnoException
+    throw /^ERR_(FILE_CHANGED|DEVICE)$/.test(code) ? new RopewalkError(code, message, { cause }) : cause
   }
 }

@@ -6,13 +6,26 @@ import { fileURLToPath } from 'node:url'
 import { RopewalkError } from '../errors.js'
 import { TABLE_HASH } from './ops.gen.js'
 
+/**
+ * What {@link Device.memory} gives, a GPU's memory in bytes.
+ *
+ * @category Devices and errors
+ */
+export interface DeviceMemory {
+  /** What nobody has allocated, this process or another. */
+  freeBytes: number
+  /** What the card has. */
+  totalBytes: number
+}
+
 /** What csrc/addon.cc exports. Handles are numbers; offsets and sizes are bytes. */
 export interface Native {
   tableHash: string
-  backends(): { name: string; available: boolean; detail: string }[]
+  backends(): { name: string; available: boolean; detail: string; memory?: DeviceMemory }[]
   openDevice(backend: string, index: number, threads: number): number
   closeDevice(device: number): void
   describe(device: number): string
+  memory(device: number): DeviceMemory | undefined
   cancel(device: number): void
   alloc(device: number, bytes: number): number
   mapFile(device: number, fd: number, path: string): { buffer: number; bytes: number } | undefined

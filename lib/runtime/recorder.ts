@@ -43,11 +43,11 @@ export class Recorder {
   readonly commands: Command[] = []
   private readonly written = new Set<Scratch>()
 
-  /** `activations` is the dtype of outputs that no argument determines. */
+  /** `activations` is the dtype of outputs that no argument determines: Device.activationsFor the model's weights. */
   constructor(
     readonly device: Device,
     readonly name: string,
-    readonly activations: DType = device.activations,
+    readonly activations: DType = 'f32',
   ) {}
 
   /** A tensor in the plan's arena; it holds garbage until an operation writes it. */

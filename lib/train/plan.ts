@@ -1,7 +1,6 @@
 import { parameterShapes } from '../model/config.js'
 import type { Llama } from '../model/llama.js'
 import { Parameters } from '../model/parameters.js'
-import { Device } from '../runtime/device.js'
 import { checkpointBytes } from './checkpoint.js'
 import { AdamW } from './optimizer.js'
 import type { Settings } from './options.js'
@@ -31,10 +30,10 @@ export interface TrainingPlan {
   flopsPerStep: number
 }
 
-/** Records the steps of a run on the dry device, in the same way as for a real one. */
+/** Records the steps of a run in the same way as for running them, but on a device that allocates nothing. */
 export function planTraining(model: Llama, settings: Settings, context: number): TrainingPlan {
   const { batchSize, accumulate, validation } = settings
-  const device = Device.open('dry')
+  const device = model.device.planner()
   const weights = new Parameters(device, model.weights.dtype, parameterShapes(model.config))
   const optimizer = new AdamW(weights, settings)
   const validates = validation !== undefined

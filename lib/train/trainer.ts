@@ -136,7 +136,7 @@ export class Trainer {
       await this.requireRoom()
       const loader = await this.open(signal)
       if (!loader) return
-      this.peakFlops ??= await measurePeak(this.model.device)
+      this.peakFlops ??= await measurePeak(this.model.device, this.model.weights.dtype)
       if (output !== undefined) this.metrics = await MetricsLog.open(join(output, 'metrics.jsonl'), state.step)
       while (state.step < settings.steps && !signal?.aborted) {
         const { result, origin } = await this.advanceOn(loader)

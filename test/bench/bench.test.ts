@@ -3,11 +3,15 @@ import { mkdtempSync, readFileSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import t from 'tap'
-import { listCases, stems } from '../../lib/bench/cases.js'
+import { stems } from '../../lib/bench/case.js'
+import { listCases } from '../../lib/bench/cases.js'
 import { compare, quantile, ratio, type Side, summarize } from '../../lib/bench/measure.js'
+import { LLAMA_7B } from '../../lib/bench/models.js'
 import { Peers } from '../../lib/bench/peers.js'
 import type { Report } from '../../lib/bench/run.js'
+import { fitting, stepBytes } from '../../lib/bench/training.js'
 import { runCommand } from '../../lib/cli/commands.js'
+import { Device } from '../../lib/runtime/device.js'
 
 const dir = mkdtempSync(join(tmpdir(), 'ropewalk-bench-test-'))
 t.teardown(() => rmSync(dir, { recursive: true, force: true }))
@@ -61,17 +65,30 @@ t.test('sides run in turn, and the first round does not count', async (t) => {
 })
 
 t.test('every stem has cases, each with a name of its own', async (t) => {
-  for (const quick of [true, false]) {
-    const setting = { threads: [1, 2], quick, loadBytes: 1e6, cacheBytes: 1 << 20 }
-    const cases = listCases(setting)
-    t.strictSame([...new Set(cases.map(({ stem }) => stem))], [...stems])
-    const names = cases.map(({ stem, name, threads }) => `${stem} ${name} ${threads}`)
-    t.equal(new Set(names).size, names.length)
-    t.strictSame(
-      listCases(setting, 'adamw').map(({ threads }) => threads),
-      [1, 2],
-    )
+  for (const gpu of [false, true]) {
+    for (const quick of [true, false]) {
+      const device = gpu ? 'cuda' : 'cpu'
+      const sizes = { loadBytes: 1e6, cacheBytes: 1 << 20, memoryBytes: 1e9 }
+      const setting = { device, gpu, threads: gpu ? [0] : [1, 2], quick, ...sizes }
+      const cases = listCases(setting)
+      t.strictSame([...new Set(cases.map(({ stem }) => stem))], [...stems])
+      const names = cases.map(({ stem, name, threads }) => `${stem} ${name} ${threads}`)
+      t.equal(new Set(names).size, names.length)
+      const some = listCases(setting, ['adamw', 'copy'])
+      t.strictSame([...new Set(some.map(({ stem }) => stem))], ['adamw', 'copy'])
+      t.strictSame([...new Set(some.map(({ threads }) => threads))], gpu ? [0] : [1, 2])
+    }
   }
+})
+
+t.test('a model that does not fit is measured with fewer layers', async (t) => {
+  const whole = stepBytes(LLAMA_7B, 4096)
+  t.strictSame(fitting(LLAMA_7B, 4096, whole), { config: LLAMA_7B })
+  const { config, remark } = fitting(LLAMA_7B, 4096, whole - 1)
+  t.equal(config.num_hidden_layers, 31)
+  t.match(remark, /^31 of its 32 layers: all take \d+\.\d GB/)
+  t.ok(stepBytes(config, 4096) < whole)
+  t.throws(() => fitting(LLAMA_7B, 4096, 1e6), { message: /a step with a single layer takes [\d.]+ GB of 0\.0 GB/ })
 })
 
 t.test('a small run writes JSON, CSV and a chart', async (t) => {
@@ -81,7 +98,8 @@ t.test('a small run writes JSON, CSV and a chart', async (t) => {
   t.equal(code, 0, stderr)
   const report = JSON.parse(stdout) as Report
   t.same(JSON.parse(readFileSync(file('b.json'), 'utf8')), report, 'the file holds what stdout does')
-  t.match(report, { version: 1, settings: { stem: 'matmul', threads: [1, 2], quick: true, peers: [] } })
+  t.match(report, { version: 2, settings: { stems: ['matmul'], threads: [1, 2], quick: true, peers: [] } })
+  t.match(report, { failures: [], left: [], machine: { device: 'cpu' } })
   t.match(report.machine, { cpu: String, cores: Number, isa: /^(baseline|avx2|avx512)$/, memoryBytes: Number })
   t.match(report.machine, { loadBefore: Number, loadAfter: Number, date: /^\d{4}-\d\d-\d\dT/, node: String })
   t.equal(report.cases.length, 6)
@@ -101,7 +119,7 @@ t.test('a small run writes JSON, CSV and a chart', async (t) => {
 })
 
 t.test('memory, loading and cancelling are measured too', async (t) => {
-  const { code, stdout, stderr } = await ropewalk('bench', 'load', ...small, '--load-mb', '2')
+  const { code, stdout, stderr } = await ropewalk('bench', 'load', ...small, '--load-mb', '2', '--device', 'cpu')
   t.equal(code, 0, stderr)
   t.match(stdout, /load safetensors, 2 MB .*cat .*\n/)
   t.match(stdout, /memory of loading: weights +\d/)
@@ -112,11 +130,41 @@ t.test('peers that are not there are named with the reason', async (t) => {
   const before = { ...process.env }
   t.teardown(() => Object.assign(process.env, before))
   process.env.ROPEWALK_PYTHON = join(dir, 'no-python')
-  const peers = await Peers.open('baseline')
+  const peers = await Peers.open('baseline', 'cpu')
   t.teardown(() => peers.close())
   t.match(peers.missing.join('\n'), /PyTorch: .*no-python.* ROPEWALK_PYTHON names another/)
   const sides = await peers.sides({ op: 'adamw', size: 10 }, 1, 1, 1)
   t.strictSame(sides, [])
+})
+
+t.test('what is not begun within --limit is named', async (t) => {
+  const { code, stdout } = await ropewalk('bench', 'adamw,copy', ...small, '--device', 'cpu', '--limit', '0')
+  t.equal(code, 0)
+  t.match(stdout, /not begun within --limit: adamw 65536, threads 1; .*copy cast f32 131072/)
+})
+
+const simt = (() => {
+  try {
+    Device.open('simt').dispose()
+    return false
+  } catch (error) {
+    return `skipped: ${(error as Error).message}`
+  }
+})()
+
+t.test('the GPU cases on the emulator', { skip: simt }, async (t) => {
+  const file = join(dir, 'simt.json')
+  const { code, stderr } = await ropewalk('bench', 'matmul,swiglu', '--device', 'simt', ...small, '--out', file)
+  t.equal(code, 0, stderr)
+  const { cases, machine } = JSON.parse(readFileSync(file, 'utf8')) as Report
+  t.equal(machine.device, 'simt')
+  t.strictSame(
+    cases.map(({ stem }) => stem),
+    ['matmul', 'matmul', 'matmul', 'swiglu', 'swiglu'],
+  )
+  t.ok(cases.every(({ ours, roofline, threads }) => ours.median > 0 && roofline.rate.median > 0 && threads === 0))
+  const missing = await ropewalk('bench', 'copy', '--device', 'simt')
+  t.match([missing.code, missing.stderr], [2, /--device simt executes kernels on the CPU.*needs --quick/])
 })
 
 t.test('what cannot be understood or written', async (t) => {
@@ -124,6 +172,9 @@ t.test('what cannot be understood or written', async (t) => {
     [['matmull'], /there is no stem "matmull"; did you mean "matmul"\?; known are matmul, /, 2],
     [['matmul', 'step'], /"step" is one argument too many/, 2],
     [['--threads', '0'], /--threads is "0"/, 2],
+    [['--device', 'simt', '--threads', '1'], /--device simt/, 2],
+    [['copy', '--device', 'cuda', '--threads', '1'], /--threads counts CPU threads: leave out --device cuda/, 2],
+    [['copy', '--device', 'cudo'], /unknown device "cudo"; did you mean "cuda"/, 1],
     [['--quik'], /unknown option "--quik"; did you mean "--quick"\?/, 2],
     [['--svg', join(dir, 'none', 'x.svg')], /x\.svg: .*none is not a folder that can be written to/, 1],
   ] as const) {

@@ -144,6 +144,28 @@ t.test('doctor', async (t) => {
   t.ok(report.checks.every(({ ok }: { ok: boolean }) => ok))
 })
 
+t.test('doctor says why there is no GPU, or which there are', async (t) => {
+  const { ROPEWALK_SIMT_LIBRARY: simt, ROPEWALK_CUDA_LIBRARY: before } = process.env
+  t.teardown(() => {
+    if (before === undefined) delete process.env.ROPEWALK_CUDA_LIBRARY
+    else process.env.ROPEWALK_CUDA_LIBRARY = before
+    delete process.env.ROPEWALK_SIMT_MACHINE
+  })
+  process.env.ROPEWALK_CUDA_LIBRARY = '/nowhere/lib.so'
+  const without = await ropewalk('doctor')
+  t.equal(without.code, 0, 'it is no fault')
+  t.match(without.stdout, /^-- cuda +CUDA backend unavailable: there is no \/nowhere\/lib\.so/m)
+  if (!simt) return
+  // the emulator in place of the CUDA library
+  process.env.ROPEWALK_CUDA_LIBRARY = simt
+  process.env.ROPEWALK_SIMT_MACHINE = 'devices=2,memory=1073741824'
+  const { code, stdout } = await ropewalk('doctor')
+  t.equal(code, 0)
+  t.match(stdout, /^ok +cuda +.*, sm_80 \(kernels of sm_80\), 1\.0 GiB, 1\.0 GiB free$/m)
+  t.match(stdout, /^ok +cuda:1 +.*sm_80/m)
+  t.match(stdout, /^ok +self-check +matmul 37x53x29 on cuda: largest error/m)
+})
+
 t.test('inspect', async (t) => {
   const { code, stdout } = await ropewalk('inspect', model)
   t.equal(code, 0)

@@ -143,10 +143,13 @@ t.test('a run with few steps is complete and repeats itself', async (t) => {
   t.strictSame(again.extensions, result.extensions)
 })
 
-t.test('an abort ends the run', async (t) => {
-  const controller = new AbortController()
-  const run = runDemo({ recipe: tiny, signal: controller.signal, onProgress: () => controller.abort() })
-  await t.rejects(run, { name: 'AbortError' })
+t.test('an abort ends the run, whatever is at work', async (t) => {
+  for (const phase of [/measuring/, /fine-tuning/]) {
+    const controller = new AbortController()
+    const onProgress = (_: number, task: string) => phase.test(task) && controller.abort()
+    const run = runDemo({ recipe: tiny, signal: controller.signal, onProgress })
+    await t.rejects(run, { name: 'AbortError' }, String(phase))
+  }
 })
 
 t.test('the page is whole, self-contained and small', async (t) => {

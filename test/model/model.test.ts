@@ -7,14 +7,25 @@ import { Continuation } from '../../lib/model/generate.js'
 import { Llama } from '../../lib/model/llama.js'
 import { caseNames, fixtures, norm, openGolden, relativeError } from '../golden.js'
 
-// Tolerances are the manifest's: 20 times the noise of transformers' own float32 run, gradients to 1e-4.
+/** Of the goldens; all other tests are about the CPU. */
+const goldenDevice = process.env['ROPEWALK_TEST_DEVICE'] ?? 'cpu'
+
+// Tolerances are the manifest's: 20 times the noise of transformers' own float32 run, gradients to 1e-4. On a GPU a
+// bfloat16 model has bfloat16 activations: then one and a half times the largest error, over these cases, of transformers'
+// own bfloat16 run (5.18 on torch 2.13, CPU, eager), and twice that for the mean loss, in which errors cancel by chance.
+const FLOAT32 = { logits: 1e-4, loss: 1e-5, gradient: 1e-4, norm: 1e-4, total: 1e-5 }
+const BFLOAT16 = { logits: 0.08, loss: 1.6e-3, gradient: 0.24, norm: 0.07, total: 0.023 }
+const BFLOAT16_NLL = 0.35
+
 for (const name of caseNames) {
   t.test(`golden: ${name}`, async (t) => {
     const golden = await openGolden(name)
     const { json } = golden
-    // In float32, and with the checkpoint's own dtype: bf16 weights widen exactly, so nothing else may change.
+    // In float32, and with the checkpoint's own dtype: on the CPU bf16 weights widen exactly, so nothing else may change.
     for (const dtype of new Set(['float32', json.dtype_on_disk] as const)) {
-      using model = await Llama.load(golden.dir, { device: 'cpu', dtype: dtype as 'float32' })
+      using model = await Llama.load(golden.dir, { device: goldenDevice, dtype: dtype as 'float32' })
+      const exact = dtype === 'float32' || goldenDevice === 'cpu'
+      const allowed = exact ? FLOAT32 : BFLOAT16
       const ids = await golden.ints('input_ids')
       const [rows, time] = ids.dims as [number, number]
 
@@ -32,7 +43,7 @@ for (const name of caseNames) {
           }
         })
       }
-      const tolerance = Math.max(20 * json.noise.logits_f32_vs_f64_max, 1e-4 * json.noise.logits_absmax)
+      const tolerance = Math.max(20 * json.noise.logits_f32_vs_f64_max, allowed.logits * json.noise.logits_absmax)
       t.ok(worst <= tolerance, `${dtype}: logits differ by ${worst}, allowed ${tolerance}`)
 
       const nll = await model.tokenLosses(ids)
@@ -44,12 +55,15 @@ for (const name of caseNames) {
         }
         t.equal(nll.data[b * time + time - 1], 0, 'nothing is predicted at the last position')
       }
-      t.ok(worstNll <= 20 * json.noise.nll_f32_vs_f64_max, `${dtype}: nll differ by ${worstNll}`)
-      t.ok(Math.abs((await model.loss(ids)) - json.mean_loss_f64) < 1e-5 * json.mean_loss_f64, 'mean loss')
+      const nllTolerance = exact ? 20 * json.noise.nll_f32_vs_f64_max : BFLOAT16_NLL
+      t.ok(worstNll <= nllTolerance, `${dtype}: nll differ by ${worstNll}`)
+      const lossError = Math.abs((await model.loss(ids)) / json.mean_loss_f64 - 1)
+      t.ok(lossError < allowed.loss, `${dtype}: mean loss is off by ${lossError}`)
       const masked = /first (\d+) columns/.exec(json.masked_labels)!
       const labels = { dims: ids.dims, data: ids.data.map((id, n) => (n % time < Number(masked[1]) ? -100 : id)) }
       const maskedLoss = await model.loss(ids, { labels })
-      t.ok(Math.abs(maskedLoss - json.mean_loss_masked_labels_f64) < 1e-5 * maskedLoss, 'loss of masked labels')
+      const maskedError = Math.abs(maskedLoss / json.mean_loss_masked_labels_f64 - 1)
+      t.ok(maskedError < allowed.loss, `${dtype}: loss of masked labels is off by ${maskedError}`)
 
       if (json.grad) {
         const gradients = await model.gradients(ids)
@@ -59,18 +73,19 @@ for (const name of caseNames) {
           const size = norm(data)
           total += size * size
           const error = Math.abs(size - json.grad.norms[parameter]) / json.grad.norms[parameter]
-          t.ok(error < 1e-4, `${parameter}: gradient norm is off by ${error}`)
+          t.ok(error < allowed.norm, `${parameter}: gradient norm is off by ${error}`)
         }
-        t.ok(Math.abs(Math.sqrt(total) / json.grad.total_norm - 1) < 1e-5, 'total gradient norm')
+        const totalError = Math.abs(Math.sqrt(total) / json.grad.total_norm - 1)
+        t.ok(totalError < allowed.total, `${dtype}: total gradient norm is off by ${totalError}`)
         for (const stored of golden.names.filter((tensor) => tensor.startsWith('grad.'))) {
           const { dims, data } = await golden.floats(stored)
           const got = gradients.get(stored.slice(5))!
           t.same(got.dims, dims)
           const error = relativeError(got.data, data)
-          t.ok(error < 1e-4, `${dtype} ${stored}: relative error ${error}`)
+          t.ok(error < allowed.gradient, `${dtype} ${stored}: relative error ${error}`)
         }
       }
-      if (json.greedy) {
+      if (json.greedy && exact) {
         const written: number[] = []
         const options = { prompt: json.greedy.prompt_ids, maxTokens: json.greedy.new_ids.length, stopIds: [] }
         for await (const { id } of model.generate(options)) written.push(id)

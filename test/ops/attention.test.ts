@@ -270,8 +270,25 @@ const TIMES = [
 const LONG = [143, 145, 160, 191, 192, 193, 200, 257]
 const WIDTHS = [2, 4, 6, 8, 10, 12, 14, 16, 18, 22, 24, 30, 32, 34, 40, 48, 62, 64, 66, 80, 96, 100, 128]
 
-/** The i-th seeded shape: every T and D in turn, and what remains of `budget` multiplications goes to heads and batch. */
+/** Every T around the heights of tiles, for rows of queries and of keys, with one, two and more tiles. */
+const AROUND_TILES = [32, 64, 128, 192].flatMap((size) => Array.from({ length: 9 }, (_, i) => size - 4 + i)).concat(256)
+const SWEEP = 128
+const AROUND = 2 * AROUND_TILES.length
+
+/**
+ * The i-th seeded shape: every T and D in turn, then, from SWEEP on, every T around a tile; what remains of `budget`
+ * multiplications goes to heads and batch.
+ */
 function shapeOf(random: Random, i: number, budget: number): Shape {
+  if (i >= SWEEP) {
+    const [H, K] = random.pick([
+      [1, 1],
+      [2, 1],
+      [3, 1],
+      [2, 2],
+    ] as const)
+    return { B: 1, T: AROUND_TILES[(i - SWEEP) % AROUND_TILES.length]!, H, K, D: random.pick([2, 4, 8, 10, 16, 32]) }
+  }
   const T = i % 5 === 4 ? LONG[Math.floor(i / 5) % LONG.length]! : TIMES[i % TIMES.length]!
   let D = WIDTHS[(i * 7) % WIDTHS.length]!
   let [H, K] = random.pick(HEADS) as [number, number]
@@ -298,7 +315,7 @@ function noise(scale: number, D: number): Record<string, number> {
 
 t.test('attention_fwd', availability(), async (t) => {
   const random = new Random(1)
-  for (let i = 0; i < 110; i++) {
+  for (let i = 0; i < SWEEP + AROUND; i++) {
     const [F, mask] = combination(i, FLOATS, MASKS)
     const positions = random.pick(POSITIONS)
     const shape = shapeOf(random, i, 1_500_000)
@@ -330,7 +347,7 @@ function withResults(random: Random, inputs: Inputs, scale: number): Gradients {
 
 t.test('attention_bwd', availability(), async (t) => {
   const random = new Random(2)
-  for (let i = 0; i < 90; i++) {
+  for (let i = 0; i < SWEEP + AROUND; i++) {
     const [F, mask] = combination(i, FLOATS, MASKS)
     const positions = random.pick(POSITIONS)
     const shape = shapeOf(random, i, 800_000)
@@ -354,9 +371,21 @@ t.test('long sequences: several blocks of keys and of queries', availability(), 
     [577, 2, 1, 1, 'f32', 'packed'],
     [400, 6, 2, 1, 'bf16', 'ragged'],
     [769, 2, 1, 1, 'bf16', 'window'],
+    // aligned rows: several tiles of every width
+    [512, 64, 1, 1, 'bf16', 'causal'],
+    [417, 64, 2, 1, 'bf16', 'window'],
+    [350, 128, 1, 1, 'bf16', 'causal'],
+    [261, 128, 3, 1, 'bf16', 'packed'],
+    [200, 80, 2, 2, 'bf16', 'ragged'],
+    [150, 256, 2, 1, 'bf16', 'causal'],
+    [130, 208, 1, 1, 'bf16', 'packed'],
+    [200, 64, 2, 1, 'f32', 'causal'],
+    [170, 128, 2, 1, 'f32', 'window'],
+    [120, 256, 2, 1, 'f32', 'packed'],
   ] as const) {
     const shape = { B: 1, T, H, K, D }
-    const scale = 0.4
+    const scale = D < 64 ? 0.4 : 1 / Math.sqrt(D)
+    const aligned = D < 64 ? {} : { shift: 0, scale: noise(scale, D) }
     const inputs = withResults(random, inputsOf(random, F, shape, mask, 'random'), Math.fround(scale))
     const { q, k, v, cos, sin, pos, first } = inputs
     await check(t, {
@@ -365,12 +394,14 @@ t.test('long sequences: several blocks of keys and of queries', availability(), 
       args: { q, k, v, cos, sin, pos, first, o: output(F, q.dims), lse: output('f32', [1, H, T]), scale },
       reference: (p) => forward(p, inputs, Math.fround(scale)),
       scale: { lse: scale * D },
+      ...aligned,
     })
     await check(t, {
       op: 'attention_bwd',
       label: label(shape, F, mask, 'random'),
       args: { ...inputs, dq: output(F, q.dims), dk: output(F, k.dims), dv: output(F, k.dims), scale },
       reference: (p) => backward(p, inputs, Math.fround(scale)),
+      ...aligned,
     })
   }
 })
@@ -518,7 +549,7 @@ t.test('the future is not seen, and NaN shows in its own row', availability(), a
 
 t.test('kv_append', availability(), async (t) => {
   const random = new Random(8)
-  for (let i = 0; i < 60; i++) {
+  for (let i = 0; i < 200; i++) {
     const [F] = combination(i, FLOATS)
     const B = random.int(1, 3)
     const T = random.pick([1, 1, 2, 5, 17, 64, 67])
@@ -576,7 +607,7 @@ t.test('kv_append', availability(), async (t) => {
 
 t.test('attention_cached', availability(), async (t) => {
   const random = new Random(9)
-  for (let i = 0; i < 96; i++) {
+  for (let i = 0; i < 200; i++) {
     const [F, garbage] = combination(i, FLOATS, [NaN, Infinity, 1e30])
     const B = random.int(1, 3)
     const T = i % 3 === 2 ? random.pick([9, 16, 33, 96, 97, 150]) : random.pick([1, 1, 2, 3, 4, 7, 8])
@@ -613,11 +644,13 @@ t.test('attention_cached', availability(), async (t) => {
       last: tensor('i32', [B, T], last),
     }
     const scale = 1 / Math.sqrt(D)
+    const step = (T * H) / K <= 16 // a step of generation, of which the GPU kernels keep all bits of the weights
     await check(t, {
       op: 'attention_cached',
       label: `B ${B} T ${T} H ${H} K ${K} D ${D} S ${S} ${F}, unseen slots hold ${garbage}`,
       args: { ...args, o: output(F, [B, T, H, D]), scale },
       reference: (p) => {
+        const store = step ? p.r : operand(p, F)
         const qr = rotatedQueries(p, { ...args, k: args.k_cache, v: args.v_cache }, Math.fround(scale))
         const o = new Float64Array(args.q.size)
         for (let b = 0; b < B; b++) {
@@ -638,7 +671,7 @@ t.test('attention_cached', availability(), async (t) => {
                 D,
                 Math.fround(scale),
                 o,
-                operand(p, F),
+                store,
               )
             }
           }

@@ -1,0 +1,398 @@
+#include "race.h"
+
+#include <sys/mman.h>
+
+#include <cstring>
+#include <stdexcept>
+
+#include "lint.h"
+
+namespace simt {
+
+bool instrumented = false;
+
+// Threads that have read a cell since it was written: those of `mask` in `warp`, when their clock was `clock`.
+struct Reader {
+  uint32_t pc, mask, next;  // next: index in `pool`, 0 for none
+  uint16_t clock, warp;
+};
+
+// Two bytes of memory. An access is dated by the epoch, which every block and every __syncthreads begins anew, and
+// within it by the clock of the thread.
+struct Cell {
+  uint32_t write_epoch, write_pc;  // epoch 0: never written by a kernel
+  uint16_t write_clock, writer;    // thread of its block
+  uint16_t atomic : 1, flying : 1, guard : 1;
+  uint32_t read_epoch;
+  Reader reader;
+  uint32_t earlier_epoch, earlier_pc;  // a read by a block before this one
+};
+
+struct Shadow {
+  size_t bytes;
+  Cell* cells;
+  uint8_t* by_host;  // one bit a cell
+};
+
+namespace {
+
+// One launch runs at a time in this flavour, on one thread.
+uint32_t epoch = 1, block_epoch = 1, launch_epoch = 1;
+struct BlockStart {
+  uint32_t epoch;
+  dim3 at;
+};
+std::vector<BlockStart> block_starts;
+std::vector<Cell> shared_cells;
+std::vector<Reader> pool(1);
+thread_local std::string host_error;
+
+// Code addresses, as the distance from this library's own code.
+uint32_t pack(const void* site) {
+  return static_cast<uint32_t>(static_cast<const char*>(site) - reinterpret_cast<const char*>(order_all));
+}
+const void* unpack(uint32_t pc) { return reinterpret_cast<const char*>(order_all) + static_cast<int32_t>(pc); }
+
+void next_epoch() {
+  if (++epoch == 0) throw std::runtime_error("simt: the race detector has run out of epochs; restart the process");
+  pool.resize(1);
+}
+
+// A clock of an earlier epoch knows nothing of this one.
+void refresh(Clock& clock) {
+  if (clock.epoch == epoch) return;
+  clock.epoch = epoch;
+  clock.seen.assign(block->threads.size(), Time{});
+}
+
+void merge(Clock& to, const Clock& from) {
+  for (size_t i = 0; i < to.seen.size(); i++)
+    if (to.seen[i].ticks < from.seen[i].ticks) to.seen[i] = from.seen[i];
+}
+
+uint16_t own_clock(const Thread& thread) {
+  return thread.clock.epoch == epoch ? thread.clock.seen[static_cast<size_t>(thread.index)].ticks : 0;
+}
+
+bool has_seen(const Thread& thread, int other, uint16_t clock) {
+  if (other == thread.index) return true;
+  return thread.clock.epoch == epoch && thread.clock.seen[static_cast<size_t>(other)].ticks > clock;
+}
+
+struct Accessor {
+  const Thread& thread;  // the one that is named
+  uint32_t lanes;
+  const void* site;
+  uint32_t pc;
+  bool together;  // more than one lane
+
+  // Whether what thread `other` did at this date came before.
+  bool after(uint32_t when, int other, uint16_t clock) const {
+    if (when != epoch) return when >= block_epoch || when < launch_epoch;
+    if (!together) return has_seen(thread, other, clock);
+    const Warp& warp = block->warps[static_cast<size_t>(thread.warp)];
+    for (int lane = 0; lane < warp.count; lane++)
+      if (lanes & 1u << lane && !has_seen(block->threads[static_cast<size_t>(warp.first + lane)], other, clock))
+        return false;
+    return true;
+  }
+};
+
+struct Place {
+  const char* memory;
+  size_t offset;
+  size_t bytes;  // of the access
+};
+
+std::string warp_and_lane(int thread) {
+  return "warp " + std::to_string(thread / 32) + " lane " + std::to_string(thread % 32);
+}
+
+std::string block_of(uint32_t when) {
+  for (size_t i = block_starts.size(); i-- > 0;)
+    if (block_starts[i].epoch <= when) {
+      const dim3 at = block_starts[i].at;
+      return "block (" + std::to_string(at.x) + "," + std::to_string(at.y) + "," + std::to_string(at.z) + ")";
+    }
+  return "another block";
+}
+
+[[noreturn]] void report(const Accessor& who, const Place& place, Access kind, const std::string& problem) {
+  const char* const what = kind == Access::read ? "read" : kind == Access::write ? "write" : "atomic operation";
+  fail_as(who.thread, std::string(what) + " of " + std::to_string(place.bytes) + " bytes of " + place.memory + "+" +
+                          std::to_string(place.offset) + (who.together ? " by all lanes together" : "") + " at " +
+                          describe_site(who.site) + ": " + problem);
+}
+
+std::string unordered(uint32_t when, int thread, uint32_t pc, const char* what) {
+  const bool same_block = when >= block_epoch;
+  return std::string("race with the ") + what + " by " + (same_block ? warp_and_lane(thread) : block_of(when)) +
+         " at " + describe_site(unpack(pc)) +
+         (same_block ? ", which no barrier orders" : ": the blocks of a launch run in any order");
+}
+
+// Readers of a cell, the newest clock of each thread.
+void add_reader(Cell& cell, uint16_t warp, uint32_t lanes, uint16_t clock, uint32_t pc) {
+  if (cell.read_epoch != epoch) {
+    if (cell.read_epoch >= launch_epoch && cell.read_epoch < block_epoch) {
+      cell.earlier_epoch = cell.read_epoch;
+      cell.earlier_pc = cell.reader.pc;
+    }
+    cell.read_epoch = epoch;
+    cell.reader = {pc, lanes, 0, clock, warp};
+    return;
+  }
+  Reader* reader = &cell.reader;
+  Reader *same = nullptr, *empty = nullptr;
+  for (;;) {
+    if (reader->warp == warp) {
+      if (reader->clock == clock)
+        same = reader;
+      else
+        reader->mask &= ~lanes;
+    }
+    if (!reader->mask) empty = reader;
+    if (!reader->next) break;
+    reader = &pool[reader->next];
+  }
+  if (same) {
+    same->mask |= lanes;
+    same->pc = pc;
+  } else if (empty) {
+    *empty = {pc, lanes, empty->next, clock, warp};
+  } else {
+    reader->next = static_cast<uint32_t>(pool.size());
+    pool.push_back({pc, lanes, 0, clock, warp});
+  }
+}
+
+void read_cell(Cell& cell, const Accessor& who, const Place& place, bool by_host) {
+  if (cell.write_epoch == 0 && !by_host) report(who, place, Access::read, "nobody has written this memory before");
+  if (cell.write_epoch && !who.after(cell.write_epoch, cell.writer, cell.write_clock))
+    report(who, place, Access::read, unordered(cell.write_epoch, cell.writer, cell.write_pc, "write"));
+  const auto warp = static_cast<uint16_t>(who.thread.warp);
+  if (!who.together) return add_reader(cell, warp, who.lanes, own_clock(who.thread), who.pc);
+  for (uint32_t left = who.lanes; left;) {
+    const int first = block->warps[warp].first;
+    const uint16_t clock = own_clock(block->threads[static_cast<size_t>(first + __builtin_ctz(left))]);
+    uint32_t same = 0;
+    for (int lane = 0; lane < 32; lane++)
+      if (left & 1u << lane && own_clock(block->threads[static_cast<size_t>(first + lane)]) == clock)
+        same |= 1u << lane;
+    add_reader(cell, warp, same, clock, who.pc);
+    left &= ~same;
+  }
+}
+
+void check_readers(const Cell& cell, const Accessor& who, const Place& place, Access kind) {
+  uint32_t when = cell.read_epoch, pc = cell.reader.pc;
+  if (cell.earlier_epoch >= launch_epoch) {
+    when = cell.earlier_epoch;
+    pc = cell.earlier_pc;
+  }
+  if (when >= launch_epoch && when < block_epoch) report(who, place, kind, unordered(when, 0, pc, "read"));
+  if (cell.read_epoch != epoch) return;
+  const Reader* reader = &cell.reader;
+  for (;;) {
+    for (uint32_t left = reader->mask; left; left &= left - 1) {
+      const int thread = 32 * reader->warp + __builtin_ctz(left);
+      if (!who.after(epoch, thread, reader->clock))
+        report(who, place, kind, unordered(epoch, thread, reader->pc, "read"));
+    }
+    if (!reader->next) return;
+    reader = &pool[reader->next];
+  }
+}
+
+void write_cell(Cell& cell, const Accessor& who, const Place& place, Access kind) {
+  const bool both_atomic = kind == Access::atomic && cell.atomic;
+  if (cell.write_epoch && !both_atomic && !who.after(cell.write_epoch, cell.writer, cell.write_clock))
+    report(who, place, kind,
+           unordered(cell.write_epoch, cell.writer, cell.write_pc, cell.atomic ? "atomic operation" : "write"));
+  check_readers(cell, who, place, kind);
+  cell.write_epoch = epoch;
+  cell.write_pc = who.pc;
+  cell.writer = static_cast<uint16_t>(who.thread.index);
+  cell.write_clock = own_clock(who.thread);
+  cell.atomic = kind == Access::atomic;
+  cell.read_epoch = cell.earlier_epoch = 0;
+}
+
+// `by_host`: of device memory; null for shared memory, which is not the same memory in the next block.
+void touch(Cell* cells, const uint8_t* by_host, const Accessor& who, const Place& place, Access kind) {
+  for (size_t i = place.offset / 2; i <= (place.offset + place.bytes - 1) / 2; i++) {
+    Cell& cell = cells[i];
+    if (!by_host && cell.write_epoch < block_epoch) cell.write_epoch = 0;
+    if (!by_host && cell.read_epoch < block_epoch) cell.read_epoch = 0;
+    if (cell.guard)
+      report(who, place, kind,
+             2 * i >= block->shared.dynamic && 2 * i < block->shared.dynamic + 64
+                 ? "the block has " + std::to_string(block->shared.dynamic) + " bytes of dynamic shared memory"
+                 : "this is a red zone behind an array");
+    if (cell.flying)
+      report(who, place, kind,
+             "the asynchronous copy of " + warp_and_lane(cell.writer) + " issued at " +
+                 describe_site(unpack(cell.write_pc)) + " is under way here and has not been waited for");
+    const bool host = by_host && by_host[i / 8] >> i % 8 & 1;
+    if (kind == Access::atomic && cell.write_epoch == 0 && !host)
+      report(who, place, kind, "nobody has written this memory before");
+    if (kind == Access::read)
+      read_cell(cell, who, place, host);
+    else
+      write_cell(cell, who, place, kind);
+  }
+}
+
+void set_flying(const void* to, size_t bytes, bool flying) {
+  const size_t first = static_cast<size_t>(static_cast<const char*>(to) - block->shared.memory) / 2;
+  for (size_t i = first; i < first + bytes / 2; i++) shared_cells[i].flying = flying;
+}
+
+// Memory that is no device's, but that kernels may read: their arguments, constants, threadIdx and the like.
+bool readable(const Thread& thread, const char* p, size_t bytes) {
+  const auto within = [&](const void* begin, size_t size) {
+    return p >= static_cast<const char*>(begin) && p + bytes <= static_cast<const char*>(begin) + size;
+  };
+  return within(static_cast<const Coordinates*>(&thread), sizeof(Coordinates)) ||
+         within(block->call->arguments.get(), block->call->bytes) || within(&coordinates, sizeof(coordinates)) ||
+         is_constant(p, bytes);
+}
+
+}  // namespace
+
+void access(const Thread& thread, const void* p, size_t bytes, Access kind, const void* site, uint32_t lanes) {
+  if (!instrumented) return;
+  const Quiet silence;
+  const auto* at = static_cast<const char*>(p);
+  const Shared& shared = block->shared;
+  const Accessor who = {thread, lanes, site, pack(site), (lanes & (lanes - 1)) != 0};
+  if (at >= shared.memory && at < shared.memory + shared.bytes) {
+    const Place place = {"shared memory", static_cast<size_t>(at - shared.memory), bytes};
+    if (place.offset + bytes > shared.used) report(who, place, kind, "this is beyond all variables of the block");
+    if (lint_wanted()) lint(thread, at, bytes, kind != Access::read, true, site);
+    return touch(shared_cells.data(), nullptr, who, place, kind);
+  }
+  const Region* region = find_region(*block->regions, p);
+  const Place place = {"device memory", region ? static_cast<size_t>(at - region->begin) : 0, bytes};
+  if (region && place.offset + bytes <= region->bytes) {
+    if (lint_wanted()) lint(thread, at, bytes, kind != Access::read, false, site);
+    return touch(region->shadow->cells, region->shadow->by_host, who, place, kind);
+  }
+  if (kind == Access::read && readable(thread, at, bytes)) return;
+  if (region && place.offset < region->bytes + 4096)
+    report(who, place, kind, "the allocation has " + std::to_string(region->bytes) + " bytes");
+  report(who, {"address ", reinterpret_cast<uintptr_t>(p), bytes}, kind,
+         "this is neither shared memory nor in any allocation of device memory");
+}
+
+void host_access(const void* p, size_t bytes, const void* site) {
+  const auto regions = memory_regions();
+  const Region* region = find_region(*regions, p);
+  if (!region || static_cast<const char*>(p) >= region->begin + region->bytes || !host_error.empty()) return;
+  host_error =
+      "code of the host accesses " + std::to_string(bytes) + " bytes of device memory at " + describe_site(site);
+}
+
+void in_flight(const Thread& thread, const void* to, size_t bytes, const void* site) {
+  if (!instrumented) return;
+  access(thread, to, bytes, Access::write, site, 1u << thread.lane);
+  set_flying(to, bytes, true);
+}
+
+void landed(const Thread& thread, const void* to, size_t bytes, const void* site) {
+  if (!instrumented) return;
+  set_flying(to, bytes, false);
+  access(thread, to, bytes, Access::write, site, 1u << thread.lane);
+}
+
+void release(Thread& thread, Clock& to) {
+  if (!instrumented) return;
+  refresh(thread.clock);
+  refresh(to);
+  uint16_t& own = thread.clock.seen[static_cast<size_t>(thread.index)].ticks;
+  if (++own == 0) fail("the race detector counts up to 65535 barriers of a thread between two __syncthreads");
+  merge(to, thread.clock);
+}
+
+void acquire(Thread& thread, const Clock& from) {
+  if (!instrumented || from.epoch != epoch) return;
+  refresh(thread.clock);
+  merge(thread.clock, from);
+}
+
+void order_all() {
+  if (instrumented) next_epoch();
+}
+
+void open_race_launch() {
+  if (!host_error.empty()) {
+    const std::string error = std::move(host_error);
+    host_error.clear();
+    throw std::runtime_error(error);
+  }
+  if (!instrumented) return;
+  next_epoch();
+  launch_epoch = epoch;
+  block_starts.clear();
+}
+
+void shadow_shared(size_t bytes) {
+  if (instrumented) shared_cells.assign((bytes + 1) / 2, Cell{});
+}
+
+void open_race_block(dim3 at) {
+  if (!instrumented) return;
+  next_epoch();
+  block_epoch = epoch;
+  block_starts.push_back({epoch, at});
+}
+
+void dropped(const void* to, size_t bytes) {
+  if (instrumented) set_flying(to, bytes, false);
+}
+
+void guard_shared(size_t offset, size_t bytes, bool guarded) {
+  if (!instrumented) return;
+  for (size_t i = (offset + 1) / 2; i < (offset + bytes) / 2; i++) shared_cells[i].guard = guarded;
+}
+
+// Pages of zeros that take no memory before they are written.
+static void* map_pages(size_t bytes) {
+  void* pages = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (pages == MAP_FAILED) throw std::bad_alloc();
+  return pages;
+}
+
+Shadow* new_shadow(size_t bytes) {
+  if (!instrumented || bytes == 0) return nullptr;
+  const size_t cells = (bytes + 1) / 2;
+  return new Shadow{bytes, static_cast<Cell*>(map_pages(cells * sizeof(Cell))),
+                    static_cast<uint8_t*>(map_pages(cells / 8 + 1))};
+}
+
+void delete_shadow(Shadow* shadow) {
+  if (!shadow) return;
+  const size_t cells = (shadow->bytes + 1) / 2;
+  munmap(shadow->cells, cells * sizeof(Cell));
+  munmap(shadow->by_host, cells / 8 + 1);
+  delete shadow;
+}
+
+void host_wrote(Shadow* shadow, size_t offset, size_t bytes) {
+  if (!shadow || bytes == 0) return;
+  size_t i = offset / 2;
+  const size_t end = (offset + bytes + 1) / 2;
+  for (; i < end && i % 8; i++) shadow->by_host[i / 8] |= static_cast<uint8_t>(1u << i % 8);
+  if (end > i) memset(shadow->by_host + i / 8, 0xff, (end - i) / 8);
+  for (i += (end - i) / 8 * 8; i < end; i++) shadow->by_host[i / 8] |= static_cast<uint8_t>(1u << i % 8);
+}
+
+void host_copied(Shadow* to, size_t to_offset, const Shadow* from, size_t from_offset, size_t bytes) {
+  if (!to || !from) return;
+  for (size_t i = 0; i < bytes; i += 2) {
+    const size_t cell = (from_offset + i) / 2;
+    if (from->cells[cell].write_epoch || from->by_host[cell / 8] >> cell % 8 & 1) host_wrote(to, to_offset + i, 1);
+  }
+}
+
+}  // namespace simt
