@@ -1,5 +1,6 @@
-// `npm test`: sets up what is missing or stale, then type-checks, lints, runs the native tests under ASan and UBSan, and
-// the suite under tap. Arguments are test files; with some, only those run. Ends with "N passed, N failed, N skipped".
+// `npm test`: sets up what is missing or stale, then type-checks, lints, runs the native tests under ASan and UBSan, the
+// suite under tap, and the CUDA kernels on the CPU. Arguments are test files; with some, only those run under tap.
+// ROPEWALK_TEST_ONLY names parts (types, lint, native, tap, simt, package). Ends with "N passed, N failed, N skipped".
 import { spawnSync } from 'node:child_process'
 import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync } from 'node:fs'
 import { join } from 'node:path'
@@ -9,13 +10,24 @@ setup()
 const files = process.argv.slice(2)
 const total = { passed: 0, failed: 0, skipped: 0 }
 
-if (files.length === 0) {
-  check('types', ['node_modules/typescript/bin/tsc', '-p', 'test/tsconfig.json'])
-  check('lint', ['scripts/lint.js'])
-  nativeTests()
+const parts = {
+  types: () => check('types', ['node_modules/typescript/bin/tsc', '-p', 'test/tsconfig.json']),
+  lint: () => check('lint', ['scripts/lint.js']),
+  native: nativeTests,
+  tap: () => tap('all', files),
+  simt: simtTests,
+  package: packageTest,
 }
-tap()
-if (files.length === 0) packageTest()
+const only = files.length > 0 ? ['tap'] : (process.env.ROPEWALK_TEST_ONLY?.split(',') ?? Object.keys(parts))
+for (const name of only) {
+  if (!parts[name]) {
+    console.error(`ROPEWALK_TEST_ONLY: there is no part "${name}"; known are ${Object.keys(parts).join(', ')}`)
+    process.exit(1)
+  }
+  const start = performance.now()
+  parts[name]()
+  console.error(`-- ${name}: ${((performance.now() - start) / 1000).toFixed(0)} s`)
+}
 console.log(`${total.passed} passed, ${total.failed} failed, ${total.skipped} skipped`)
 process.exit(total.failed > 0 ? 1 : 0)
 
@@ -37,8 +49,17 @@ function nativeTests() {
   console.error('-- building the native tests with ASan and UBSan')
   run('cmake', ['-S', '.', '-B', work, ...flags], quiet)
   run('cmake', ['--build', work, '--parallel', '2'], quiet)
-  for (const program of readdirSync(join(root, work)).filter((name) => name.endsWith('_test'))) {
-    const { status, stdout, stderr, signal } = spawnSync(join(root, work, program), { encoding: 'utf8' })
+  programs(work)
+}
+
+/** Runs the test programs in a folder. */
+function programs(folder, env = {}) {
+  for (const program of readdirSync(join(root, folder)).filter((name) => name.endsWith('_test'))) {
+    const { status, stdout, stderr, signal } = spawnSync(join(root, folder, program), {
+      encoding: 'utf8',
+      env: { ...process.env, ...env },
+      maxBuffer: 1 << 26,
+    })
     process.stderr.write(stderr)
     const summary = /(\d+) passed, (\d+) failed, (\d+) skipped\s*$/.exec(stdout)
     if (summary) count(...summary.slice(1).map(Number))
@@ -50,12 +71,42 @@ function nativeTests() {
   }
 }
 
-function tap() {
-  const log = join(root, '.tap', 'all.tap')
+/** The CUDA kernels, executed by the CPU: in each flavour the emulator's own tests and the tests of the ops. */
+function simtTests() {
+  const ops = readdirSync(join(root, 'test', 'ops')).filter((name) => name.endsWith('.test.ts'))
+  const runs = {
+    fast: [...ops.map((name) => `test/ops/${name}`), 'test/model/model.test.ts', 'test/bench/gpu.test.ts'],
+    race: ops.map((name) => `test/ops/${name}`),
+    sanitize: ops.map((name) => `test/ops/${name}`),
+  }
+  for (const [flavour, list] of Object.entries(runs)) {
+    const start = performance.now()
+    const work = `.cmake-simt-${flavour}`
+    const flags = ['-DROPEWALK_ADDON=OFF', '-DROPEWALK_SIMT=ON', `-DROPEWALK_SIMT_FLAVOUR=${flavour}`]
+    const quiet = { stdio: ['ignore', 'ignore', 'inherit'] }
+    console.error(`-- building the CUDA kernels for the CPU: ${flavour}`)
+    run('cmake', ['-S', '.', '-B', work, ...flags], quiet)
+    run('cmake', ['--build', work, '--parallel', '2'], quiet)
+    const built = performance.now()
+    programs(work)
+    const env = { ROPEWALK_SIMT_LIBRARY: join(root, work, 'libropewalk_simt.so'), ROPEWALK_TEST_DEVICE: 'simt' }
+    if (flavour === 'sanitize') {
+      // Node itself is not instrumented: the sanitizer has to be there before it starts.
+      const { stdout } = spawnSync('g++', ['-print-file-name=libasan.so'], { encoding: 'utf8' })
+      Object.assign(env, { LD_PRELOAD: stdout.trim(), ASAN_OPTIONS: 'detect_leaks=0:verify_asan_link_order=0' })
+    }
+    tap(`simt-${flavour}`, list, env)
+    const seconds = (from, to) => ((to - from) / 1000).toFixed(0)
+    console.error(`-- simt ${flavour}: built in ${seconds(start, built)} s, ran ${seconds(built, performance.now())} s`)
+  }
+}
+
+function tap(name, files, env = {}) {
+  const log = join(root, '.tap', `${name}.tap`)
   mkdirSync(join(root, '.tap'), { recursive: true })
   rmSync(log, { force: true })
   const args = ['node_modules/tap/dist/esm/run.mjs', 'run', '--reporter=terse', `--output-file=${log}`, ...files]
-  const { status } = spawnSync(process.execPath, args, { cwd: root, stdio: 'inherit' })
+  const { status } = spawnSync(process.execPath, args, { cwd: root, stdio: 'inherit', env: { ...process.env, ...env } })
   const text = existsSync(log) ? readFileSync(log, 'utf8') : ''
   const summary = text.match(/^# \{ .*\}$/gm)?.at(-1)
   const of = (name) => Number(new RegExp(`\\b${name}: (\\d+)`).exec(summary ?? '')?.[1] ?? 0)

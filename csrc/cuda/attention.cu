@@ -83,13 +83,14 @@ constexpr int kPartUnit = 128;
 constexpr int kFewRows = 16;  // rows of the smallest tile
 
 struct Forward : Attention {
+  int64_t stride;   // from a key to the next
   int group;        // query heads of a kv head: row r of its queries is token r / group, head r % group
   int part;         // slots of a part, a multiple of all tiles
   bool vector;      // 16-byte accesses
   Partial partial;  // null where there is one part
 
   explicit Forward(const Attention& attention)
-      : Attention(attention), group(H / K), part(0), vector(false), partial() {}
+      : Attention(attention), stride(static_cast<int64_t>(K) * D), group(H / K), part(0), vector(false), partial() {}
 };
 
 // What a block keeps in shared memory, as its registers are full during the loop.
@@ -197,10 +198,9 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 1 ? 4 : sizeof(T) == 2 
 
   if (threadIdx.x == 0) smem.place = {b, kv_head * a.group, row0, highest.x, lowest.y, begin, end};
 
-  const int64_t stride = static_cast<int64_t>(a.K) * a.D;
-  int64_t key = (static_cast<int64_t>(b) * a.S + begin) * stride + kv_head * a.D;  // where the tile's keys and values are
+  int64_t key = (static_cast<int64_t>(b) * a.S + begin) * a.stride + kv_head * a.D;  // where the tile's keys and values are
   const T *k = static_cast<const T*>(a.k), *v = static_cast<const T*>(a.v);
-  if (begin < end) load_tile<kKeys, kD, kThreads>(smem.k, k + key, stride, a.S - begin, a.D, a.vector);
+  if (begin < end) load_tile<kKeys, kD, kThreads>(smem.k, k + key, a.stride, a.S - begin, a.D, a.vector);
   cp_async_commit();
   if (a.vector)
     load_queries<kRows, kD, kThreads, kVector<T>>(smem.q, a, b, kv_head * a.group, row0);
@@ -225,7 +225,7 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 1 ? 4 : sizeof(T) == 2 
     cp_async_wait<0>();
     __syncthreads();  // K is there, V is free
     const bool masked = is_masked(n0);
-    load_tile<kKeys, kD, kThreads>(smem.v, v + key, stride, a.S - n0, a.D, a.vector);
+    load_tile<kKeys, kD, kThreads>(smem.v, v + key, a.stride, a.S - n0, a.D, a.vector);
     cp_async_commit();
 
     Accumulators<kRowBlocks, kKeys> s;
@@ -236,7 +236,7 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 1 ? 4 : sizeof(T) == 2 
     if (masked) smem.vote.cast(clean_own_part<kKeys, kD, kThreads>(smem.v));
     __syncthreads();  // V is there, K is free
     if (n0 + kKeys < end)
-      load_tile<kKeys, kD, kThreads>(smem.k, k + key + kKeys * stride, stride, a.S - n0 - kKeys, a.D, a.vector);
+      load_tile<kKeys, kD, kThreads>(smem.k, k + key + kKeys * a.stride, a.stride, a.S - n0 - kKeys, a.D, a.vector);
     cp_async_commit();
 
     if (masked) {
@@ -300,7 +300,7 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 1 ? 4 : sizeof(T) == 2 
       }
       multiply_nn<kD>(o, s, smem.v, smem.weights);
     }
-    key += kKeys * stride;
+    key += kKeys * a.stride;
   }
   if (begin >= end) __syncthreads();  // the loop has not waited for the queries and the place to be written
 
@@ -308,11 +308,11 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 1 ? 4 : sizeof(T) == 2 
   const int64_t token0 = static_cast<int64_t>(place.b) * a.T;
   const int own_row0 = place.row0 + warp_row0, rows = a.T * a.group;
   if (cleaned) {
-    const T* values = v + static_cast<int64_t>(place.b) * a.S * stride + place.head0 / a.group * a.D;
+    const T* values = v + static_cast<int64_t>(place.b) * a.S * a.stride + place.head0 / a.group * a.D;
 #pragma unroll 1
     for (int n0 = place.begin; n0 < place.end; n0 += kKeys)
       if (is_masked(n0))
-        add_not_finite<kD>(o, values + n0 * stride, stride, min(kKeys, a.S - n0), a.D, 1, [&](int r, int n) {
+        add_not_finite<kD>(o, values + n0 * a.stride, a.stride, min(kKeys, a.S - n0), a.D, 1, [&](int r, int n) {
           return n0 + n >= own_seen[8 * r].x && n0 + n <= own_seen[8 * r].y;
         });
   }
@@ -408,7 +408,7 @@ void launch_forward(Context& context, Forward& a) {
   with_head_dim(a.D, [&](auto head_dim) {
     constexpr int kD = decltype(head_dim)::value;
     if (rows <= kFewRows && a.last)
-      launch_tiles<T, kD, 1, 1, kHalf && kD <= 128 ? 64 : 32>(context, a, parts);
+      launch_tiles<T, kD, 1, 1, kHalf && kD <= 128 ? 64 : kD == 256 ? 16 : 32>(context, a, parts);
     else if constexpr (kHalf && kD <= 128)
       launch_tiles<T, kD, 4, 2, kD == 64 ? 128 : 64>(context, a, parts);
     else

@@ -41,6 +41,7 @@ struct Backward {
   const int32_t *pos, *first;
   const int2* firsts;  // (B, tiles of columns): the smallest and largest first[t] of a tile
   int T, H, K, D;
+  int64_t q_stride, k_stride;  // from a token to the next
   Factor factor;
   bool vector;  // 16-byte accesses
 };
@@ -97,7 +98,7 @@ struct Shape {
   static constexpr int kWarps = kD == 256 && !kHalf ? 2 : 4, kThreads = 32 * kWarps;
   static constexpr int kRowBlocks = kHalf && kD == 64 ? 2 : 1;
   static constexpr int kWarpRows = 16 * kRowBlocks, kRows = kWarpRows * kWarps;
-  static constexpr int kColumns = kD == 256 && !kHalf ? 16 : kHalf && kD == 128 ? 64 : 32;
+  static constexpr int kColumns = kD == 256 ? 16 : kHalf && kD == 128 ? 64 : 32;
 
   struct Smem {
     union {
@@ -171,8 +172,7 @@ __global__ void __launch_bounds__(Shape<T, kD>::kThreads, sizeof(T) == 2 && kD <
   const int b = blockIdx.x / heads, head = blockIdx.x % heads;
   const int row0 = (kKeyRows ? blockIdx.y : gridDim.y - 1 - blockIdx.y) * kRows;
   const int64_t token0 = static_cast<int64_t>(b) * a.T;
-  const int64_t q_stride = static_cast<int64_t>(a.H) * a.D, k_stride = static_cast<int64_t>(a.K) * a.D;
-  const int64_t row_stride = kKeyRows ? k_stride : q_stride, column_stride = kKeyRows ? q_stride : k_stride;
+  const int64_t row_stride = kKeyRows ? a.k_stride : a.q_stride, column_stride = kKeyRows ? a.q_stride : a.k_stride;
   const int64_t row_at = (token0 + row0) * row_stride + head * a.D;
   const int column_head = kKeyRows ? head * group : head / group;
   const T* x = static_cast<const T*>(kKeyRows ? a.qr : a.kr) + token0 * column_stride + column_head * a.D;
@@ -381,6 +381,8 @@ void backward(Context& context, const attention_bwd_args& args) {
                 static_cast<int>(args.q.dims[2]),
                 static_cast<int>(args.k.dims[2]),
                 static_cast<int>(args.q.dims[3]),
+                args.q.dims[2] * args.q.dims[3],
+                args.k.dims[2] * args.k.dims[3],
                 Factor(args.scale),
                 false};
   a.vector = vectors_fit(args.q.dtype, a.D, {a.qr, a.kr, a.v, a.dout, args.o.data, a.dq, a.dk, a.dv, a.cos, a.sin});

@@ -201,13 +201,12 @@ struct WarpValues {
 };
 
 // Sum over a block of `Warps` whole warps, the same bits in every thread. Every thread must call it; `Tag` tells two
-// calls of one kernel apart, which then need no barrier between them.
+// calls of one kernel apart. Between two calls with the same tag, as in a loop, a barrier is needed.
 template <int Warps, typename Tag>
 __device__ __forceinline__ float block_sum(float x) {
   x = warp_sum(x);
   if constexpr (Warps == 1) return x;
   auto& parts = static_smem<WarpValues<Warps>, Tag>();
-  __syncthreads();  // the values of the last call have been read
   if (lane_index() == 0) parts.value[warp_index()] = x;
   __syncthreads();
   x = 0;

@@ -88,12 +88,15 @@ __device__ __forceinline__ void store_piece(T* p, const float (&x)[Count]) {
   }
 }
 
+// Stores Count columns of a row of c, of dtype T, added to those of add; what lies outside of the matrix is left out.
 template <typename T, int Count>
-__device__ __forceinline__ void store_result_as(const Product& p, int64_t at, int columns, float (&x)[Count]) {
+__device__ __forceinline__ void store_result(const Product& p, int row, int column, float (&x)[Count]) {
+  const int64_t at = int64_t{row} * p.n + column;
   const T* add = static_cast<const T*>(p.add);
   T* c = static_cast<T*>(p.c) + int64_t{blockIdx.y} * p.m * p.n;
+  if (row >= p.m) return;
   if (p.wide) {
-    if (columns <= 0) return;  // n is a multiple of Count: all or nothing
+    if (column >= p.n) return;  // n is a multiple of Count: all or nothing
     if (add) {
       float addend[Count];
       load_piece(add + at, addend);
@@ -104,19 +107,8 @@ __device__ __forceinline__ void store_result_as(const Product& p, int64_t at, in
   } else {
 #pragma unroll
     for (int i = 0; i < Count; i++)
-      if (i < columns) c[at + i] = from_float<T>(add ? to_float(add[at + i]) + x[i] : x[i]);
+      if (column + i < p.n) c[at + i] = from_float<T>(add ? to_float(add[at + i]) + x[i] : x[i]);
   }
-}
-
-// Stores Count columns of a row of c, added to those of add; what lies outside of the matrix is left out.
-template <int Count>
-__device__ __forceinline__ void store_result(const Product& p, int row, int column, float (&x)[Count]) {
-  if (row >= p.m) return;
-  const int64_t at = int64_t{row} * p.n + column;
-  if (p.dtype == DType::bf16)
-    store_result_as<bf16>(p, at, p.n - column, x);
-  else
-    store_result_as<float>(p, at, p.n - column, x);
 }
 
 }  // namespace rw::cuda

@@ -134,7 +134,11 @@ __global__ void __launch_bounds__(256, 2) ffma_kernel(Product p) {
       float x[kFfmaPiece];
 #pragma unroll
       for (int u = 0; u < kFfmaPiece; u++) x[u] = sum[i][4 * j + u];
-      store_result(p, m + row + 64 * (i / 4) + i % 4, n + column + 64 * j, x);
+      const int to_row = m + row + 64 * (i / 4) + i % 4, to_column = n + column + 64 * j;
+      if (p.dtype == DType::bf16)
+        store_result<bf16>(p, to_row, to_column, x);
+      else
+        store_result<float>(p, to_row, to_column, x);
     }
 }
 

@@ -108,20 +108,33 @@ struct Operand : Copier<Along ? Extent : Tile::k, Along ? Tile::k : Extent, Tile
   }
 };
 
-// Lane t of four has two columns of each of four pieces of 8; afterwards all 8 of piece t.
-__device__ __forceinline__ void gather_piece(float (&x)[8]) {
+// Exchanges halves between lanes `Step` apart: of the pairs i and i + Step the lane without that bit gets both lanes'
+// pair i, the other one both lanes' pair i + Step.
+template <int Step>
+__device__ __forceinline__ void exchange_pairs(float (&x)[8]) {
+  const bool upper = lane_index() & Step;
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    if (i / 2 & Step) continue;
+    const int j = i + 2 * Step;
+    const float got = __shfl_xor_sync(kAllLanes, upper ? x[i] : x[j], Step);
+    (upper ? x[i] : x[j]) = got;
+  }
+}
+
+// Of a row of c, lane t of four has two columns in each of four pieces of 8. It stores 16 bytes at a time: all of piece
+// t as bf16, and as f32 half of two pieces; so that the four lanes always write whole sectors of 32 bytes.
+__device__ __forceinline__ void store_pieces(const Product& p, int row, int column, float (&x)[8]) {
   const int t = lane_index() % 4;
+  exchange_pairs<1>(x);
+  if (p.dtype == DType::bf16) {
+    exchange_pairs<2>(x);
+    store_result<bf16>(p, row, column + 8 * t, x);
+  } else {
 #pragma unroll
-  for (int step = 1; step <= 2; step *= 2) {
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-      if (i / 2 & step) continue;
-      const int j = i + 2 * step;
-      const float got = __shfl_xor_sync(kAllLanes, t & step ? x[i] : x[j], step);
-      if (t & step)
-        x[i] = got;
-      else
-        x[j] = got;
+    for (int i = 0; i < 2; i++) {
+      float half[4] = {x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]};
+      store_result<float>(p, row, column + 8 * (2 * i + t % 2) + t / 2 * 4, half);
     }
   }
 }
@@ -187,7 +200,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks_per_sm) mma_kernel
   }
   cp_async_wait<0>();
 
-  const int group = lane_index() / 4, t = lane_index() % 4;
+  const int group = lane_index() / 4;
 #pragma unroll
   for (int i = 0; i < kRows; i++)
 #pragma unroll
@@ -200,8 +213,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks_per_sm) mma_kernel
           x[2 * piece] = sum[i][j + piece][2 * half];
           x[2 * piece + 1] = sum[i][j + piece][2 * half + 1];
         }
-        gather_piece(x);
-        store_result(p, m + warp_m + 16 * i + 8 * half + group, n + warp_n + 8 * (j + t), x);
+        store_pieces(p, m + warp_m + 16 * i + 8 * half + group, n + warp_n + 8 * j, x);
       }
 }
 

@@ -147,6 +147,7 @@ __global__ void __launch_bounds__(Warps* kWarp, Vector ? resident(32, Warps) : 1
 #pragma unroll
     for (int k = 0; k < kHeld; k++) held_add[k] = fetch_add(own + k * kStep);
 
+    if constexpr (Warps > 1) __syncthreads();  // all have read the last row's sum
     struct Total;
     const float mean = block_sum<Warps, Total>(total) / static_cast<float>(channels);
     const float scale = rstd * rstd * rstd * mean;

@@ -18,6 +18,7 @@
 #include <stdexcept>
 #include <thread>
 
+#include "lint.h"
 #include "race.h"
 #include "sanitizer.h"
 
@@ -107,14 +108,24 @@ void run_thread() {
   __sanitizer_finish_switch_fiber(nullptr, &stacks->host, &stacks->host_bytes);
   block->call->run(block->call->arguments.get());
   Warp& warp = block->warps[static_cast<size_t>(self->warp)];
-  warp.alive &= ~(1u << self->lane);
+  const uint32_t bit = 1u << self->lane;
+  for (const Rendezvous& meeting : warp.pending)
+    if (meeting.mask & bit)
+      fail("it returns while other lanes wait for it: %s at %s, mask %08x", meeting.what,
+           describe_site(meeting.site).c_str(), meeting.mask);
+  if (block->barriers[0].arrived > 0)
+    fail("it returns while other threads wait for it: __syncthreads at %s",
+         describe_site(block->barriers[0].site).c_str());
+  warp.alive &= ~bit;
   leave(State::done);
   abort();  // a thread that is done is never resumed
 }
 
 void prepare(Thread& thread, size_t i) {
   thread.stack = stacks->get(i);
-  if (stacks->abandoned) ASAN_UNPOISON_MEMORY_REGION(thread.stack + kStackGuard, kStack);
+  // Frames that were never left are still poisoned: the outermost of every fiber, all of abandoned ones.
+  const size_t stale = stacks->abandoned ? kStack : 16 * 1024;
+  ASAN_UNPOISON_MEMORY_REGION(thread.stack + kStackGuard + kStack - stale, stale);
   // Tops of stacks are staggered: with the same low bits they would all fall into the same sets of the cache.
   char* top = thread.stack + kStackGuard + kStack - (i % 61) * 192;
   auto* words = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(top) & ~uintptr_t{15});
@@ -239,6 +250,7 @@ void run_block(dim3 at, const Settings& settings, Random& random) {
   }
   stacks->abandoned = false;
   run_threads(settings, random);
+  if (lint_wanted()) lint_block_ends();
   for (Thread& thread : block->threads) {
     for (const PendingCopy& copy : thread.copies) dropped(copy.to, static_cast<size_t>(copy.bytes));
     thread.copies.clear();

@@ -1,5 +1,6 @@
 // Device memory. It starts as 0xff bytes (NaN in f32 and bf16), between guards that are checked when it is freed.
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
@@ -17,7 +18,7 @@ constexpr unsigned char kGuardByte = 0xfd;
 std::mutex mutex;
 // Replaced, never changed: a launch goes on with those that were there when it began.
 std::shared_ptr<const simt::Regions> allocations = std::make_shared<simt::Regions>();
-size_t used = 0;
+std::atomic<size_t> used{0};
 
 // What is copied or set must lie in one allocation.
 simt::Region device_range(const void* p, size_t bytes) {
@@ -35,10 +36,7 @@ size_t offset_in(const simt::Region& region, const void* p) {
 
 namespace simt {
 
-size_t memory_used() {
-  std::lock_guard<std::mutex> lock(mutex);
-  return used;
-}
+size_t memory_used() { return used; }
 
 std::shared_ptr<const Regions> memory_regions() {
   std::lock_guard<std::mutex> lock(mutex);

@@ -286,6 +286,7 @@ void access(const Thread& thread, const void* p, size_t bytes, Access kind, cons
 }
 
 void host_access(const void* p, size_t bytes, const void* site) {
+  if (memory_used() == 0) return;
   const auto regions = memory_regions();
   const Region* region = find_region(*regions, p);
   if (!region || static_cast<const char*>(p) >= region->begin + region->bytes || !host_error.empty()) return;
@@ -301,8 +302,11 @@ void in_flight(const Thread& thread, const void* to, size_t bytes, const void* s
 
 void landed(const Thread& thread, const void* to, size_t bytes, const void* site) {
   if (!instrumented) return;
+  const Quiet silence;
   set_flying(to, bytes, false);
-  access(thread, to, bytes, Access::write, site, 1u << thread.lane);
+  const auto offset = static_cast<size_t>(static_cast<const char*>(to) - block->shared.memory);
+  const Accessor who = {thread, 1u << thread.lane, site, pack(site), false};
+  touch(shared_cells.data(), nullptr, who, {"shared memory", offset, bytes}, Access::write);
 }
 
 void release(Thread& thread, Clock& to) {

@@ -101,7 +101,8 @@ std::string describe_site(const void* site) {
     const std::string place = file_and_line(lines[i]);
     if (place.rfind("??", 0) == 0) continue;
     // How the emulator came to call the kernel, and what stands for an instruction of CUDA.
-    const bool own = lines[i].find("/simt/") != std::string::npos || lines[i].find("/c++/") != std::string::npos ||
+    const bool own = lines[i].find("/csrc/simt/") != std::string::npos ||
+                     lines[i].find("/../simt/") != std::string::npos || lines[i].find("/c++/") != std::string::npos ||
                      lines[i - 1].find("::launch<") != std::string::npos;
     if (own)
       hidden = place;

@@ -4,7 +4,7 @@
 
 namespace simt {
 
-void collective(uint32_t mask, const char* what, void* slot, Compute compute, const void* site) {
+void collective(uint32_t mask, const char* what, void* slot, Compute compute, const void* site, bool together) {
   Warp& warp = block->warps[static_cast<size_t>(self->warp)];
   const uint32_t bit = 1u << self->lane;
   const void* const at = site ? site : __builtin_return_address(0);
@@ -17,8 +17,7 @@ void collective(uint32_t mask, const char* what, void* slot, Compute compute, co
   while (i < warp.pending.size() && (warp.pending[i].mask != mask || warp.pending[i].arrived & bit)) i++;
   if (i == warp.pending.size()) warp.pending.push_back({mask, 0, what, at, compute, {}});
   Rendezvous& meeting = warp.pending[i];
-  // What has a site of its own is an instruction that all lanes must execute together.
-  if (meeting.compute != compute || (site && !same_site(meeting.site, at)))
+  if (meeting.compute != compute || (together && !same_site(meeting.site, at)))
     fail("%s at %s: other lanes with the same mask are at %s at %s", what, describe_site(at).c_str(), meeting.what,
          describe_site(meeting.site).c_str());
   meeting.slots[self->lane] = slot;
@@ -57,9 +56,9 @@ void vote(void* const* slots, uint32_t mask) {
     if (mask & (1u << lane)) static_cast<Vote*>(slots[lane])->ballot = ballot;
 }
 
-uint32_t ballot_of(uint32_t mask, const char* what, int predicate) {
+uint32_t ballot_of(uint32_t mask, const char* what, int predicate, const void* site) {
   Vote own = {predicate, 0};
-  collective(mask, what, &own, vote);
+  collective(mask, what, &own, vote, site);
   return own.ballot;
 }
 
@@ -164,17 +163,17 @@ void ldmatrix(uint32_t* r, int count, const void* row, bool transposed) {
     if (reinterpret_cast<uintptr_t>(row) % 16)
       fail("%s at %s: the row's address %p is not a multiple of 16", what, describe_site(site).c_str(), row);
   }
-  collective(kAll, what, &own, load_matrices, site);
+  collective(kAll, what, &own, load_matrices, site, true);
 }
 
 void mma_16x8x16(float* d, const uint32_t* a, uint32_t b0, uint32_t b1) {
   Product own = {d, a, b0, b1};
-  collective(kAll, "mma", &own, multiply, __builtin_return_address(0));
+  collective(kAll, "mma", &own, multiply, __builtin_return_address(0), true);
 }
 
 uint32_t movmatrix_trans(uint32_t x) {
   Movement own = {x, 0};
-  collective(kAll, "movmatrix", &own, move_matrix, __builtin_return_address(0));
+  collective(kAll, "movmatrix", &own, move_matrix, __builtin_return_address(0), true);
   return own.y;
 }
 
@@ -227,14 +226,20 @@ void named_barrier_arrive(int id, int threads) { named(id, threads, false, __bui
 
 }  // namespace simt
 
-uint32_t __ballot_sync(uint32_t mask, int predicate) { return simt::ballot_of(mask, "__ballot_sync", predicate); }
-int __any_sync(uint32_t mask, int predicate) { return simt::ballot_of(mask, "__any_sync", predicate) != 0; }
-int __all_sync(uint32_t mask, int predicate) { return simt::ballot_of(mask, "__all_sync", predicate) == mask; }
+uint32_t __ballot_sync(uint32_t mask, int predicate) {
+  return simt::ballot_of(mask, "__ballot_sync", predicate, __builtin_return_address(0));
+}
+int __any_sync(uint32_t mask, int predicate) {
+  return simt::ballot_of(mask, "__any_sync", predicate, __builtin_return_address(0)) != 0;
+}
+int __all_sync(uint32_t mask, int predicate) {
+  return simt::ballot_of(mask, "__all_sync", predicate, __builtin_return_address(0)) == mask;
+}
 void __syncwarp(uint32_t mask) {
   const void* const site = __builtin_return_address(0);
   if (simt::skipped("__syncwarp", site)) return;
   int own = 0;
-  simt::collective(mask, "__syncwarp", &own, simt::synchronise);
+  simt::collective(mask, "__syncwarp", &own, simt::synchronise, site);
 }
 
 void __syncthreads() {

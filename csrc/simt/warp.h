@@ -10,9 +10,11 @@
 namespace simt {
 
 // Waits for the lanes of `mask`, then runs compute(slots, mask) once, slots[lane] being what each lane gave. All must
-// give the same `compute`. `site`: the kernel's address in messages, the caller's own if null.
+// give the same `compute`. `site`: the kernel's address in messages, the caller's own if null; `together`: all lanes
+// must come from the same place in the source.
 using Compute = void (*)(void* const* slots, uint32_t mask);
-void collective(uint32_t mask, const char* what, void* slot, Compute compute, const void* site = nullptr);
+void collective(uint32_t mask, const char* what, void* slot, Compute compute, const void* site = nullptr,
+                bool together = false);
 
 int lane();
 

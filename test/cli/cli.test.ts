@@ -154,7 +154,7 @@ t.test('doctor says why there is no GPU, or which there are', async (t) => {
   process.env.ROPEWALK_CUDA_LIBRARY = '/nowhere/lib.so'
   const without = await ropewalk('doctor')
   t.equal(without.code, 0, 'it is no fault')
-  t.match(without.stdout, /^-- cuda +CUDA backend unavailable: there is no \/nowhere\/lib\.so/m)
+  t.match(without.stdout, /^-- +cuda +CUDA backend unavailable: there is no \/nowhere\/lib\.so/m)
   if (!simt) return
   // the emulator in place of the CUDA library
   process.env.ROPEWALK_CUDA_LIBRARY = simt

@@ -1,6 +1,6 @@
-// Seeded bugs: small kernels that are right, and are then broken in one place each. Every one must be found, by an error
-// of the emulator or by wrong numbers; the kernels as they should be must run without any report in every order of
-// threads. The table printed says what found each. It needs the race flavour; without it only the right kernels run.
+// Seeded bugs: small kernels that are right, and are then broken in one place each. Every one must be found, by an
+// error of the emulator or by wrong numbers; the kernels as they should be must run without any report in every order
+// of threads. The table printed says what found each. It needs the race flavour; without it only the right kernels run.
 #include <functional>
 
 #include "check.h"
@@ -8,7 +8,8 @@
 
 namespace {
 
-// ---- a block: shared memory, barriers, bounds -------------------------------------------------------------------------
+// ---- a block: shared memory, barriers, bounds
+// -------------------------------------------------------------------------
 
 enum class Tile {
   right,
@@ -49,10 +50,11 @@ __global__ void tile_kernel(const float* x, float* y) {
   if (Bug == Tile::early_return && i == n - 1) return;
   if (i == 0) last.value = n - 1;
   float value = x[Bug == Tile::read_past_allocation ? i + 1 : i];
-  if (Bug == Tile::unaligned_vector && i < 4) value += __uint_as_float(reinterpret_cast<const uint4*>(x + 1)[0].x);
+  if (Bug == Tile::unaligned_vector && i == 0) *reinterpret_cast<uint4*>(y + 1) = *reinterpret_cast<const uint4*>(x);
+  if (Bug == Tile::write_to_input_of_others) const_cast<float*>(x)[(i + 1) % n] = value;
+  if (Bug == Tile::static_without_barrier && last.value < 0) value = 0;
   if (!(Bug == Tile::read_uninitialised && i == 7)) smem.a[i] = value;
   if (Bug == Tile::write_past_array) smem.a[i + 1] = value;
-  if (Bug == Tile::static_without_barrier && last.value < 0) value = 0;
   if (Bug == Tile::divergent_barrier) {
     if (i < 32)
       __syncthreads();
@@ -67,7 +69,6 @@ __global__ void tile_kernel(const float* x, float* y) {
   smem.a[i] = smem.b[i == n - 1 ? 0 : i + 1];
   __syncthreads();
   const float sum = smem.a[i] + smem.b[i];
-  if (Bug == Tile::write_to_input_of_others) const_cast<float*>(x)[(i + 1) % n] = sum;
   y[Bug == Tile::write_past_allocation ? i + 1 : i] = sum;
 }
 
@@ -85,7 +86,8 @@ bool run_tile() {
   return right;
 }
 
-// ---- a warp: shuffles, votes, __syncwarp ------------------------------------------------------------------------------
+// ---- a warp: shuffles, votes, __syncwarp
+// ------------------------------------------------------------------------------
 
 enum class Lanes {
   right,
@@ -141,7 +143,8 @@ bool run_lanes() {
   return right;
 }
 
-// ---- a pipeline: cp.async, ldmatrix, mma ------------------------------------------------------------------------------
+// ---- a pipeline: cp.async, ldmatrix, mma
+// ------------------------------------------------------------------------------
 
 enum class Pipeline {
   right,
@@ -243,7 +246,8 @@ bool run_pipeline() {
   return right;
 }
 
-// ---- blocks of a launch -----------------------------------------------------------------------------------------------
+// ---- blocks of a launch
+// -----------------------------------------------------------------------------------------------
 
 enum class Blocks { right, plain_sum, reads_result_of_another, overlapping_tiles, atomic_and_plain };
 
@@ -251,7 +255,8 @@ template <Blocks Bug>
 __global__ void blocks_kernel(const int* x, int* y, int* total) {
   const int i = static_cast<int>(blockIdx.x * 32 + threadIdx.x);
   y[Bug == Blocks::overlapping_tiles && blockIdx.x > 0 && threadIdx.x == 0 ? i - 1 : i] = 2 * x[i];
-  if (Bug == Blocks::reads_result_of_another) y[i] += 0 * y[(i + 32) % (32 * static_cast<int>(gridDim.x))];
+  const int other = (i + 32) % (32 * static_cast<int>(gridDim.x));
+  if (Bug == Blocks::reads_result_of_another) y[i] += y[other] - 2 * x[other];
   if (threadIdx.x != 0) return;
   if (Bug == Blocks::plain_sum)
     total[0] += x[i];
@@ -272,9 +277,19 @@ bool run_blocks() {
   return right;
 }
 
-// ---- named barriers: two warps produce, two consume -------------------------------------------------------------------
+// ---- named barriers: two warps produce, two consume
+// -------------------------------------------------------------------
 
-enum class Roles { right, no_full_barrier, no_empty_barrier, wrong_count, wrong_id, missing_arrival, two_counts, bad_id };
+enum class Roles {
+  right,
+  no_full_barrier,
+  no_empty_barrier,
+  wrong_count,
+  wrong_id,
+  missing_arrival,
+  two_counts,
+  bad_id
+};
 
 template <Roles Bug>
 __global__ void roles_kernel(const int* x, int* y) {
@@ -293,7 +308,7 @@ __global__ void roles_kernel(const int* x, int* y) {
       if (Bug != Roles::no_full_barrier) named_barrier(kFull, Bug == Roles::two_counts ? 96 : 128);
     } else {
       if (Bug != Roles::no_full_barrier)
-        named_barrier(Bug == Roles::wrong_id   ? 3
+        named_barrier(Bug == Roles::wrong_id ? 3
                       : Bug == Roles::bad_id ? 16
                                              : kFull,
                       Bug == Roles::wrong_count ? 64 : 128);
@@ -315,7 +330,8 @@ bool run_roles() {
   return right;
 }
 
-// ---- the host ---------------------------------------------------------------------------------------------------------
+// ---- the host
+// ---------------------------------------------------------------------------------------------------------
 
 bool read_device_memory_on_the_host() {
   const Array<float> x(std::vector<float>(8, 1.0f));
@@ -325,18 +341,24 @@ bool read_device_memory_on_the_host() {
   return sum == 2;
 }
 
-// ---- the table --------------------------------------------------------------------------------------------------------
+// ---- the table
+// --------------------------------------------------------------------------------------------------------
 
 struct Case {
   const char* name;
   std::function<bool()> run;
 };
 
-#define TILE(bug) {"tile: " #bug, run_tile<Tile::bug>}
-#define LANES(bug) {"lanes: " #bug, run_lanes<Lanes::bug>}
-#define PIPELINE(bug) {"pipeline: " #bug, run_pipeline<Pipeline::bug>}
-#define BLOCKS(bug) {"blocks: " #bug, run_blocks<Blocks::bug>}
-#define ROLES(bug) {"roles: " #bug, run_roles<Roles::bug>}
+#define TILE(bug) \
+  { "tile: " #bug, run_tile<Tile::bug> }
+#define LANES(bug) \
+  { "lanes: " #bug, run_lanes<Lanes::bug> }
+#define PIPELINE(bug) \
+  { "pipeline: " #bug, run_pipeline<Pipeline::bug> }
+#define BLOCKS(bug) \
+  { "blocks: " #bug, run_blocks<Blocks::bug> }
+#define ROLES(bug) \
+  { "roles: " #bug, run_roles<Roles::bug> }
 
 const Case right[] = {TILE(right), LANES(right), PIPELINE(right), BLOCKS(right), ROLES(right)};
 const Case bugs[] = {TILE(no_barrier_before_read),

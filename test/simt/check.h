@@ -1,5 +1,5 @@
-// What the programs of this folder share: counters, random numbers, device memory. They compile with nvcc as well, where
-// they run on a GPU.
+// What the programs of this folder share: counters, random numbers, device memory. They compile with nvcc as well,
+// where they run on a GPU.
 #pragma once
 #include <cstdio>
 #include <cstdlib>
