@@ -6,7 +6,7 @@ import { execFileSync, spawn } from 'node:child_process'
 import { createHash } from 'node:crypto'
 import { existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
-import { basename, join } from 'node:path'
+import { basename, dirname, join } from 'node:path'
 import { pathToFileURL } from 'node:url'
 import { root } from './setup.js'
 
@@ -75,12 +75,7 @@ async function compile(file, version) {
   const hash = createHash('sha256')
     .update(`${version} ${FLAGS.slice(0, 3)}`)
     .update(readFileSync(import.meta.filename))
-  const headers = [FOLDER, join(root, 'csrc')].flatMap((folder) =>
-    readdirSync(folder)
-      .filter((name) => /\.(h|def)$/.test(name))
-      .map((name) => join(folder, name)),
-  )
-  for (const path of [...headers, join(FOLDER, file)]) hash.update(readFileSync(path))
+  for (const path of sourcesOf(join(FOLDER, file))) hash.update(readFileSync(path))
   const key = hash.digest('hex')
   const cached = join(CACHE, `${file}.json`)
   if (existsSync(cached)) {
@@ -114,6 +109,18 @@ async function compile(file, version) {
   } finally {
     rmSync(work, { recursive: true, force: true })
   }
+}
+
+/** A file and what it includes of this project, directly or through others; other files change nothing about it. */
+function sourcesOf(path, found = new Set()) {
+  if (found.has(path)) return found
+  found.add(path)
+  for (const [, name] of readFileSync(path, 'utf8').matchAll(/^\s*#\s*include "([^"]+)"/gm)) {
+    const included = join(dirname(path), name)
+    // simt/ takes the place of CUDA for a host compiler only
+    if (!included.includes('simt')) sourcesOf(included, found)
+  }
+  return found
 }
 
 /** What a command says on both streams. */

@@ -95,6 +95,7 @@ struct Forward : Attention {
 
 // What a block keeps in shared memory, as its registers are full during the loop.
 struct Place {
+  int64_t keys;        // where the keys and values of its sequence and kv head begin
   int b, head0, row0;  // sequence, first head of the group, first row
   int first, last;     // keys that all rows see
   int begin, end;      // keys that some row sees, from the start of a tile on
@@ -117,7 +118,7 @@ struct ForwardTile {
     REDZONE(after_seen);
     Place place;
     REDZONE(after_place);
-    Vote<kWarps> vote;
+    Ever<kWarps> cleaned;  // infinities and NaN have been left out
   };
 };
 
@@ -172,6 +173,7 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 1 ? 4 : sizeof(T) == 2 
   const int g = lane_index() / 4, t = lane_index() % 4;
 
   const int b = blockIdx.x / a.K, kv_head = blockIdx.x % a.K, row0 = (gridDim.y - 1 - blockIdx.y) * kRows;
+  smem.cleaned.begin();
   // What the rows see; those after the last one see what it sees.
   for (int r = threadIdx.x; r < kRows; r += kThreads) {
     const int token = min((row0 + r) / a.group, a.T - 1);
@@ -196,11 +198,12 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 1 ? 4 : sizeof(T) == 2 
   const int begin = max(lowest.x / kKeys * kKeys, static_cast<int>(blockIdx.z) * a.part);
   const int end = min(highest.y, static_cast<int>(blockIdx.z) * a.part + a.part - 1) + 1;
 
-  if (threadIdx.x == 0) smem.place = {b, kv_head * a.group, row0, highest.x, lowest.y, begin, end};
+  const int64_t keys = static_cast<int64_t>(b) * a.S * a.stride + kv_head * a.D;
+  if (threadIdx.x == 0) smem.place = {keys, b, kv_head * a.group, row0, highest.x, lowest.y, begin, end};
 
-  int64_t key = (static_cast<int64_t>(b) * a.S + begin) * a.stride + kv_head * a.D;  // where the tile's keys and values are
   const T *k = static_cast<const T*>(a.k), *v = static_cast<const T*>(a.v);
-  if (begin < end) load_tile<kKeys, kD, kThreads>(smem.k, k + key, a.stride, a.S - begin, a.D, a.vector);
+  if (begin < end)
+    load_tile<kKeys, kD, kThreads>(smem.k, k + keys + begin * a.stride, a.stride, a.S - begin, a.D, a.vector);
   cp_async_commit();
   if (a.vector)
     load_queries<kRows, kD, kThreads, kVector<T>>(smem.q, a, b, kv_head * a.group, row0);
@@ -219,13 +222,12 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 1 ? 4 : sizeof(T) == 2 
   }
 
   const auto is_masked = [&](int n0) { return n0 < smem.place.first || n0 + kKeys - 1 > smem.place.last; };
-  bool cleaned = false;
 #pragma unroll 1
   for (int n0 = begin; n0 < end; n0 += kKeys) {
     cp_async_wait<0>();
     __syncthreads();  // K is there, V is free
     const bool masked = is_masked(n0);
-    load_tile<kKeys, kD, kThreads>(smem.v, v + key, a.stride, a.S - n0, a.D, a.vector);
+    load_tile<kKeys, kD, kThreads>(smem.v, v + smem.place.keys + n0 * a.stride, a.stride, a.S - n0, a.D, a.vector);
     cp_async_commit();
 
     Accumulators<kRowBlocks, kKeys> s;
@@ -233,14 +235,14 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 1 ? 4 : sizeof(T) == 2 
     multiply_nt<kD>(s, smem.q, warp_row0, smem.k);
 
     cp_async_wait<0>();
-    if (masked) smem.vote.cast(clean_own_part<kKeys, kD, kThreads>(smem.v));
+    if (masked) smem.cleaned.say(clean_own_part<kKeys, kD, kThreads>(smem.v));
     __syncthreads();  // V is there, K is free
     if (n0 + kKeys < end)
-      load_tile<kKeys, kD, kThreads>(smem.k, k + key + kKeys * a.stride, a.stride, a.S - n0 - kKeys, a.D, a.vector);
+      load_tile<kKeys, kD, kThreads>(smem.k, k + smem.place.keys + (n0 + kKeys) * a.stride, a.stride,
+                                     a.S - n0 - kKeys, a.D, a.vector);
     cp_async_commit();
 
     if (masked) {
-      cleaned |= smem.vote.any();
 #pragma unroll
       for (int r = 0; r < 2 * kRowBlocks; r++) {
         const int2 seen = own_seen[8 * r];
@@ -300,19 +302,17 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 1 ? 4 : sizeof(T) == 2 
       }
       multiply_nn<kD>(o, s, smem.v, smem.weights);
     }
-    key += kKeys * a.stride;
   }
   if (begin >= end) __syncthreads();  // the loop has not waited for the queries and the place to be written
 
   const Place place = smem.place;
   const int64_t token0 = static_cast<int64_t>(place.b) * a.T;
   const int own_row0 = place.row0 + warp_row0, rows = a.T * a.group;
-  if (cleaned) {
-    const T* values = v + static_cast<int64_t>(place.b) * a.S * a.stride + place.head0 / a.group * a.D;
+  if (smem.cleaned.any()) {
 #pragma unroll 1
     for (int n0 = place.begin; n0 < place.end; n0 += kKeys)
       if (is_masked(n0))
-        add_not_finite<kD>(o, values + n0 * a.stride, a.stride, min(kKeys, a.S - n0), a.D, 1, [&](int r, int n) {
+        add_not_finite<kD>(o, v + place.keys + n0 * a.stride, a.stride, min(kKeys, a.S - n0), a.D, 1, [&](int r, int n) {
           return n0 + n >= own_seen[8 * r].x && n0 + n <= own_seen[8 * r].y;
         });
   }

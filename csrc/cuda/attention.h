@@ -47,16 +47,12 @@ __device__ __forceinline__ void load_tile(T* tile, const T* from, int64_t stride
     }
     return;
   }
+  constexpr int kNext = (kThreads - 1) * kVector<T> + 1;  // from the end of a chunk to this thread's next one
 #pragma unroll 1
-  for (int at = threadIdx.x; at < kRows * kChunks; at += kThreads) {
-    const int row = at / kChunks, chunk = at % kChunks;
-#pragma unroll 1
-    for (int i = 0; i < kVector<T>; i++) {
-      const int column = chunk * kVector<T> + i;
-      T x = {};
-      if (row < rows && column < D) x = from[row * stride + column];
-      tile[chunk_at<T, kD>(row, chunk) + i] = x;
-    }
+  for (int at = threadIdx.x * kVector<T>; at < kRows * kD; at += at % kVector<T> == kVector<T> - 1 ? kNext : 1) {
+    T x = {};
+    if (at / kD < rows && at % kD < D) x = from[at / kD * stride + at % kD];
+    tile[element_at<T, kD>(at / kD, at % kD)] = x;
   }
 }
 
@@ -71,7 +67,7 @@ __device__ __forceinline__ bool clean_own_part(T* tile) {
   constexpr uint32_t kMagnitude = sizeof(T) == 2 ? 0x7fff7fffu : 0x7fffffffu;
   constexpr uint32_t kCarry = sizeof(T) == 2 ? 0x00800080u : 0x00800000u;  // an exponent of all ones reaches the sign
   bool found = false;
-#pragma unroll 4
+#pragma unroll 1
   for (int at = threadIdx.x; at < kRows * kChunks; at += kThreads) {
     T* chunk = tile + chunk_at<T, kD>(at / kChunks, at % kChunks);
     const uint4 x = *reinterpret_cast<const uint4*>(chunk);
@@ -108,19 +104,21 @@ __device__ __forceinline__ void add_not_finite(float (&c)[kRowBlocks][kD / 8][4]
       }
 }
 
-// A question that each warp answers before a barrier and every thread reads after it, before the next barrier.
+// Whether any thread has ever said yes. begin() and say() come before barriers, any() after the last of them.
 template <int kWarps>
-struct Vote {
-  uint32_t of_warp[kWarps];
+struct Ever {
+  uint32_t warp[kWarps];
 
-  __device__ __forceinline__ void cast(bool yes) {
-    const bool any = __any_sync(kAllLanes, yes);
-    if (lane_index() == 0) of_warp[warp_index()] = any;
+  __device__ __forceinline__ void begin() {
+    if (lane_index() == 0) warp[warp_index()] = 0;
+  }
+  __device__ __forceinline__ void say(bool yes) {
+    if (__any_sync(kAllLanes, yes) && lane_index() == 0) warp[warp_index()] = 1;
   }
   __device__ __forceinline__ bool any() const {
     uint32_t found = 0;
 #pragma unroll
-    for (int warp = 0; warp < kWarps; warp++) found |= of_warp[warp];
+    for (int i = 0; i < kWarps; i++) found |= warp[i];
     return found;
   }
 };

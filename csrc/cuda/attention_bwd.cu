@@ -114,7 +114,7 @@ struct Shape {
     REDZONE(after_delta);
     Weights<T, kRows, kColumns> weights;
     REDZONE(after_weights);
-    Vote<kWarps> vote;
+    Ever<kWarps> cleaned;  // infinities and NaN have been left out
   };
   static_assert(sizeof(Smem) <= 163 * 1024 && kRows % kColumns == 0);
 };
@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(Shape<T, kD>::kThreads, sizeof(T) == 2 && kD <
   Accumulators<kRowBlocks, kD> sum, values;  // dq or dk; dv
   if (kSlopes) set_zero(sum);
   if (kValues) set_zero(values);
-  bool cleaned = false;
+  smem.cleaned.begin();
 
 #pragma unroll 1
   for (int stage = 0; step.head < steps_heads; stage ^= 1) {
@@ -275,9 +275,8 @@ __global__ void __launch_bounds__(Shape<T, kD>::kThreads, sizeof(T) == 2 && kD <
 
     cp_async_wait<1>();
     if (masked && kValues) found |= clean_own_part<kColumns, kD, kThreads>(smem.y);
-    if (masked) smem.vote.cast(found);
+    if (masked) smem.cleaned.say(found);
     __syncthreads();  // y is there
-    if (masked) cleaned |= smem.vote.any();
     if constexpr (kSlopes) {
       set_zero(ds);
       multiply_nt<kD>(ds, smem.rows[1], warp_row0, smem.y);
@@ -316,7 +315,10 @@ __global__ void __launch_bounds__(Shape<T, kD>::kThreads, sizeof(T) == 2 && kD <
     if constexpr (kSlopes) multiply_nn<kD>(sum, ds, smem.x[stage], smem.weights);
     step = next;
   }
-  if (cleaned) {
+
+  cp_async_wait<0>();
+  __syncthreads();  // the rows have been read for the last time
+  if (smem.cleaned.any()) {
     for (step = {0, begin - 1}, advance(step); step.head < steps_heads; advance(step)) {
       if (!is_masked(step.tile)) continue;
       const int column0 = step.tile * kColumns;
@@ -332,8 +334,6 @@ __global__ void __launch_bounds__(Shape<T, kD>::kThreads, sizeof(T) == 2 && kD <
     }
   }
 
-  cp_async_wait<0>();
-  __syncthreads();  // the rows have been read for the last time
   float* own = smem.sums + warp_row0 * kD;
   const int own_rows = a.T - row0 - warp_row0;
   const int64_t to = row_at + warp_row0 * row_stride;

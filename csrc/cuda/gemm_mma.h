@@ -118,7 +118,10 @@ __device__ __forceinline__ void exchange_pairs(float (&x)[8]) {
     if (i / 2 & Step) continue;
     const int j = i + 2 * Step;
     const float got = __shfl_xor_sync(kAllLanes, upper ? x[i] : x[j], Step);
-    (upper ? x[i] : x[j]) = got;
+    if (upper)
+      x[i] = got;
+    else
+      x[j] = got;
   }
 }
 
@@ -198,7 +201,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks_per_sm) mma_kernel
     write = now;
     now = next;
   }
-  cp_async_wait<0>();
+  cp_async_wait<0>();  // nothing is under way when the block ends
 
   const int group = lane_index() / 4;
 #pragma unroll
