@@ -231,7 +231,6 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 1 ? 4 : sizeof(T) == 2 
     cp_async_commit();
 
     Accumulators<kRowBlocks, kKeys> s;
-    set_zero(s);
     multiply_nt<kD>(s, smem.q, warp_row0, smem.k);
 
     cp_async_wait<0>();
@@ -245,14 +244,12 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 1 ? 4 : sizeof(T) == 2 
     if (masked) {
 #pragma unroll
       for (int r = 0; r < 2 * kRowBlocks; r++) {
-        const int2 seen = own_seen[8 * r];
+        const int low = own_seen[8 * r].x - n0 - 2 * t, high = own_seen[8 * r].y - n0 - 2 * t;
 #pragma unroll
         for (int j = 0; j < kKeys / 8; j++)
 #pragma unroll
-          for (int e = 0; e < 2; e++) {
-            const int n = n0 + 8 * j + 2 * t + e;
-            if (n < seen.x || n > seen.y) s[r / 2][j][r % 2 * 2 + e] = __uint_as_float(0xff800000u);
-          }
+          for (int e = 0; e < 2; e++)
+            if (8 * j + e < low || 8 * j + e > high) s[r / 2][j][r % 2 * 2 + e] = __uint_as_float(0xff800000u);
       }
     }
 

@@ -36,14 +36,14 @@ __device__ __forceinline__ void load_tile(T* tile, const T* from, int64_t stride
   constexpr int kChunks = kD / kVector<T>;
   static_assert(kThreads % kChunks == 0 || kChunks % kThreads == 0, "a thread keeps to its columns");
   if (vector) {
-    const int own_row = threadIdx.x / kChunks, own_chunk = threadIdx.x % kChunks;
-    const T* own = from + own_row * stride + own_chunk * kVector<T>;
+    const int thread = thread_index_anew(), own_row = thread / kChunks, own_chunk = thread % kChunks;
+    const T* own = from + own_chunk * kVector<T>;
 #pragma unroll
     for (int at = 0; at < kRows * kChunks; at += kThreads) {
-      const int row = at / kChunks, chunk = at % kChunks;
-      const bool valid = row < ((own_chunk + chunk) * kVector<T> < D ? rows - own_row : 0);
-      cp_async_16(tile + chunk_at<T, kD>(own_row + row, own_chunk + chunk),
-                  valid ? own + row * stride + chunk * kVector<T> : from, valid);
+      const int row = own_row + at / kChunks, chunk = at % kChunks;
+      const bool valid = row < ((own_chunk + chunk) * kVector<T> < D ? rows : 0);
+      cp_async_16(tile + chunk_at<T, kD>(row, own_chunk + chunk),
+                  own + chunk * kVector<T> + static_cast<int64_t>(valid ? row : 0) * static_cast<int>(stride), valid);
     }
     return;
   }
@@ -150,9 +150,10 @@ struct LaneRow {
   }
 };
 
-// c += a b^T, a (16 kRowBlocks, kD) the rows of a tile from row0 on, b (kColumns, kD) a tile.
+// c = a b^T, a (16 kRowBlocks, kD) the rows of a tile from row0 on, b (kColumns, kD) a tile.
 template <int kD, int kRowBlocks, int kBlocks>
 __device__ __forceinline__ void multiply_nt(float (&c)[kRowBlocks][kBlocks][4], const bf16* a, int row0, const bf16* b) {
+  set_zero(c);
   const int lane = lane_index();
   const LaneRow<kD> left_row(row0 + lane % 16, lane / 16), right_row(lane % 8 + lane / 16 * 8, lane / 8 % 2);
 #pragma unroll
@@ -176,6 +177,7 @@ __device__ __forceinline__ void multiply_nt(float (&c)[kRowBlocks][kBlocks][4], 
 // In f32 four products make one term: fewer roundings than in a chain of all.
 template <int kD, int kRowBlocks, int kBlocks>
 __device__ __forceinline__ void multiply_nt(float (&c)[kRowBlocks][kBlocks][4], const float* a, int row0, const float* b) {
+  set_zero(c);
   const int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll 1
   for (int chunk = 0; chunk < kD / 4; chunk++) {

@@ -199,6 +199,10 @@ __global__ void __launch_bounds__(Shape<T, kD>::kThreads, sizeof(T) == 2 && kD <
     if constexpr (kKeyRows) return row0 + kRows - 1 > column0 || firsts[tile].y > row0;
     return column0 + kColumns - 1 > row0 || highest_first > column0;
   };
+  const auto sees = [&](int row, int column) {
+    const int query = min(kKeyRows ? column : row, a.T - 1), key = kKeyRows ? row : column;
+    return key <= query && key >= a.first[token0 + query];
+  };
   // Steps are pairs (head of the group, tile), in this order.
   struct Step {
     int head, tile;
@@ -270,17 +274,13 @@ __global__ void __launch_bounds__(Shape<T, kD>::kThreads, sizeof(T) == 2 && kD <
     cp_async_commit();
 
     Accumulators<kRowBlocks, kColumns> p, ds;
-    set_zero(p);
     multiply_nt<kD>(p, smem.rows[0], warp_row0, smem.x[stage]);
 
     cp_async_wait<1>();
     if (masked && kValues) found |= clean_own_part<kColumns, kD, kThreads>(smem.y);
     if (masked) smem.cleaned.say(found);
     __syncthreads();  // y is there
-    if constexpr (kSlopes) {
-      set_zero(ds);
-      multiply_nt<kD>(ds, smem.rows[1], warp_row0, smem.y);
-    }
+    if constexpr (kSlopes) multiply_nt<kD>(ds, smem.rows[1], warp_row0, smem.y);
 
 #pragma unroll
     for (int j = 0; j < kColumns / 8; j++)
@@ -288,26 +288,28 @@ __global__ void __launch_bounds__(Shape<T, kD>::kThreads, sizeof(T) == 2 && kD <
       for (int e = 0; e < 2; e++) {
         const int column = 8 * j + 2 * t + e;
         const float lse = kKeyRows ? smem.lse[stage][column] : 0, delta = kKeyRows ? smem.delta[stage][column] : 0;
-        int first = 0;
-        if (kKeyRows && masked) first = a.first[token0 + min(column0 + column, a.T - 1)];
 #pragma unroll
         for (int r = 0; r < 2 * kRowBlocks; r++) {
           float& weight = p[r / 2][j][r % 2 * 2 + e];
           weight = exp2_approx(fmaf(kKeyRows ? lse : row_lse[r], -a.factor.to_base_2, weight));
-          bool seen = true;
-          if (masked) {
-            const int row = row0 + warp_row0 + 8 * r + g;
-            if (!kKeyRows) first = a.first[token0 + min(row, a.T - 1)];
-            const int query = kKeyRows ? column0 + column : row, key = kKeyRows ? row : column0 + column;
-            seen = key >= first && key <= query;
-          }
-          if (!seen) weight = 0;
           if constexpr (kSlopes) {
             float& slope = ds[r / 2][j][r % 2 * 2 + e];
-            slope = seen ? weight * (slope - (kKeyRows ? delta : row_delta[r])) : 0;
+            slope = weight * (slope - (kKeyRows ? delta : row_delta[r]));
           }
         }
       }
+    if (masked) {
+#pragma unroll
+      for (int j = 0; j < kColumns / 8; j++)
+#pragma unroll
+        for (int e = 0; e < 2; e++)
+#pragma unroll
+          for (int r = 0; r < 2 * kRowBlocks; r++)
+            if (!sees(row0 + warp_row0 + 8 * r + g, column0 + 8 * j + 2 * t + e)) {
+              p[r / 2][j][r % 2 * 2 + e] = 0;
+              if constexpr (kSlopes) ds[r / 2][j][r % 2 * 2 + e] = 0;
+            }
+    }
     if constexpr (kValues) multiply_nn<kD>(values, p, smem.y, smem.weights);
     __syncthreads();  // y is free
     if (more) load_y(next);
@@ -323,14 +325,10 @@ __global__ void __launch_bounds__(Shape<T, kD>::kThreads, sizeof(T) == 2 && kD <
       if (!is_masked(step.tile)) continue;
       const int column0 = step.tile * kColumns;
       const int64_t at = column0 * column_stride + step.head * a.D;
-      const auto sees = [&](int r, int n) {
-        const int row = row0 + warp_row0 + 8 * r + g, query = kKeyRows ? column0 + n : min(row, a.T - 1);
-        const int key = kKeyRows ? row : column0 + n;
-        return key >= a.first[token0 + query] && key <= query;
-      };
+      const auto row_sees = [&](int r, int n) { return sees(row0 + warp_row0 + 8 * r + g, column0 + n); };
       const int count = min(kColumns, a.T - column0);
-      if constexpr (kSlopes) add_not_finite<kD>(sum, x + at, column_stride, count, a.D, 0, sees);
-      if constexpr (kValues) add_not_finite<kD>(values, y + at, column_stride, count, a.D, 1, sees);
+      if constexpr (kSlopes) add_not_finite<kD>(sum, x + at, column_stride, count, a.D, 0, row_sees);
+      if constexpr (kValues) add_not_finite<kD>(values, y + at, column_stride, count, a.D, 1, row_sees);
     }
   }
 

@@ -130,7 +130,8 @@ __device__ __forceinline__ float exp2_approx(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 #else
-  return exp2f(x);
+  const float y = exp2f(x);
+  return y < 0x1p-126f ? 0.0f : y;
 #endif
 }
 
@@ -141,8 +142,19 @@ __device__ __forceinline__ float reciprocal_approx(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 #else
-  const float y = 1 / x;
+  const float y = 1 / (fabsf(x) < 0x1p-126f ? copysignf(0.0f, x) : x);
   return fabsf(y) < 0x1p-126f ? copysignf(0.0f, y) : y;
+#endif
+}
+
+// threadIdx.x, read anew wherever it is asked for: what is computed from it does not stay in registers across a loop.
+__device__ __forceinline__ int thread_index_anew() {
+#ifdef __CUDACC__
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  return index;
+#else
+  return threadIdx.x;
 #endif
 }
 
