@@ -50,7 +50,10 @@ export function setup() {
     step('generating the emitters from csrc/ops.def')
     run(process.execPath, ['scripts/ops.js'])
   }
-  if (newest('build/Release/ropewalk.node') < newest('csrc', 'CMakeLists.txt')) {
+  // the addon does not contain the CUDA kernels
+  const addonSources = readdirSync(join(root, 'csrc')).filter((name) => name !== 'cuda' && name !== 'simt')
+  const sources = [...addonSources.map((name) => join('csrc', name)), 'CMakeLists.txt']
+  if (newest('build/Release/ropewalk.node') < newest(...sources)) {
     step('building the addon')
     run(process.execPath, ['scripts/cmake.js'])
   }

@@ -18,6 +18,7 @@
 #include <stdexcept>
 #include <thread>
 
+#include "engine.h"
 #include "lint.h"
 #include "race.h"
 #include "sanitizer.h"
@@ -218,9 +219,11 @@ void run_threads(const Settings& settings, Random& random) {
       all_done &= warp.alive == 0;
     }
     if (all_done) return;
-    if (!progress) {
-      block->error = deadlock();
-      return;
+    // Copies by TMA arrive when nobody can go on without them; in random order also earlier.
+    const size_t pick = settings.order == Order::random ? random() : settings.order == Order::reverse ? SIZE_MAX : 0;
+    if (!progress || (settings.order == Order::random && random() % 8 == 0)) {
+      if (!engine_step(pick) && !progress) block->error = deadlock();
+      if (!block->error.empty()) return;
     }
     if (settings.order == Order::random) random.shuffle(warps);
   }
@@ -246,18 +249,24 @@ void run_block(dim3 at, const Settings& settings, Random& random) {
     thread.block = {at.x, at.y, at.z};
     thread.state = State::ready;
     thread.group = 0;
+    thread.proxy.epoch = 0;
     prepare(thread, i);
   }
   stacks->abandoned = false;
-  run_threads(settings, random);
+  try {
+    run_threads(settings, random);
+  } catch (const std::runtime_error& error) {
+    block->error = error.what();
+  }
   if (lint_wanted()) lint_block_ends();
   for (Thread& thread : block->threads) {
     for (const PendingCopy& copy : thread.copies) dropped(copy.to, static_cast<size_t>(copy.bytes));
     thread.copies.clear();
   }
+  const std::string undone = close_engine();
   if (block->error.empty()) {
-    block->error = check_red_zones(block->shared);
-    if (!block->error.empty())
+    block->error = undone.empty() ? check_red_zones(block->shared) : undone;
+    if (!block->error.empty() && block->error.rfind("block (", 0) != 0)
       block->error = "block (" + std::to_string(at.x) + "," + std::to_string(at.y) + "," + std::to_string(at.z) +
                      "): " + block->error;
   } else {
@@ -269,6 +278,10 @@ void run_block(dim3 at, const Settings& settings, Random& random) {
 
 std::string position(const Thread& thread) {
   char text[128];
+  if (thread.index >= static_cast<int>(block->threads.size())) {
+    snprintf(text, sizeof(text), "block (%u,%u,%u) a copy by TMA", thread.block.x, thread.block.y, thread.block.z);
+    return text;
+  }
   snprintf(text, sizeof(text), "block (%u,%u,%u) thread (%u,%u,%u), warp %d lane %d", thread.block.x, thread.block.y,
            thread.block.z, thread.thread.x, thread.thread.y, thread.thread.z, thread.warp, thread.lane);
   return text;
@@ -282,18 +295,21 @@ void wait(const char* what, const void* site) {
 
 void fail_as(const Thread& thread, const std::string& problem) {
   quiet++;  // until the launch ends
-  block->error = position(thread) + ": " + problem;
+  const std::string text = position(thread) + ": " + problem;
+  if (!self) throw std::runtime_error(text);  // work that no thread does (engine_step)
+  block->error = text;
   leave(State::done);
   abort();  // a block with an error is never resumed
 }
 
 void fail(const char* format, ...) {
+  quiet++;
   char text[1024];
   va_list arguments;
   va_start(arguments, format);
   vsnprintf(text, sizeof(text), format, arguments);
   va_end(arguments);
-  quiet++;
+  if (!self) throw std::runtime_error(text);
   fail_as(*self, text);
 }
 

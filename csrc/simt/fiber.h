@@ -44,6 +44,7 @@ struct Thread : Coordinates {
   std::vector<PendingCopy> copies;
   int group;  // cp.async groups that were committed
   Clock clock;
+  Clock proxy;  // what it knew when it last executed fence.proxy.async
 };
 
 // Lanes of a warp that wait for each other.
@@ -86,7 +87,7 @@ struct Shared {
 struct Region {
   char* begin;
   size_t bytes;
-  struct Shadow* shadow;  // race.cc
+  struct Shadow* shadow;  // shadow.h
 };
 using Regions = std::vector<Region>;  // sorted by address
 
@@ -96,6 +97,7 @@ struct Block {
   Barrier barriers[16];
   Shared shared;
   std::shared_ptr<const Regions> regions;
+  std::shared_ptr<struct Engine> engine;  // engine.h; null where nothing of sm_90 is used
   const Call* call = nullptr;
   const void* kernel = nullptr;
   void* scheduler = nullptr;  // stack pointer of the scheduler while a fiber runs

@@ -1,38 +1,14 @@
 #include "race.h"
 
-#include <sys/mman.h>
-
-#include <cstring>
 #include <stdexcept>
 
+#include "engine.h"
 #include "lint.h"
+#include "shadow.h"
 
 namespace simt {
 
 bool instrumented = false;
-
-// Threads that have read a cell since it was written: those of `mask` in `warp`, when their clock was `clock`.
-struct Reader {
-  uint32_t pc, mask, next;  // next: index in `pool`, 0 for none
-  uint16_t clock, warp;
-};
-
-// Two bytes of memory. An access is dated by the epoch, which every block and every __syncthreads begins anew, and
-// within it by the clock of the thread.
-struct Cell {
-  uint32_t write_epoch, write_pc;  // epoch 0: never written by a kernel
-  uint16_t write_clock, writer;    // thread of its block
-  uint16_t atomic : 1, flying : 1, guard : 1;
-  uint32_t read_epoch;
-  Reader reader;
-  uint32_t earlier_epoch, earlier_pc;  // a read by a block before this one
-};
-
-struct Shadow {
-  size_t bytes;
-  Cell* cells;
-  uint8_t* by_host;  // one bit a cell
-};
 
 namespace {
 
@@ -62,7 +38,7 @@ void next_epoch() {
 void refresh(Clock& clock) {
   if (clock.epoch == epoch) return;
   clock.epoch = epoch;
-  clock.seen.assign(block->threads.size(), Time{});
+  clock.seen.assign(32 * (block->warps.size() + 1), Time{});  // the last warp stands for copies by TMA (engine.h)
 }
 
 void merge(Clock& to, const Clock& from) {
@@ -85,6 +61,7 @@ struct Accessor {
   const void* site;
   uint32_t pc;
   bool together;  // more than one lane
+  bool asynchronous;
 
   // Whether what thread `other` did at this date came before.
   bool after(uint32_t when, int other, uint16_t clock) const {
@@ -105,6 +82,7 @@ struct Place {
 };
 
 std::string warp_and_lane(int thread) {
+  if (thread >= static_cast<int>(32 * block->warps.size())) return "a copy by TMA";
   return "warp " + std::to_string(thread / 32) + " lane " + std::to_string(thread % 32);
 }
 
@@ -129,6 +107,20 @@ std::string unordered(uint32_t when, int thread, uint32_t pc, const char* what) 
   return std::string("race with the ") + what + " by " + (same_block ? warp_and_lane(thread) : block_of(when)) +
          " at " + describe_site(unpack(pc)) +
          (same_block ? ", which no barrier orders" : ": the blocks of a launch run in any order");
+}
+
+// Whether what a thread wrote may be seen by the asynchronous proxy: it has executed the fence since, or whoever reads
+// has.
+bool fenced(const Cell& cell, const Accessor& who) {
+  if (cell.asynchronous || cell.write_epoch < block_epoch) return true;
+  const Thread* const writer = cell.writer < block->threads.size() ? &block->threads[cell.writer] : nullptr;
+  for (const Thread* thread : {writer, &who.thread}) {
+    if (!thread) continue;
+    const Clock& proxy = thread->proxy;
+    if (proxy.epoch > cell.write_epoch) return true;
+    if (proxy.epoch == cell.write_epoch && proxy.seen[cell.writer].ticks > cell.write_clock) return true;
+  }
+  return false;
 }
 
 // Readers of a cell, the newest clock of each thread.
@@ -215,7 +207,15 @@ void write_cell(Cell& cell, const Accessor& who, const Place& place, Access kind
   cell.writer = static_cast<uint16_t>(who.thread.index);
   cell.write_clock = own_clock(who.thread);
   cell.atomic = kind == Access::atomic;
+  cell.asynchronous = who.asynchronous;
   cell.read_epoch = cell.earlier_epoch = 0;
+}
+
+std::string what_is_guarded(size_t offset) {
+  const Shared& shared = block->shared;
+  if (is_mbarrier(shared.memory + offset)) return "this is an mbarrier";
+  if (offset < shared.dynamic || offset >= shared.dynamic + 64) return "this is a red zone behind an array";
+  return "the block has " + std::to_string(shared.dynamic) + " bytes of dynamic shared memory";
 }
 
 // `by_host`: of device memory; null for shared memory, which is not the same memory in the next block.
@@ -224,15 +224,15 @@ void touch(Cell* cells, const uint8_t* by_host, const Accessor& who, const Place
     Cell& cell = cells[i];
     if (!by_host && cell.write_epoch < block_epoch) cell.write_epoch = 0;
     if (!by_host && cell.read_epoch < block_epoch) cell.read_epoch = 0;
-    if (cell.guard)
-      report(who, place, kind,
-             2 * i >= block->shared.dynamic && 2 * i < block->shared.dynamic + 64
-                 ? "the block has " + std::to_string(block->shared.dynamic) + " bytes of dynamic shared memory"
-                 : "this is a red zone behind an array");
+    if (cell.guard) report(who, place, kind, what_is_guarded(2 * i));
     if (cell.flying)
       report(who, place, kind,
              "the asynchronous copy of " + warp_and_lane(cell.writer) + " issued at " +
                  describe_site(unpack(cell.write_pc)) + " is under way here and has not been waited for");
+    if (who.asynchronous && !by_host && cell.write_epoch && !fenced(cell, who))
+      report(who, place, kind,
+             "no fence.proxy.async after the write by " + warp_and_lane(cell.writer) + " at " +
+                 describe_site(unpack(cell.write_pc)));
     const bool host = by_host && by_host[i / 8] >> i % 8 & 1;
     if (kind == Access::atomic && cell.write_epoch == 0 && !host)
       report(who, place, kind, "nobody has written this memory before");
@@ -260,12 +260,13 @@ bool readable(const Thread& thread, const char* p, size_t bytes) {
 
 }  // namespace
 
-void access(const Thread& thread, const void* p, size_t bytes, Access kind, const void* site, uint32_t lanes) {
+void access(const Thread& thread, const void* p, size_t bytes, Access kind, const void* site, uint32_t lanes,
+            bool asynchronous) {
   if (!instrumented) return;
   const Quiet silence;
   const auto* at = static_cast<const char*>(p);
   const Shared& shared = block->shared;
-  const Accessor who = {thread, lanes, site, pack(site), (lanes & (lanes - 1)) != 0};
+  const Accessor who = {thread, lanes, site, pack(site), (lanes & (lanes - 1)) != 0, asynchronous};
   if (at >= shared.memory && at < shared.memory + shared.bytes) {
     const Place place = {"shared memory", static_cast<size_t>(at - shared.memory), bytes};
     if (place.offset + bytes > shared.used) report(who, place, kind, "this is beyond all variables of the block");
@@ -294,18 +295,18 @@ void host_access(const void* p, size_t bytes, const void* site) {
       "code of the host accesses " + std::to_string(bytes) + " bytes of device memory at " + describe_site(site);
 }
 
-void in_flight(const Thread& thread, const void* to, size_t bytes, const void* site) {
+void in_flight(const Thread& thread, const void* to, size_t bytes, const void* site, bool asynchronous) {
   if (!instrumented) return;
-  access(thread, to, bytes, Access::write, site, 1u << thread.lane);
+  access(thread, to, bytes, Access::write, site, 1u << thread.lane, asynchronous);
   set_flying(to, bytes, true);
 }
 
-void landed(const Thread& thread, const void* to, size_t bytes, const void* site) {
+void landed(const Thread& thread, const void* to, size_t bytes, const void* site, bool asynchronous) {
   if (!instrumented) return;
   const Quiet silence;
   set_flying(to, bytes, false);
   const auto offset = static_cast<size_t>(static_cast<const char*>(to) - block->shared.memory);
-  const Accessor who = {thread, 1u << thread.lane, site, pack(site), false};
+  const Accessor who = {thread, 1u << thread.lane, site, pack(site), false, asynchronous};
   touch(shared_cells.data(), nullptr, who, {"shared memory", offset, bytes}, Access::write);
 }
 
@@ -326,6 +327,20 @@ void acquire(Thread& thread, const Clock& from) {
 
 void order_all() {
   if (instrumented) next_epoch();
+}
+
+void fence_proxy(Thread& thread) {
+  if (!instrumented) return;
+  refresh(thread.clock);
+  uint16_t& own = thread.clock.seen[static_cast<size_t>(thread.index)].ticks;
+  own++;
+  thread.proxy = thread.clock;
+}
+
+Moment now(const Thread& thread) { return {epoch, thread.index, own_clock(thread)}; }
+
+bool has_seen(const Thread& thread, const Moment& moment) {
+  return !instrumented || moment.epoch < epoch || has_seen(thread, moment.thread, moment.clock);
 }
 
 void open_race_launch() {
@@ -358,45 +373,6 @@ void dropped(const void* to, size_t bytes) {
 void guard_shared(size_t offset, size_t bytes, bool guarded) {
   if (!instrumented) return;
   for (size_t i = (offset + 1) / 2; i < (offset + bytes) / 2; i++) shared_cells[i].guard = guarded;
-}
-
-// Pages of zeros that take no memory before they are written.
-static void* map_pages(size_t bytes) {
-  void* pages = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (pages == MAP_FAILED) throw std::bad_alloc();
-  return pages;
-}
-
-Shadow* new_shadow(size_t bytes) {
-  if (!instrumented || bytes == 0) return nullptr;
-  const size_t cells = (bytes + 1) / 2;
-  return new Shadow{bytes, static_cast<Cell*>(map_pages(cells * sizeof(Cell))),
-                    static_cast<uint8_t*>(map_pages(cells / 8 + 1))};
-}
-
-void delete_shadow(Shadow* shadow) {
-  if (!shadow) return;
-  const size_t cells = (shadow->bytes + 1) / 2;
-  munmap(shadow->cells, cells * sizeof(Cell));
-  munmap(shadow->by_host, cells / 8 + 1);
-  delete shadow;
-}
-
-void host_wrote(Shadow* shadow, size_t offset, size_t bytes) {
-  if (!shadow || bytes == 0) return;
-  size_t i = offset / 2;
-  const size_t end = (offset + bytes + 1) / 2;
-  for (; i < end && i % 8; i++) shadow->by_host[i / 8] |= static_cast<uint8_t>(1u << i % 8);
-  if (end > i) memset(shadow->by_host + i / 8, 0xff, (end - i) / 8);
-  for (i += (end - i) / 8 * 8; i < end; i++) shadow->by_host[i / 8] |= static_cast<uint8_t>(1u << i % 8);
-}
-
-void host_copied(Shadow* to, size_t to_offset, const Shadow* from, size_t from_offset, size_t bytes) {
-  if (!to || !from) return;
-  for (size_t i = 0; i < bytes; i += 2) {
-    const size_t cell = (from_offset + i) / 2;
-    if (from->cells[cell].write_epoch || from->by_host[cell / 8] >> cell % 8 & 1) host_wrote(to, to_offset + i, 1);
-  }
 }
 
 }  // namespace simt

@@ -12,14 +12,16 @@ extern bool instrumented;
 enum class Access : uint8_t { read, write, atomic };
 
 // This thread, or some lanes of a warp together, access memory. Ends the block if they may not.
-void access(const Thread& thread, const void* p, size_t bytes, Access kind, const void* site, uint32_t lanes);
+// `asynchronous`: through the asynchronous proxy, which needs a fence between it and what threads wrote.
+void access(const Thread& thread, const void* p, size_t bytes, Access kind, const void* site, uint32_t lanes,
+            bool asynchronous = false);
 
 // Code of the host reads or writes: it must not be device memory. The next launch says so.
 void host_access(const void* p, size_t bytes, const void* site);
 
 // From here to `landed`, what a copy writes may not be touched by anyone.
-void in_flight(const Thread& thread, const void* to, size_t bytes, const void* site);
-void landed(const Thread& thread, const void* to, size_t bytes, const void* site);
+void in_flight(const Thread& thread, const void* to, size_t bytes, const void* site, bool asynchronous = false);
+void landed(const Thread& thread, const void* to, size_t bytes, const void* site, bool asynchronous = false);
 void dropped(const void* to, size_t bytes);  // the block ended before it landed
 
 // Order. `release`: whoever acquires this clock sees what the thread did. A clock that nobody has released into orders
@@ -27,6 +29,16 @@ void dropped(const void* to, size_t bytes);  // the block ended before it landed
 void release(Thread& thread, Clock& to);
 void acquire(Thread& thread, const Clock& from);
 void order_all();  // every thread of the block has seen everything
+void fence_proxy(Thread& thread);
+
+// A moment of a thread, and whether another one has seen it.
+struct Moment {
+  uint32_t epoch;
+  int thread;
+  uint16_t clock;
+};
+Moment now(const Thread& thread);
+bool has_seen(const Thread& thread, const Moment& moment);
 
 void open_race_launch();
 void open_race_block(dim3 at);

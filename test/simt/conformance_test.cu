@@ -307,5 +307,5 @@ int main() {
   test_approximations();
   test_lanes();
   test_named_barrier();
-  return summary("ptx_test");
+  return summary("conformance_test");
 }
