@@ -147,10 +147,12 @@ test('ropewalk build names every tool that is missing', () => {
 })
 
 test('ropewalk build builds from the package; the result is used, or refused with the remedy', () => {
-  const { addon } = JSON.parse(run('npx', ['--no', 'ropewalk', 'build', '--json'], {
-    cwd: app,
-    env: { ...full, ROPEWALK_CUDA: 'off' }, // nvcc would take minutes
-  }))
+  const { addon } = JSON.parse(
+    run('npx', ['--no', 'ropewalk', 'build', '--json'], {
+      cwd: app,
+      env: { ...full, ROPEWALK_CUDA: 'off' }, // nvcc would take minutes
+    }),
+  )
   equal(addon, BUILT, 'addon')
   fs.renameSync(join(installed, 'prebuilds'), join(installed, 'no-prebuilds'))
   equal(child('loss'), loss, 'the loss with it')

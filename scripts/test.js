@@ -14,7 +14,7 @@ const parts = {
   types: () => check('types', ['node_modules/typescript/bin/tsc', '-p', 'test/tsconfig.json']),
   lint: () => check('lint', ['scripts/lint.js']),
   native: nativeTests,
-  tap: () => tap('all', files),
+  tap: () => tap('all', files, simtLibrary('fast', { build: files.length === 0 })),
   simt: simtTests,
   package: packageTest,
 }
@@ -71,31 +71,46 @@ function programs(folder, env = {}) {
   }
 }
 
-/** The CUDA kernels, executed by the CPU: in each flavour the emulator's own tests and the tests of the ops. */
-function simtTests() {
-  const ops = readdirSync(join(root, 'test', 'ops')).filter((name) => name.endsWith('.test.ts'))
-  const runs = {
-    fast: [...ops.map((name) => `test/ops/${name}`), 'test/model/model.test.ts', 'test/bench/gpu.test.ts'],
-    race: ops.map((name) => `test/ops/${name}`),
-    sanitize: ops.map((name) => `test/ops/${name}`),
-  }
-  for (const [flavour, list] of Object.entries(runs)) {
-    const start = performance.now()
-    const work = `.cmake-simt-${flavour}`
+/**
+ * The environment in which the device simt is there. Building takes a minute, so that a run of some test files takes it
+ * as it is.
+ */
+function simtLibrary(flavour, { build }) {
+  const work = `.cmake-simt-${flavour}`
+  const library = join(root, work, 'libropewalk_simt.so')
+  if (build) {
     const flags = ['-DROPEWALK_ADDON=OFF', '-DROPEWALK_SIMT=ON', `-DROPEWALK_SIMT_FLAVOUR=${flavour}`]
     const quiet = { stdio: ['ignore', 'ignore', 'inherit'] }
     console.error(`-- building the CUDA kernels for the CPU: ${flavour}`)
     run('cmake', ['-S', '.', '-B', work, ...flags], quiet)
     run('cmake', ['--build', work, '--parallel', '2'], quiet)
+  }
+  return existsSync(library) ? { ROPEWALK_SIMT_LIBRARY: library } : {}
+}
+
+/** The CUDA kernels, executed by the CPU: in each flavour the emulator's own tests and the tests of the ops. */
+function simtTests() {
+  const ops = readdirSync(join(root, 'test', 'ops'))
+    .filter((name) => name.endsWith('.test.ts'))
+    .map((name) => `test/ops/${name}`)
+  // These take minutes under ASan; what they share with the others is instrumented there.
+  const slow = /(attention|matmul|linear_cross_entropy)\.test\.ts$/
+  const runs = {
+    fast: [...ops, 'test/model/model.test.ts'],
+    race: ops,
+    sanitize: ops.filter((name) => !slow.test(name)),
+  }
+  for (const [flavour, files] of Object.entries(runs)) {
+    const start = performance.now()
+    const env = { ...simtLibrary(flavour, { build: true }), ROPEWALK_TEST_DEVICE: 'simt' }
     const built = performance.now()
-    programs(work)
-    const env = { ROPEWALK_SIMT_LIBRARY: join(root, work, 'libropewalk_simt.so'), ROPEWALK_TEST_DEVICE: 'simt' }
+    programs(`.cmake-simt-${flavour}`)
     if (flavour === 'sanitize') {
       // Node itself is not instrumented: the sanitizer has to be there before it starts.
       const { stdout } = spawnSync('g++', ['-print-file-name=libasan.so'], { encoding: 'utf8' })
       Object.assign(env, { LD_PRELOAD: stdout.trim(), ASAN_OPTIONS: 'detect_leaks=0:verify_asan_link_order=0' })
     }
-    tap(`simt-${flavour}`, list, env)
+    tap(`simt-${flavour}`, files, env)
     const seconds = (from, to) => ((to - from) / 1000).toFixed(0)
     console.error(`-- simt ${flavour}: built in ${seconds(start, built)} s, ran ${seconds(built, performance.now())} s`)
   }

@@ -238,10 +238,7 @@ t.test('inline PTX lives in ptx.h, launches in device.h', async (t) => {
   const bad: string[] = []
   for (const path of sources) {
     const code = read(path).replace(/\/\/.*$/gm, '')
-    if (
-      /\b(?:__)?asm(?:__)?\b\s*(?:volatile\b|__volatile__\b)?\s*\(/.test(code) &&
-      !withAssembly.includes(path)
-    )
+    if (/\b(?:__)?asm(?:__)?\b\s*(?:volatile\b|__volatile__\b)?\s*\(/.test(code) && !withAssembly.includes(path))
       bad.push(`${path} has inline assembly`)
     if (/<<</.test(code) && !(path.startsWith('csrc/cuda/') && basename(path) === 'device.h'))
       bad.push(`${path} launches with <<<`)

@@ -137,10 +137,10 @@ void multiply_block(const Problem& p, int64_t i0, int64_t i1, int64_t j0, int64_
   }
 }
 
-// How the rows of c are cut into tasks: into an equal share for each thread, and that into `cuts` blocks of whole panels,
-// the larger ones first, of which the last takes the rows that do not fill a panel. Threads that are equally fast then
-// end together; blocks of one size for all rows left up to a tenth of the time to one thread. About four blocks a
-// thread, where that leaves enough rows to pay for reading b, so that a thread that is held up can be helped.
+// How the rows of c are cut into tasks: into an equal share for each thread, and that into `cuts` blocks of whole
+// panels, the larger ones first, of which the last takes the rows that do not fill a panel. Threads that are equally
+// fast then end together; blocks of one size for all rows left up to a tenth of the time to one thread. About four
+// blocks a thread, where that leaves enough rows to pay for reading b, so that a thread that is held up can be helped.
 struct Blocks {
   int64_t m, shares, share, cuts, panels, larger;
 

@@ -1,19 +1,20 @@
-// o = softmax(scale R q (R k)^T) v over the keys first[t] .. t; lse = log of the softmax's denominator, maximum included.
+// o = softmax(scale R q (R k)^T) v over the keys first[t] .. t; lse = log of the softmax's denominator, maximum
+// included.
 //
 // Shapes: q, o (B,T,H,D); k, v, kr (B,T,K,D), D even, up to 256; cos, sin (P,D/2); lse (B,H,T). q, k, v, o, kr f32 or
-// bf16. Sums, softmax and lse are f32; in bf16 also R k, scale log2(e) R q and the weights (at most 1, unnormalized) are
-// rounded to bf16, as operands of the tensor cores.
+// bf16. Sums, softmax and lse are f32; in bf16 also R k, scale log2(e) R q and the weights (at most 1, unnormalized)
+// are rounded to bf16, as operands of the tensor cores.
 //
 // attention_rotate_kernel writes R k once (kr): a thread per 16 bytes of each half of a row, bound by memory. Grid: 4
 // tokens a block of 128 threads.
 //
 // attention_fwd_kernel: a block is (b, head, tile of queries), heads fastest and late queries first, as they see most
 // keys. It rotates its queries once, into shared memory, then goes over the tiles of keys from the smallest first[t] to
-// the largest t of its queries: S = Q K^T, running maximum m and sum l of each query (base 2), O = O 2^(m - m') + P V with
-// P in registers. A warp owns whole rows, so nothing but K and V is shared. K and V have one buffer each: V arrives by
-// cp.async during Q K^T, the next K during the softmax and P V; the second block of the multiprocessor hides the rest.
-// Only tiles with a key that some query does not see are masked. Where such a tile of V holds an infinity or a NaN,
-// it is left out of the product and added for those who see it, so that a document never shows in another one.
+// the largest t of its queries: S = Q K^T, running maximum m and sum l of each query (base 2), O = O 2^(m - m') + P V
+// with P in registers. A warp owns whole rows, so nothing but K and V is shared. K and V have one buffer each: V
+// arrives by cp.async during Q K^T, the next K during the softmax and P V; the second block of the multiprocessor hides
+// the rest. Only tiles with a key that some query does not see are masked. Where such a tile of V holds an infinity or
+// a NaN, it is left out of the product and added for those who see it, so that a document never shows in another one.
 //
 // Shared memory and registers: bf16, D 64: 128 queries x 128 keys, 4 warps, 49 KB; D 128: 128 x 64, 4 warps, 65 KB; two
 // blocks a multiprocessor. D 256: 64 x 32. f32: 64 x 32. Few rows (attention_cached): 16 x 64, one warp.
@@ -22,14 +23,16 @@
 // Few queries of a cache (attention_cached): the query heads of a kv head become rows of one tile, and blocks share the
 // slots (blockIdx.z); attention_combine_kernel adds up their f32 results in the order of the slots.
 //
-// Papers: FlashAttention-2 2307.08691 (tiles, running maximum, one division at the end), RoFormer 2104.09864 (rotation).
+// Papers: FlashAttention-2 2307.08691 (tiles, running maximum, one division at the end), RoFormer 2104.09864
+// (rotation).
 #include "attention.h"
 
 namespace rw::cuda {
 
 namespace {
 
-// ---- rotation of rows -------------------------------------------------------------------------------------------------
+// ---- rotation of rows
+// -------------------------------------------------------------------------------------------------
 
 constexpr int kRotateThreads = 128, kRotateTokens = 4;
 
@@ -72,7 +75,8 @@ __global__ void __launch_bounds__(kRotateThreads) attention_rotate_kernel(Rotate
   }
 }
 
-// ---- forward ----------------------------------------------------------------------------------------------------------
+// ---- forward
+// ----------------------------------------------------------------------------------------------------------
 
 // Partial results of a row from one part of the slots: output (D, not yet divided), maximum and sum.
 struct Partial {
@@ -165,8 +169,9 @@ __device__ __forceinline__ void store_outputs(const T* tile, const Forward& a, i
 }
 
 template <typename T, int kD, int kWarps, int kRowBlocks, int kKeys>
-__global__ void __launch_bounds__(32 * kWarps, kWarps == 1 ? 4 : sizeof(T) == 2 && kD <= 128 ? 2 : 1)
-    attention_fwd_kernel(Forward a) {
+__global__ void __launch_bounds__(32 * kWarps, kWarps == 1                   ? 4
+                                               : sizeof(T) == 2 && kD <= 128 ? 2
+                                                                             : 1) attention_fwd_kernel(Forward a) {
   using Tile = ForwardTile<T, kD, kWarps, kRowBlocks, kKeys>;
   constexpr int kThreads = Tile::kThreads, kRows = Tile::kRows, kWarpRows = 16 * kRowBlocks;
   auto& smem = dyn_smem<typename Tile::Smem>();
@@ -237,8 +242,8 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 1 ? 4 : sizeof(T) == 2 
     if (masked) smem.cleaned.say(clean_own_part<kKeys, kD, kThreads>(smem.v));
     __syncthreads();  // V is there, K is free
     if (n0 + kKeys < end)
-      load_tile<kKeys, kD, kThreads>(smem.k, k + smem.place.keys + (n0 + kKeys) * a.stride, a.stride,
-                                     a.S - n0 - kKeys, a.D, a.vector);
+      load_tile<kKeys, kD, kThreads>(smem.k, k + smem.place.keys + (n0 + kKeys) * a.stride, a.stride, a.S - n0 - kKeys,
+                                     a.D, a.vector);
     cp_async_commit();
 
     if (masked) {
@@ -302,16 +307,15 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 1 ? 4 : sizeof(T) == 2 
   }
   if (begin >= end) __syncthreads();  // the loop has not waited for the queries and the place to be written
 
-  const Place place = smem.place;
+  const Place& place = smem.place;
   const int64_t token0 = static_cast<int64_t>(place.b) * a.T;
   const int own_row0 = place.row0 + warp_row0, rows = a.T * a.group;
   if (smem.cleaned.any()) {
 #pragma unroll 1
     for (int n0 = place.begin; n0 < place.end; n0 += kKeys)
       if (is_masked(n0))
-        add_not_finite<kD>(o, v + place.keys + n0 * a.stride, a.stride, min(kKeys, a.S - n0), a.D, 1, [&](int r, int n) {
-          return n0 + n >= own_seen[8 * r].x && n0 + n <= own_seen[8 * r].y;
-        });
+        add_not_finite<kD>(o, v + place.keys + n0 * a.stride, a.stride, min(kKeys, a.S - n0), a.D, 1,
+                           [&](int r, int n) { return n0 + n >= own_seen[8 * r].x && n0 + n <= own_seen[8 * r].y; });
   }
 #pragma unroll
   for (int r = 0; r < 2 * kRowBlocks; r++) {

@@ -1,8 +1,8 @@
 // What the attention kernels share: tiles in shared memory, their products by a warp, rotations.
 //
-// A warp holds results in the layout of mma's accumulators, for f32 inputs too: c[i][j] is the 16x8 block of rows 16 i ..
-// and columns 8 j .., of which lane (g, t) = (lane / 4, lane % 4) has (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t + 1).
-// So one kernel serves both dtypes: bf16 products on the tensor cores, f32 products as f32 multiply-adds.
+// A warp holds results in the layout of mma's accumulators, for f32 inputs too: c[i][j] is the 16x8 block of rows 16 i
+// .. and columns 8 j .., of which lane (g, t) = (lane / 4, lane % 4) has (g, 2t), (g, 2t + 1), (g + 8, 2t), (g + 8, 2t
+// + 1). So one kernel serves both dtypes: bf16 products on the tensor cores, f32 products as f32 multiply-adds.
 //
 // Head dims are padded with zeros to kD = 64, 128 or 256, in shared memory only.
 #pragma once
@@ -15,10 +15,11 @@ namespace rw::cuda {
 constexpr float kLog2E = 1.44269504088896341f;
 constexpr int kMaxHeadDim = 256;
 
-// ---- tiles ------------------------------------------------------------------------------------------------------------
+// ---- tiles
+// ------------------------------------------------------------------------------------------------------------
 
-// A tile is rows of kD elements, in 16-byte chunks. Chunk c of row r lies in the place of chunk c ^ r % 8: the same chunk
-// of 8 rows in a row falls into 8 different groups of banks (ldmatrix, and accumulators written as floats).
+// A tile is rows of kD elements, in 16-byte chunks. Chunk c of row r lies in the place of chunk c ^ r % 8: the same
+// chunk of 8 rows in a row falls into 8 different groups of banks (ldmatrix, and accumulators written as floats).
 template <typename T, int kD>
 __device__ __forceinline__ int chunk_at(int row, int chunk) {
   return row * kD + (chunk ^ (row & 7)) * kVector<T>;
@@ -82,9 +83,9 @@ __device__ __forceinline__ bool clean_own_part(T* tile) {
   return found;
 }
 
-// c[row] += factor x[n] for each n < count that the row sees and each element of x[n] that is not finite, where x[n] (D)
-// are `stride` apart. sees(r, n): of the lane's r-th row, g + 8 r. A factor of 0 makes all of them NaN: for weights of
-// either sign.
+// c[row] += factor x[n] for each n < count that the row sees and each element of x[n] that is not finite, where x[n]
+// (D) are `stride` apart. sees(r, n): of the lane's r-th row, g + 8 r. A factor of 0 makes all of them NaN: for weights
+// of either sign.
 template <int kD, int kRowBlocks, typename T, typename Sees>
 __device__ __forceinline__ void add_not_finite(float (&c)[kRowBlocks][kD / 8][4], const T* x, int64_t stride, int count,
                                                int D, float factor, Sees&& sees) {
@@ -123,7 +124,8 @@ struct Ever {
   }
 };
 
-// ---- products ---------------------------------------------------------------------------------------------------------
+// ---- products
+// ---------------------------------------------------------------------------------------------------------
 
 template <int kRowBlocks, int kColumns>
 using Accumulators = float[kRowBlocks][kColumns / 8][4];
@@ -138,8 +140,8 @@ __device__ __forceinline__ void set_zero(float (&c)[kRowBlocks][kBlocks][4]) {
       for (int e = 0; e < 4; e++) c[i][j][e] = 0;
 }
 
-// Where ldmatrix of 16 columns from 16 k on reads a row of a tile: chunk 2 k + high, written so that all that depends on
-// the lane is one offset.
+// Where ldmatrix of 16 columns from 16 k on reads a row of a tile: chunk 2 k + high, written so that all that depends
+// on the lane is one offset.
 template <int kD>
 struct LaneRow {
   int offset;
@@ -152,7 +154,8 @@ struct LaneRow {
 
 // c = a b^T, a (16 kRowBlocks, kD) the rows of a tile from row0 on, b (kColumns, kD) a tile.
 template <int kD, int kRowBlocks, int kBlocks>
-__device__ __forceinline__ void multiply_nt(float (&c)[kRowBlocks][kBlocks][4], const bf16* a, int row0, const bf16* b) {
+__device__ __forceinline__ void multiply_nt(float (&c)[kRowBlocks][kBlocks][4], const bf16* a, int row0,
+                                            const bf16* b) {
   set_zero(c);
   const int lane = lane_index();
   const LaneRow<kD> left_row(row0 + lane % 16, lane / 16), right_row(lane % 8 + lane / 16 * 8, lane / 8 % 2);
@@ -176,7 +179,8 @@ __device__ __forceinline__ void multiply_nt(float (&c)[kRowBlocks][kBlocks][4], 
 
 // In f32 four products make one term: fewer roundings than in a chain of all.
 template <int kD, int kRowBlocks, int kBlocks>
-__device__ __forceinline__ void multiply_nt(float (&c)[kRowBlocks][kBlocks][4], const float* a, int row0, const float* b) {
+__device__ __forceinline__ void multiply_nt(float (&c)[kRowBlocks][kBlocks][4], const float* a, int row0,
+                                            const float* b) {
   set_zero(c);
   const int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll 1
@@ -284,7 +288,8 @@ __device__ __forceinline__ void multiply_nn(float (&c)[kRowBlocks][kD / 8][4],
   }
 }
 
-// ---- rows -------------------------------------------------------------------------------------------------------------
+// ---- rows
+// -------------------------------------------------------------------------------------------------------------
 
 // n elements as floats, and back: 1, or as many as 16 bytes of bf16 or f32 are (cos and sin of 8 elements: 32 bytes).
 template <int n, typename T>
@@ -328,7 +333,8 @@ __device__ __forceinline__ void rotate_pairs(float (&x)[n], float (&y)[n], const
   }
 }
 
-// ---- functions of attention.cu ----------------------------------------------------------------------------------------
+// ---- functions of attention.cu
+// ----------------------------------------------------------------------------------------
 
 // to[row] = factor R from[token], rows of heads * D elements, row = token or, with `slot`, that slot of the token's
 // sequence in a cache of S slots; with `copied`, also copy_to[row] = copied[token].
@@ -343,8 +349,8 @@ struct Rotation {
 };
 void rotate_rows(Context& context, const Rotation& rotation);
 
-// The factor scale log2(e) goes into q when it is rotated, so that weights are powers of 2 of products, and no product is
-// multiplied again. f32 holds the factor with an error; the same error in what leads back makes up for it.
+// The factor scale log2(e) goes into q when it is rotated, so that weights are powers of 2 of products, and no product
+// is multiplied again. f32 holds the factor with an error; the same error in what leads back makes up for it.
 struct Factor {
   float scale, value;
   float to_base_2, from_base_2;  // about log2(e) and ln(2)

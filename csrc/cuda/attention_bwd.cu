@@ -12,18 +12,18 @@
 //   rows of keys:     s^T = kr qr^T, dp^T = v dout^T, dv += p^T dout, dk += ds^T qr, over the query heads of the group
 //   rows of queries:  s = qr kr^T, dp = dout v^T, dq += ds kr
 // In both, p and ds are left operands in the registers where they were computed. Every sum is made by one block in one
-// order: two runs give the same bits, without atomics, for 7 products instead of 5. (One pass would have to add up dq over
-// blocks: in the order of a semaphore, or in phases of disjoint tiles as the CPU does.)
+// order: two runs give the same bits, without atomics, for 7 products instead of 5. (One pass would have to add up dq
+// over blocks: in the order of a semaphore, or in phases of disjoint tiles as the CPU does.)
 //
-// The streamed operand that is needed first and last (qr, or kr) has two buffers, the other one a single buffer, which is
-// filled while the last product runs; the second block of a multiprocessor hides what remains. Blocks with the most work
-// start first. Where a tile that is not seen whole by all rows holds an infinity or a NaN, these are left out of products
-// and make NaN of the gradients of those who see them (clean_own_part, add_not_finite).
+// The streamed operand that is needed first and last (qr, or kr) has two buffers, the other one a single buffer, which
+// is filled while the last product runs; the second block of a multiprocessor hides what remains. Blocks with the most
+// work start first. Where a tile that is not seen whole by all rows holds an infinity or a NaN, these are left out of
+// products and make NaN of the gradients of those who see them (clean_own_part, add_not_finite).
 //
-// Grid: (B K, tiles of keys), (B H, tiles of queries). bf16: D 64: 128 rows x 32, 4 warps, 45 KB; D 128: 64 rows x 64, 4
-// warps, 81 KB; two blocks a multiprocessor. D 256: 64 x 32, dk and dv in launches of their own, for the registers. f32:
-// 64 x 32, D 256: 32 x 16. Traffic: the rows once, the streamed operands once a tile of rows, through the L2. Never
-// stored: s, p, dp, ds.
+// Grid: (B K, tiles of keys), (B H, tiles of queries). bf16: D 64: 128 rows x 32, 4 warps, 45 KB; D 128: 64 rows x 64,
+// 4 warps, 81 KB; two blocks a multiprocessor. D 256: 64 x 32, dk and dv in launches of their own, for the registers.
+// f32: 64 x 32, D 256: 32 x 16. Traffic: the rows once, the streamed operands once a tile of rows, through the L2.
+// Never stored: s, p, dp, ds.
 //
 // Papers: FlashAttention-2 2307.08691, RoFormer 2104.09864.
 #include "attention.h"
@@ -46,7 +46,8 @@ struct Backward {
   bool vector;  // 16-byte accesses
 };
 
-// ---- what is computed before ------------------------------------------------------------------------------------------
+// ---- what is computed before
+// ------------------------------------------------------------------------------------------
 
 constexpr int kDeltaThreads = 128, kRowThreads = 8;
 
@@ -89,7 +90,8 @@ __global__ void __launch_bounds__(kWarp)
   if (lane_index() == 0) firsts[blockIdx.x] = make_int2(lowest, highest);
 }
 
-// ---- the products -----------------------------------------------------------------------------------------------------
+// ---- the products
+// -----------------------------------------------------------------------------------------------------
 
 template <typename T, int kD_>
 struct Shape {
@@ -102,8 +104,8 @@ struct Shape {
 
   struct Smem {
     union {
-      T rows[2][kRows * kD];    // kr and v, or qr and dout
-      float sums[kRows * kD];   // afterwards: gradients on their way to memory
+      T rows[2][kRows * kD];   // kr and v, or qr and dout
+      float sums[kRows * kD];  // afterwards: gradients on their way to memory
     };
     REDZONE(after_rows);
     T x[2][kColumns * kD];  // qr, or kr
@@ -121,8 +123,9 @@ struct Shape {
 
 // A warp's rows of gradients: c * factor, turned back where `turned`, to rows of a tensor from `to` on.
 template <int kD, int kRowBlocks, bool kTurned, int n, typename T>
-__device__ __forceinline__ void store_gradients(float* sums, const float (&c)[kRowBlocks][kD / 8][4], float factor, T* to,
-                                                int64_t stride, const int32_t* pos, int rows, const Backward& a) {
+__device__ __forceinline__ void store_gradients(float* sums, const float (&c)[kRowBlocks][kD / 8][4], float factor,
+                                                T* to, int64_t stride, const int32_t* pos, int rows,
+                                                const Backward& a) {
   const int g = lane_index() / 4, t = lane_index() % 4;
   __syncwarp();  // what was here before has been read
 #pragma unroll
@@ -237,7 +240,8 @@ __global__ void __launch_bounds__(Shape<T, kD>::kThreads, sizeof(T) == 2 && kD <
 
   Step step = {0, begin - 1};
   advance(step);
-  const T *row_x = static_cast<const T*>(kKeyRows ? a.kr : a.qr), *row_y = static_cast<const T*>(kKeyRows ? a.v : a.dout);
+  const T *row_x = static_cast<const T*>(kKeyRows ? a.kr : a.qr),
+          *row_y = static_cast<const T*>(kKeyRows ? a.v : a.dout);
   load_tile<kRows, kD, kThreads>(smem.rows[0], row_x + row_at, row_stride, a.T - row0, a.D, a.vector);
   if (kSlopes) load_tile<kRows, kD, kThreads>(smem.rows[1], row_y + row_at, row_stride, a.T - row0, a.D, a.vector);
   if (step.head < steps_heads) load_x(step, 0);
@@ -340,9 +344,11 @@ __global__ void __launch_bounds__(Shape<T, kD>::kThreads, sizeof(T) == 2 && kD <
     constexpr int n = decltype(unit)::value;
     if constexpr (kSlopes)
       store_gradients<kD, kRowBlocks, true, n>(own, sum, kKeyRows ? a.factor.from_base_2 : a.factor.scale,
-                                               static_cast<T*>(kKeyRows ? a.dk : a.dq) + to, row_stride, pos, own_rows, a);
+                                               static_cast<T*>(kKeyRows ? a.dk : a.dq) + to, row_stride, pos, own_rows,
+                                               a);
     if constexpr (kValues)
-      store_gradients<kD, kRowBlocks, false, n>(own, values, 1, static_cast<T*>(a.dv) + to, row_stride, pos, own_rows, a);
+      store_gradients<kD, kRowBlocks, false, n>(own, values, 1, static_cast<T*>(a.dv) + to, row_stride, pos, own_rows,
+                                                a);
   };
   if (a.vector)
     store(std::integral_constant<int, kVector<T>>());
@@ -388,9 +394,10 @@ void backward(Context& context, const attention_bwd_args& args) {
   rotate_rows(context, {args.k, args.cos, args.sin, args.pos, args.kr.data});
   rotate_rows(context, {args.q, args.cos, args.sin, args.pos, args.qr.data, a.factor.value});
   const int64_t rows = static_cast<int64_t>(B) * a.T * a.H;
-  launch({static_cast<unsigned>(ceil_div(rows, int64_t{kDeltaThreads / kRowThreads})), kDeltaThreads, 0, context.stream},
-         a.vector ? attention_delta_kernel<T, kVector<T>> : attention_delta_kernel<T, 1>, args.o.as<T>(),
-         args.dout.as<T>(), args.delta.as<float>(), rows, a.T, a.H, a.D);
+  launch(
+      {static_cast<unsigned>(ceil_div(rows, int64_t{kDeltaThreads / kRowThreads})), kDeltaThreads, 0, context.stream},
+      a.vector ? attention_delta_kernel<T, kVector<T>> : attention_delta_kernel<T, 1>, args.o.as<T>(),
+      args.dout.as<T>(), args.delta.as<float>(), rows, a.T, a.H, a.D);
 
   with_head_dim(a.D, [&](auto head_dim) {
     constexpr int kD = decltype(head_dim)::value, kColumns = Shape<T, kD>::kColumns;

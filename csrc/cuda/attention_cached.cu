@@ -5,13 +5,13 @@
 //
 // kv_append is attention_rotate_kernel with other rows to write to, bound by memory: k and v are read and written once.
 //
-// attention_cached is attention_fwd_kernel (attention.cu), with the cache in the place of rotated keys and last[t] in the
-// place of t. The query heads of a kv head share tiles, so the visible part of the cache is read once for up to 128
+// attention_cached is attention_fwd_kernel (attention.cu), with the cache in the place of rotated keys and last[t] in
+// the place of t. The query heads of a kv head share tiles, so the visible part of the cache is read once for up to 128
 // rows (token, head). Up to 16 rows take a tile of one warp, of which a multiprocessor holds several, each with its own
 // copies under way: a step of generation is bound by reading the cache. Where there are fewer tiles than 4 for each
-// multiprocessor, blocks share the slots of a tile, 128 or a multiple of it each, and leave (D + 2) f32 a row in scratch
-// memory, which attention_combine_kernel adds up in the order of the slots. How many depends on shapes and on the
-// device's multiprocessors, not on what runs at the same time.
+// multiprocessor, blocks share the slots of a tile, 128 or a multiple of it each, and leave (D + 2) f32 a row in
+// scratch memory, which attention_combine_kernel adds up in the order of the slots. How many depends on shapes and on
+// the device's multiprocessors, not on what runs at the same time.
 //
 // Papers: FlashAttention 2205.14135 (the combination of partial softmaxes), RoFormer 2104.09864 (rotation).
 #include "attention.h"

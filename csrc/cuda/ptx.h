@@ -1,5 +1,6 @@
 // All inline PTX, and for each instruction the twin that simt executes. Nothing else in the project contains asm for a
-// GPU. Fragment layouts: PTX ISA, "Matrix multiply-accumulate operation using mma instruction"; g = lane / 4, t = lane % 4.
+// GPU. Fragment layouts: PTX ISA, "Matrix multiply-accumulate operation using mma instruction"; g = lane / 4, t = lane
+// % 4.
 #pragma once
 #include "device.h"
 #ifndef __CUDACC__
@@ -16,13 +17,12 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 
 // ---- asynchronous copies (sm_80) ------------------------------------------------------------------------------------
 
-// Copies 16 bytes from global to shared memory, both 16-byte aligned, past the L1; zeros where not `valid` (then nothing
-// is read, but `from` must still be an address inside the tensor). Seen by this thread after cp_async_wait(), by others
-// after a barrier on top of that.
+// Copies 16 bytes from global to shared memory, both 16-byte aligned, past the L1; zeros where not `valid` (then
+// nothing is read, but `from` must still be an address inside the tensor). Seen by this thread after cp_async_wait(),
+// by others after a barrier on top of that.
 __device__ __forceinline__ void cp_async_16(void* to, const void* from, bool valid = true) {
 #ifdef __CUDACC__
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-               "r"(valid ? 16 : 0)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0)
                : "memory");
 #else
   simt::cp_async(to, from, 16, valid ? 16 : 0);
@@ -60,8 +60,8 @@ __device__ __forceinline__ void cp_async_wait() {
 
 // ---- matrix fragments (sm_80) ---------------------------------------------------------------------------------------
 
-// Loads four 8x8 matrices of 16-bit elements. Lane l gives the address of row l % 8 of matrix l / 8 (16 bytes, aligned);
-// r[i] of lane (g, t) gets the elements (g, 2t) and (g, 2t + 1) of matrix i, the first in the lower half.
+// Loads four 8x8 matrices of 16-bit elements. Lane l gives the address of row l % 8 of matrix l / 8 (16 bytes,
+// aligned); r[i] of lane (g, t) gets the elements (g, 2t) and (g, 2t + 1) of matrix i, the first in the lower half.
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
 #ifdef __CUDACC__
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
