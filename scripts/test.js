@@ -1,6 +1,6 @@
 // `npm test`: sets up what is missing or stale, then type-checks, lints, runs the native tests under ASan and UBSan, the
 // suite under tap, and the CUDA kernels on the CPU. Arguments are test files; with some, only those run under tap.
-// ROPEWALK_TEST_ONLY names parts (types, lint, native, tap, simt, package). Ends with "N passed, N failed, N skipped".
+// ROPEWALK_TEST_PARTS names parts (types, lint, native, tap, simt, package). Ends with "N passed, N failed, N skipped".
 import { spawnSync } from 'node:child_process'
 import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync } from 'node:fs'
 import { join } from 'node:path'
@@ -18,10 +18,10 @@ const parts = {
   simt: simtTests,
   package: packageTest,
 }
-const only = files.length > 0 ? ['tap'] : (process.env.ROPEWALK_TEST_ONLY?.split(',') ?? Object.keys(parts))
+const only = files.length > 0 ? ['tap'] : (process.env.ROPEWALK_TEST_PARTS?.split(',') ?? Object.keys(parts))
 for (const name of only) {
   if (!parts[name]) {
-    console.error(`ROPEWALK_TEST_ONLY: there is no part "${name}"; known are ${Object.keys(parts).join(', ')}`)
+    console.error(`ROPEWALK_TEST_PARTS: there is no part "${name}"; known are ${Object.keys(parts).join(', ')}`)
     process.exit(1)
   }
   const start = performance.now()
