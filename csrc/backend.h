@@ -6,7 +6,7 @@
 
 extern "C" {
 
-#define RW_BACKEND_ABI 2
+#define RW_BACKEND_ABI 3
 
 typedef struct rw_device rw_device;
 
@@ -29,6 +29,7 @@ typedef struct rw_backend {
   uint32_t abi;         // RW_BACKEND_ABI
   uint64_t table_hash;  // rw::table_hash
   const char* name;
+  uint64_t workspace;  // bytes of device memory that an open device takes for itself
   int (*open)(const rw_open_options* options, rw_device** device);
   void (*close)(rw_device* device);
   // One line for people: instruction set and threads, or the card's name. Valid as long as the device.

@@ -397,12 +397,14 @@ void launch_forward(Context& context, Forward& a) {
   // Where few rows meet a long cache, blocks share its slots: about 4 for each multiprocessor.
   const int rows = a.T * a.group, tile_rows = rows <= kFewRows ? kFewRows : 128;
   const int blocks = a.B * a.K * ceil_div(rows, tile_rows);
-  const int wanted = a.last ? ceil_div(4 * context.sm_count, blocks) : 1;
+  const size_t part_bytes = static_cast<size_t>(a.B) * a.T * a.H * (a.D + 2) * sizeof(float);
+  const auto fitting = static_cast<int>(context.workspace_bytes / part_bytes);
+  const int wanted = a.last && fitting > 1 ? min(fitting, ceil_div(4 * context.sm_count, blocks)) : 1;
   a.part = ceil_div(ceil_div(a.S, wanted), kPartUnit) * kPartUnit;
   const int parts = ceil_div(a.S, a.part);
   if (parts > 1) {
     const int64_t results = static_cast<int64_t>(a.B) * a.T * a.H * parts;
-    a.partial.o = static_cast<float*>(context.scratch(results * (a.D + 2) * sizeof(float)));
+    a.partial.o = static_cast<float*>(context.scratch(part_bytes * parts));
     a.partial.top = a.partial.o + results * a.D;
     a.partial.total = a.partial.top + results;
   }

@@ -40,6 +40,9 @@ const Kernel kernels[] = {
 #undef OP
 #undef FLOPS
 
+// Enough for the parts of one product (matmul.cu) that fill every SM once.
+constexpr size_t kWorkspace = size_t{32} << 20;
+
 // Operations between two looks at `cancel`, and in one graph. At most two segments are on their way at a time.
 constexpr size_t kSegment = 32;
 
@@ -62,6 +65,8 @@ class Device final : public Context {
       check(cudaEventCreateWithFlags(&event, cudaEventBlockingSync | cudaEventDisableTiming), "creating an event");
     debug_ = flag_is("ROPEWALK_DEBUG", "1");
     graphs_ = !debug_ && !flag_is("ROPEWALK_CUDA_GRAPHS", "0");
+    workspace = static_cast<char*>(alloc(kWorkspace));
+    workspace_bytes = kWorkspace;
   }
 
   // Errors on the way are of no interest any more: the device may be lost.
@@ -73,7 +78,7 @@ class Device final : public Context {
     for (cudaEvent_t event : ended_)
       if (event) cudaEventDestroy(event);
     if (stream) cudaStreamDestroy(stream);
-    for (const auto& [memory, bytes] : scratch_) cudaFree(memory);
+    cudaFree(workspace);
   }
 
   const char* description() const { return description_.c_str(); }
@@ -125,15 +130,6 @@ class Device final : public Context {
     if (error != cudaSuccess && lost_.empty())
       lost_ = std::string("freeing memory failed: ") + cudaGetErrorString(error) +
               ". This device cannot be used any more: restart the process";
-  }
-
-  // Grows by new blocks; older ones stay, because what was launched or captured may still use them.
-  void* scratch(size_t bytes) override {
-    if (scratch_.empty() || scratch_.back().second < bytes) {
-      scratch_.reserve(scratch_.size() + 1);
-      scratch_.push_back({alloc(bytes), bytes});
-    }
-    return scratch_.back().first;
   }
 
   Staging& staging() { return staging_; }
@@ -199,7 +195,6 @@ class Device final : public Context {
   cudaEvent_t ended_[2] = {};  // of the last two segments
   Staging staging_;
   Recordings recordings_;
-  std::vector<std::pair<void*, size_t>> scratch_;
   std::mutex mutex_;
   std::string lost_;  // why the device is lost
 };
@@ -282,11 +277,20 @@ void forget(rw_device* device, const rw_command* commands) { from(device).forget
 
 const char* error() { return last_error.c_str(); }
 
-const rw_backend backend_functions = {
-    RW_BACKEND_ABI, table_hash, RW_BACKEND_NAME, open,   close, describe, alloc, release,
-    upload,         download,   host_visible,    memory, run,   forget,   error};
+const rw_backend backend_functions = {RW_BACKEND_ABI, table_hash, RW_BACKEND_NAME, kWorkspace, open,     close,
+                                      describe,       alloc,      release,         upload,     download, host_visible,
+                                      memory,         run,        forget,          error};
 
 }  // namespace
+
+// From the end on, so that under simt writing beyond it meets the guard behind the allocation.
+void* Context::scratch(size_t bytes) const {
+  if (bytes > workspace_bytes)
+    throw std::runtime_error("it needs " + size_text(bytes) + " of working memory, the limit is " +
+                             size_text(workspace_bytes));
+  return workspace + (workspace_bytes - bytes) / 256 * 256;
+}
+
 }  // namespace rw::cuda
 
 // What the addon looks up in the library.

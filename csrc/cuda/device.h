@@ -229,12 +229,12 @@ struct Context {
   int sm_count;
   size_t max_smem;  // bytes of dynamic shared memory that a block may have
 
-  // At least `bytes` of device memory that no other op uses at the same time, 256-byte aligned, content arbitrary. Ask
-  // once an op.
-  virtual void* scratch(size_t bytes) = 0;
+  char* workspace;  // allocated with the device, so that no op changes what a plan needs
+  size_t workspace_bytes;
 
- protected:
-  ~Context() = default;
+  // Device memory that no other op uses at the same time, 256-byte aligned, content arbitrary. Ask once an op, for no
+  // more than workspace_bytes: an op whose need grows with shapes takes a TMP of its row instead.
+  void* scratch(size_t bytes) const;
 };
 
 // A backend's row of kernels, one for each op of the table: a missing one does not link.

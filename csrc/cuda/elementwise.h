@@ -144,6 +144,11 @@ bool all_aligned(const Tensors&... tensors) {
   return (aligned(tensors.data, 16) && ...);
 }
 
+// 1 / (1 + e^-g). e^-g is infinite for g < -88.7, which gives 0: the right limit. Neither step is wrong by more than a
+// unit in the last place (so no __expf); a division rounded to nearest would make the arithmetic, not the memory, the
+// limit on Hopper. A quarter of the sum, so that its reciprocal is not denormal before the sum is infinite.
+__device__ __forceinline__ float sigmoid(float g) { return 0.25f * reciprocal_approx(0.25f * expf(-g) + 0.25f); }
+
 constexpr int kFlatThreads = 256;
 
 // Where a kernel over `items` packs is launched: `resident` blocks an SM, as many as its __launch_bounds__ lets it hold

@@ -6,10 +6,10 @@ import {
   attention,
   crossEntropy,
   embedding,
+  gatedLinear,
   linear,
   type Positions,
   rmsnorm,
-  swiglu,
   type Tape,
   view,
 } from './layers.js'
@@ -61,8 +61,7 @@ function block(
   const y = linear(tape, o, w.o, x)
 
   const m = rmsnorm(tape, y, w.postNorm, rmsNormEps)
-  const mlp = swiglu(tape, linear(tape, m, w.gate), linear(tape, m, w.up))
-  return linear(tape, mlp, w.down, y)
+  return linear(tape, gatedLinear(tape, m, w.gate, w.up), w.down, y)
 }
 
 /** ids (N) -> the last block's output (N,C), before the final norm. */

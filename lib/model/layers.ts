@@ -9,11 +9,11 @@ import {
   linearCrossEntropyFwd,
   matmulNn,
   matmulNt,
+  matmulSwiglu,
   matmulTn,
   rmsnormBwd,
   rmsnormFwd,
   swigluBwd,
-  swigluFwd,
 } from '../runtime/ops.gen.js'
 import type { Recorder } from '../runtime/recorder.js'
 import type { Tensor } from '../runtime/tensor.js'
@@ -95,12 +95,30 @@ export function rmsnorm(tape: Tape, x: Tensor, w: Parameter, eps: number): Tenso
 export function linear(tape: Tape, x: Tensor, w: Parameter, residual?: Tensor): Tensor {
   const { c: y } = matmulNt(tape.recorder, { a: x, b: w.value, add: residual })
   tape.backward(y, (dy) => {
-    if (w.grad) matmulTn(tape.recorder, { a: dy, b: x, add: tape.partial(w), c: w.grad })
-    const add = tape.gradient(x)
-    const { c: dx } = matmulNn(tape.recorder, { a: dy, b: w.value, add, c: add })
-    tape.setGradient(x, dx)
+    linearBackward(tape, x, w, dy)
     // The gradient passes through the residual as it is; only operations that make a new tensor add to it later.
     if (residual) tape.setGradient(residual, dy)
+  })
+  return y
+}
+
+function linearBackward(tape: Tape, x: Tensor, w: Parameter, dy: Tensor): void {
+  if (w.grad) matmulTn(tape.recorder, { a: dy, b: x, add: tape.partial(w), c: w.grad })
+  const add = tape.gradient(x)
+  const { c: dx } = matmulNn(tape.recorder, { a: dy, b: w.value, add, c: add })
+  tape.setGradient(x, dx)
+}
+
+/** x (N,C), wGate and wUp (I,C) -> silu(x wGate^T) (x wUp^T): (N,I) */
+export function gatedLinear(tape: Tape, x: Tensor, wGate: Parameter, wUp: Parameter): Tensor {
+  const { recorder } = tape
+  const { gate, up, y } = matmulSwiglu(recorder, { a: x, w_gate: wGate.value, w_up: wUp.value })
+  tape.backward(y, (dy) => {
+    const dgate = recorder.scratch(gate.dtype, gate.dims, 'mlp.dgate')
+    const dup = recorder.scratch(up.dtype, up.dims, 'mlp.dup')
+    swigluBwd(recorder, { gate, up, dy, dgate, dup })
+    linearBackward(tape, x, wUp, dup)
+    linearBackward(tape, x, wGate, dgate)
   })
   return y
 }
@@ -125,20 +143,6 @@ export function attention(tape: Tape, q: Tensor, k: Tensor, v: Tensor, { cos, si
     tape.setGradient(v, dv)
   })
   return o
-}
-
-/** gate, up (N,I) -> silu(gate) up */
-export function swiglu(tape: Tape, gate: Tensor, up: Tensor): Tensor {
-  const { y } = swigluFwd(tape.recorder, { gate, up, y: tape.recorder.scratch(gate.dtype, gate.dims, 'swiglu.y') })
-  tape.backward(y, (dy) => {
-    const { recorder } = tape
-    const dgate = recorder.scratch(gate.dtype, gate.dims, 'swiglu.dgate')
-    const dup = recorder.scratch(up.dtype, up.dims, 'swiglu.dup')
-    swigluBwd(recorder, { gate, up, dy, dgate, dup })
-    tape.setGradient(gate, dgate)
-    tape.setGradient(up, dup)
-  })
-  return y
 }
 
 /** The same elements under other dims; the gradient is seen through the same change. */

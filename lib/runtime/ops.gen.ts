@@ -21,6 +21,8 @@ export const OPS = [
       { kind: 'IN', name: 'dy', dtype: 'F', dims: ['N', 'C'] },
       { kind: 'OPT', name: 'add', dtype: 'G', dims: ['V', 'C'] },
       { kind: 'OUT', name: 'dw', dtype: 'G', dims: ['V', 'C'] },
+      { kind: 'TMP', name: 'ends', dtype: 'i32', dims: ['V'] },
+      { kind: 'TMP', name: 'order', dtype: 'i32', dims: ['N'] },
     ],
     flops: ({ N, C }) => N * C,
   },
@@ -86,8 +88,21 @@ export const OPS = [
     flops: ({ M, N, K }) => 2 * M * N * K,
   },
   {
-    name: 'attention_fwd',
+    name: 'matmul_swiglu',
     opcode: 7,
+    fields: [
+      { kind: 'IN', name: 'a', dtype: 'F', dims: ['M', 'K'] },
+      { kind: 'IN', name: 'w_gate', dtype: 'W', dims: ['N', 'K'] },
+      { kind: 'IN', name: 'w_up', dtype: 'W', dims: ['N', 'K'] },
+      { kind: 'OUT', name: 'gate', dtype: 'F', dims: ['M', 'N'] },
+      { kind: 'OUT', name: 'up', dtype: 'F', dims: ['M', 'N'] },
+      { kind: 'OUT', name: 'y', dtype: 'F', dims: ['M', 'N'] },
+    ],
+    flops: ({ M, N, K }) => 4 * M * N * K + 5 * M * N,
+  },
+  {
+    name: 'attention_fwd',
+    opcode: 8,
     fields: [
       { kind: 'IN', name: 'q', dtype: 'F', dims: ['B', 'T', 'H', 'D'] },
       { kind: 'IN', name: 'k', dtype: 'F', dims: ['B', 'T', 'K', 'D'] },
@@ -105,7 +120,7 @@ export const OPS = [
   },
   {
     name: 'attention_bwd',
-    opcode: 8,
+    opcode: 9,
     fields: [
       { kind: 'IN', name: 'q', dtype: 'F', dims: ['B', 'T', 'H', 'D'] },
       { kind: 'IN', name: 'k', dtype: 'F', dims: ['B', 'T', 'K', 'D'] },
@@ -129,7 +144,7 @@ export const OPS = [
   },
   {
     name: 'kv_append',
-    opcode: 9,
+    opcode: 10,
     fields: [
       { kind: 'IN', name: 'k', dtype: 'F', dims: ['B', 'T', 'K', 'D'] },
       { kind: 'IN', name: 'v', dtype: 'F', dims: ['B', 'T', 'K', 'D'] },
@@ -144,7 +159,7 @@ export const OPS = [
   },
   {
     name: 'attention_cached',
-    opcode: 10,
+    opcode: 11,
     fields: [
       { kind: 'IN', name: 'q', dtype: 'F', dims: ['B', 'T', 'H', 'D'] },
       { kind: 'IN', name: 'k_cache', dtype: 'F', dims: ['B', 'S', 'K', 'D'] },
@@ -161,7 +176,7 @@ export const OPS = [
   },
   {
     name: 'swiglu_fwd',
-    opcode: 11,
+    opcode: 12,
     fields: [
       { kind: 'IN', name: 'gate', dtype: 'F', dims: ['N'] },
       { kind: 'IN', name: 'up', dtype: 'F', dims: ['N'] },
@@ -171,7 +186,7 @@ export const OPS = [
   },
   {
     name: 'swiglu_bwd',
-    opcode: 12,
+    opcode: 13,
     fields: [
       { kind: 'IN', name: 'gate', dtype: 'F', dims: ['N'] },
       { kind: 'IN', name: 'up', dtype: 'F', dims: ['N'] },
@@ -183,7 +198,7 @@ export const OPS = [
   },
   {
     name: 'linear_cross_entropy_fwd',
-    opcode: 13,
+    opcode: 14,
     fields: [
       { kind: 'IN', name: 'x', dtype: 'F', dims: ['N', 'C'] },
       { kind: 'IN', name: 'w', dtype: 'W', dims: ['V', 'C'] },
@@ -196,7 +211,7 @@ export const OPS = [
   },
   {
     name: 'linear_cross_entropy_bwd',
-    opcode: 14,
+    opcode: 15,
     fields: [
       { kind: 'IN', name: 'x', dtype: 'F', dims: ['N', 'C'] },
       { kind: 'IN', name: 'w', dtype: 'W', dims: ['V', 'C'] },
@@ -213,7 +228,7 @@ export const OPS = [
   },
   {
     name: 'dot',
-    opcode: 15,
+    opcode: 16,
     fields: [
       { kind: 'IN', name: 'a', dtype: 'f32', dims: ['N'] },
       { kind: 'IN', name: 'b', dtype: 'f32', dims: ['N'] },
@@ -224,7 +239,7 @@ export const OPS = [
   },
   {
     name: 'sum_squares',
-    opcode: 16,
+    opcode: 17,
     fields: [
       { kind: 'IN', name: 'x', dtype: 'G', dims: ['N'] },
       { kind: 'OPT', name: 'add', dtype: 'f32', dims: ['1'] },
@@ -234,7 +249,7 @@ export const OPS = [
   },
   {
     name: 'clip',
-    opcode: 17,
+    opcode: 18,
     fields: [
       { kind: 'IN', name: 'sum_squares', dtype: 'f32', dims: ['1'] },
       { kind: 'IN', name: 'loss', dtype: 'f32', dims: ['1'] },
@@ -244,7 +259,7 @@ export const OPS = [
   },
   {
     name: 'adamw',
-    opcode: 18,
+    opcode: 19,
     fields: [
       { kind: 'INOUT', name: 'p', dtype: 'W', dims: ['N'] },
       { kind: 'OPT_INOUT', name: 'master', dtype: 'f32', dims: ['N'] },
@@ -261,7 +276,7 @@ export const OPS = [
   },
   {
     name: 'add',
-    opcode: 19,
+    opcode: 20,
     fields: [
       { kind: 'IN', name: 'a', dtype: 'F', dims: ['N'] },
       { kind: 'IN', name: 'b', dtype: 'F', dims: ['N'] },
@@ -271,7 +286,7 @@ export const OPS = [
   },
   {
     name: 'cast',
-    opcode: 20,
+    opcode: 21,
     fields: [
       { kind: 'IN', name: 'x', dtype: 'F', dims: ['N'] },
       { kind: 'OUT', name: 'y', dtype: 'G', dims: ['N'] },
@@ -280,7 +295,7 @@ export const OPS = [
   },
   {
     name: 'fill',
-    opcode: 21,
+    opcode: 22,
     fields: [
       { kind: 'OUT', name: 'y', dtype: 'F', dims: ['N'] },
       { kind: 'FLT', name: 'value' },
@@ -375,6 +390,20 @@ export function matmulTn(recorder: Recorder, args: MatmulTn): { c: Tensor } {
   return recorder.emit(OPS[6], args) as { c: Tensor }
 }
 
+export interface MatmulSwiglu {
+  a: Tensor // F (M,K)
+  w_gate: Tensor // W (N,K)
+  w_up: Tensor // W (N,K)
+  gate?: Tensor | undefined // F (M,N)
+  up?: Tensor | undefined // F (M,N)
+  y?: Tensor | undefined // F (M,N)
+}
+
+/** gate = a w_gate^T, up = a w_up^T, y = silu(gate) * up: the first half of an MLP without a second pass over gate and up. */
+export function matmulSwiglu(recorder: Recorder, args: MatmulSwiglu): { gate: Tensor; up: Tensor; y: Tensor } {
+  return recorder.emit(OPS[7], args) as { gate: Tensor; up: Tensor; y: Tensor }
+}
+
 export interface AttentionFwd {
   q: Tensor // F (B,T,H,D)
   k: Tensor // F (B,T,K,D)
@@ -394,7 +423,7 @@ export interface AttentionFwd {
  * q head h reads kv head h / (H / K). arXiv 2104.09864, 2205.14135.
  */
 export function attentionFwd(recorder: Recorder, args: AttentionFwd): { o: Tensor; lse: Tensor } {
-  return recorder.emit(OPS[7], args) as { o: Tensor; lse: Tensor }
+  return recorder.emit(OPS[8], args) as { o: Tensor; lse: Tensor }
 }
 
 export interface AttentionBwd {
@@ -416,7 +445,7 @@ export interface AttentionBwd {
 
 /** Gradients with respect to the unrotated q and k. Nothing rotated is kept from the forward pass. */
 export function attentionBwd(recorder: Recorder, args: AttentionBwd): { dq: Tensor; dk: Tensor; dv: Tensor } {
-  return recorder.emit(OPS[8], args) as { dq: Tensor; dk: Tensor; dv: Tensor }
+  return recorder.emit(OPS[9], args) as { dq: Tensor; dk: Tensor; dv: Tensor }
 }
 
 export interface KvAppend {
@@ -432,7 +461,7 @@ export interface KvAppend {
 
 /** Rotates k and stores it with v at slot[t] of the cache. */
 export function kvAppend(recorder: Recorder, args: KvAppend): void {
-  recorder.emit(OPS[9], args)
+  recorder.emit(OPS[10], args)
 }
 
 export interface AttentionCached {
@@ -450,7 +479,7 @@ export interface AttentionCached {
 
 /** As attention_fwd, over the slots first[t] .. last[t] of a cache of rotated keys. */
 export function attentionCached(recorder: Recorder, args: AttentionCached): { o: Tensor } {
-  return recorder.emit(OPS[10], args) as { o: Tensor }
+  return recorder.emit(OPS[11], args) as { o: Tensor }
 }
 
 export interface SwigluFwd {
@@ -461,7 +490,7 @@ export interface SwigluFwd {
 
 /** y = silu(gate) * up. arXiv 2002.05202. */
 export function swigluFwd(recorder: Recorder, args: SwigluFwd): { y: Tensor } {
-  return recorder.emit(OPS[11], args) as { y: Tensor }
+  return recorder.emit(OPS[12], args) as { y: Tensor }
 }
 
 export interface SwigluBwd {
@@ -473,7 +502,7 @@ export interface SwigluBwd {
 }
 
 export function swigluBwd(recorder: Recorder, args: SwigluBwd): { dgate: Tensor; dup: Tensor } {
-  return recorder.emit(OPS[12], args) as { dgate: Tensor; dup: Tensor }
+  return recorder.emit(OPS[13], args) as { dgate: Tensor; dup: Tensor }
 }
 
 export interface LinearCrossEntropyFwd {
@@ -486,7 +515,7 @@ export interface LinearCrossEntropyFwd {
 
 /** nll[n] = -log softmax(x w^T)[labels[n]], 0 where labels[n] < 0; logits exist for `chunk` rows at a time. */
 export function linearCrossEntropyFwd(recorder: Recorder, args: LinearCrossEntropyFwd): { nll: Tensor } {
-  return recorder.emit(OPS[13], args) as { nll: Tensor }
+  return recorder.emit(OPS[14], args) as { nll: Tensor }
 }
 
 export interface LinearCrossEntropyBwd {
@@ -503,7 +532,7 @@ export interface LinearCrossEntropyBwd {
 
 /** The same and, in the same pass over the chunks, the gradients of sum_n weight[n] nll[n]. */
 export function linearCrossEntropyBwd(recorder: Recorder, args: LinearCrossEntropyBwd): { nll: Tensor; dx: Tensor; dw: Tensor } {
-  return recorder.emit(OPS[14], args) as { nll: Tensor; dx: Tensor; dw: Tensor }
+  return recorder.emit(OPS[15], args) as { nll: Tensor; dx: Tensor; dw: Tensor }
 }
 
 export interface Dot {
@@ -515,7 +544,7 @@ export interface Dot {
 
 /** y = add + sum_n a[n] b[n], in a fixed order of summation. */
 export function dot(recorder: Recorder, args: Dot): { y: Tensor } {
-  return recorder.emit(OPS[15], args) as { y: Tensor }
+  return recorder.emit(OPS[16], args) as { y: Tensor }
 }
 
 export interface SumSquares {
@@ -526,7 +555,7 @@ export interface SumSquares {
 
 /** y = add + sum_n x[n]^2, in a fixed order of summation. */
 export function sumSquares(recorder: Recorder, args: SumSquares): { y: Tensor } {
-  return recorder.emit(OPS[16], args) as { y: Tensor }
+  return recorder.emit(OPS[17], args) as { y: Tensor }
 }
 
 export interface Clip {
@@ -541,7 +570,7 @@ export interface Clip {
  * or the loss is not finite: the update is then skipped without asking the host.
  */
 export function clip(recorder: Recorder, args: Clip): void {
-  recorder.emit(OPS[17], args)
+  recorder.emit(OPS[18], args)
 }
 
 export interface Adamw {
@@ -562,7 +591,7 @@ export interface Adamw {
  * holds them in f32 and p is their rounding.
  */
 export function adamw(recorder: Recorder, args: Adamw): void {
-  recorder.emit(OPS[18], args)
+  recorder.emit(OPS[19], args)
 }
 
 export interface Add {
@@ -572,7 +601,7 @@ export interface Add {
 }
 
 export function add(recorder: Recorder, args: Add): { y: Tensor } {
-  return recorder.emit(OPS[19], args) as { y: Tensor }
+  return recorder.emit(OPS[20], args) as { y: Tensor }
 }
 
 export interface Cast {
@@ -581,7 +610,7 @@ export interface Cast {
 }
 
 export function cast(recorder: Recorder, args: Cast): { y: Tensor } {
-  return recorder.emit(OPS[20], args) as { y: Tensor }
+  return recorder.emit(OPS[21], args) as { y: Tensor }
 }
 
 export interface Fill {
@@ -590,8 +619,8 @@ export interface Fill {
 }
 
 export function fill(recorder: Recorder, args: Fill): { y: Tensor } {
-  return recorder.emit(OPS[21], args) as { y: Tensor }
+  return recorder.emit(OPS[22], args) as { y: Tensor }
 }
 
 /** Of the table; the addon and every backend must have been built from the same one. */
-export const TABLE_HASH = '6b4095180b02ea6b'
+export const TABLE_HASH = '19ffeb1dd1ac6ec3'
