@@ -180,6 +180,12 @@ Napi::Object memory_object(Napi::Env env, uint64_t free_bytes, uint64_t total_by
   return result;
 }
 
+// (device) -> bytes that it took for itself when it was opened
+Napi::Value workspace(const Napi::CallbackInfo& info) {
+  Device& device = *handle(info, 0, addon(info).devices, "device")->device;
+  return Napi::Number::New(info.Env(), static_cast<double>(device.backend().workspace));
+}
+
 // (device) -> { freeBytes, totalBytes }, undefined where it uses the host's memory
 Napi::Value memory(const Napi::CallbackInfo& info) {
   Device& device = *handle(info, 0, addon(info).devices, "device")->device;
@@ -450,6 +456,7 @@ Napi::Object export_all(Napi::Env env, Napi::Object exports) {
   exports.Set("openDevice", Napi::Function::New<open_device>(env));
   exports.Set("closeDevice", Napi::Function::New<close_device>(env));
   exports.Set("describe", Napi::Function::New<describe>(env));
+  exports.Set("workspace", Napi::Function::New<workspace>(env));
   exports.Set("memory", Napi::Function::New<memory>(env));
   exports.Set("cancel", Napi::Function::New<cancel>(env));
   exports.Set("alloc", Napi::Function::New<alloc>(env));

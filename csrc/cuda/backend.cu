@@ -65,8 +65,6 @@ class Device final : public Context {
       check(cudaEventCreateWithFlags(&event, cudaEventBlockingSync | cudaEventDisableTiming), "creating an event");
     debug_ = flag_is("ROPEWALK_DEBUG", "1");
     graphs_ = !debug_ && !flag_is("ROPEWALK_CUDA_GRAPHS", "0");
-    workspace = static_cast<char*>(alloc(kWorkspace));
-    workspace_bytes = kWorkspace;
   }
 
   // Errors on the way are of no interest any more: the device may be lost.
@@ -108,7 +106,19 @@ class Device final : public Context {
     return lost_.empty() ? message : lost_;
   }
 
+  // The workspace comes first: a device that is only asked what it is takes no memory.
   void* alloc(size_t bytes) {
+    need_workspace();
+    return allocate(bytes);
+  }
+
+  void need_workspace() {
+    if (workspace) return;
+    workspace = static_cast<char*>(allocate(kWorkspace));
+    workspace_bytes = kWorkspace;
+  }
+
+  void* allocate(size_t bytes) {
     void* memory = nullptr;
     const cudaError_t error = cudaMalloc(&memory, bytes);
     if (error == cudaErrorMemoryAllocation) {
@@ -137,6 +147,7 @@ class Device final : public Context {
 
   int run(const char* plan, const rw_command* commands, size_t count, const int32_t* cancel) {
     const auto cancelled = [flag = reinterpret_cast<const volatile int32_t*>(cancel)] { return flag && *flag; };
+    need_workspace();
     size_t done = 0, next = 0;  // operations before `done` have ended, those before `next` were submitted
     try {
       Recording* recording = graphs_ && count > 0 ? &recordings_.of(commands) : nullptr;

@@ -229,8 +229,8 @@ struct Context {
   int sm_count;
   size_t max_smem;  // bytes of dynamic shared memory that a block may have
 
-  char* workspace;  // allocated with the device, so that no op changes what a plan needs
-  size_t workspace_bytes;
+  char* workspace = nullptr;  // of a fixed size, so that no op changes what a plan needs
+  size_t workspace_bytes = 0;
 
   // Device memory that no other op uses at the same time, 256-byte aligned, content arbitrary. Ask once an op, for no
   // more than workspace_bytes: an op whose need grows with shapes takes a TMP of its row instead.

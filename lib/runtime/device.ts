@@ -6,6 +6,9 @@ import { DTYPE_BYTES, DTYPE_CODE, type DType, type Storage, Tensor } from './ten
 export type FileDType = 'F32' | 'BF16' | 'I32' | 'F16' | 'F64'
 const FILE_DTYPE_CODE: Readonly<Record<FileDType, number>> = { F32: 0, BF16: 1, I32: 2, F16: 3, F64: 4 }
 
+/** As in csrc/cuda/backend.cu: planning needs it where no GPU's library is. */
+const CUDA_WORKSPACE = 32 << 20
+
 /** Bytes in one call across the boundary: bounds the copy that is made on the way. */
 const CHUNK = 16 << 20
 
@@ -56,10 +59,10 @@ export class Buffer implements Storage {
  * @category Devices and errors
  */
 export class Device {
-  /** Sum of the bytes allocated now; on `dry`, of those that would be. */
-  allocatedBytes = 0
+  /** Sum of the bytes allocated now, `workspaceBytes` included; on `dry`, of those that would be. */
+  allocatedBytes: number
   /** The largest that `allocatedBytes` has been. */
-  peakAllocatedBytes = 0
+  peakAllocatedBytes: number
   /** Bytes of files that are used in place: they are in the system's page cache, and not in `allocatedBytes`. */
   mappedBytes = 0
   private disposed = false
@@ -74,7 +77,11 @@ export class Device {
     readonly threads = 0,
     /** Why `auto` is not a GPU. */
     readonly fallback?: string,
-  ) {}
+    /** Bytes that a GPU's operations share for what they need meanwhile; allocated as long as the device is open. */
+    readonly workspaceBytes = 0,
+  ) {
+    this.allocatedBytes = this.peakAllocatedBytes = workspaceBytes
+  }
 
   /**
    * @internal Dtype in which activations of a model with such weights are kept: on a GPU theirs, so that bf16 runs on
@@ -107,7 +114,10 @@ export class Device {
     if (!Number.isInteger(threads) || threads < 0 || threads > 1024) {
       throw new RangeError(`threads is ${String(threads)}, but must be a whole number from 1 to 1024`)
     }
-    if (/^dry(:cuda)?$/.test(name)) return new Device(name, 'records and plans, allocates nothing', undefined)
+    if (/^dry(:cuda)?$/.test(name)) {
+      const workspace = name === 'dry' ? 0 : CUDA_WORKSPACE
+      return new Device(name, 'records and plans, allocates nothing', undefined, 0, undefined, workspace)
+    }
     const [, backend, index = '0'] = /^(auto|cpu|cuda|simt)(?::(\d{1,3}))?$/.exec(name) ?? []
     if (!backend || (backend === 'auto' && name !== 'auto')) {
       const known = ['auto', 'cpu', 'cuda', 'cuda:1', 'simt', 'dry', 'dry:cuda']
@@ -116,7 +126,8 @@ export class Device {
     const addon = native()
     const open = (chosen: string, fallback?: string): Device => {
       const id = addon.openDevice(chosen, Number(index), threads)
-      return new Device(Number(index) > 0 ? name : chosen, addon.describe(id), id, threads, fallback)
+      const own = Number(index) > 0 ? name : chosen
+      return new Device(own, addon.describe(id), id, threads, fallback, addon.workspace(id))
     }
     try {
       if (backend !== 'auto') return open(backend)

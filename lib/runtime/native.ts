@@ -25,6 +25,7 @@ export interface Native {
   openDevice(backend: string, index: number, threads: number): number
   closeDevice(device: number): void
   describe(device: number): string
+  workspace(device: number): number
   memory(device: number): DeviceMemory | undefined
   cancel(device: number): void
   alloc(device: number, bytes: number): number

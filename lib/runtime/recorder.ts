@@ -32,6 +32,9 @@ export interface Command {
 
 type Args = { readonly [name: string]: Tensor | number | undefined }
 
+/** Of i32 tensors: their elements are numbered by 32 bits. */
+const MOST_IDS = 2 ** 31 - 1
+
 const READS = new Set<FieldKind>(['IN', 'INOUT', 'OPT', 'OPT_INOUT'])
 const WRITES = new Set<FieldKind>(['OUT', 'INOUT', 'OPT_INOUT'])
 
@@ -157,6 +160,9 @@ export class Recorder {
     const expected = dtypeOf(field.dtype!, dtypes)
     if (expected && expected !== tensor.dtype) {
       throw new TypeError(`${where}: dtype is ${tensor.dtype}, expected ${expected} (${tensor.describe()})`)
+    }
+    if (tensor.dtype === 'i32' && tensor.size > MOST_IDS) {
+      throw new RangeError(`${where}: has ${tensor.size} elements, the limit is ${MOST_IDS} (${tensor.describe()})`)
     }
     if (/^[A-Z]$/.test(field.dtype!)) {
       if (tensor.dtype === 'i32') throw new TypeError(`${where}: dtype is i32, expected f32 or bf16`)

@@ -22,6 +22,8 @@ export interface TrainingPlan {
   activationBytes: number
   /** Tokens, labels and rotation tables. */
   batchBytes: number
+  /** What a GPU's operations share for what they need meanwhile. */
+  workspaceBytes: number
   /** The sum: what the device holds while it trains. */
   totalBytes: number
   /** Bytes of a checkpoint on the disk, but for headers and the tokenizer. */
@@ -44,6 +46,7 @@ export function planTraining(model: Llama, settings: Settings, context: number):
     optimizerBytes: optimizer.stateBytes,
     activationBytes: passes.arenaBytes,
     batchBytes: passes.batchBytes,
+    workspaceBytes: device.workspaceBytes,
     totalBytes: device.allocatedBytes,
     checkpointBytes: checkpointBytes(weights, optimizer),
     flopsPerStep: passes.flops,
