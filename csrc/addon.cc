@@ -383,6 +383,9 @@ void close_device(const Napi::CallbackInfo& info) {
   addon(info).devices.erase(found);
 }
 
+// (path, fault: string, empty where nothing speaks against it)
+void use_cuda_library(const Napi::CallbackInfo& info) { set_cuda_library(info[0].ToString(), info[1].ToString()); }
+
 // () -> [{ name, available, detail, memory?: { freeBytes, totalBytes } }]
 Napi::Value backends(const Napi::CallbackInfo& info) {
   Napi::Env env = info.Env();
@@ -446,6 +449,7 @@ Napi::Object export_all(Napi::Env env, Napi::Object exports) {
   char hash[17];
   std::snprintf(hash, sizeof(hash), "%016llx", static_cast<unsigned long long>(table_hash));
   exports.Set("tableHash", hash);
+  exports.Set("useCudaLibrary", Napi::Function::New<use_cuda_library>(env));
   exports.Set("backends", Napi::Function::New<backends>(env));
   exports.Set("openDevice", Napi::Function::New<open_device>(env));
   exports.Set("closeDevice", Napi::Function::New<close_device>(env));
