@@ -6,7 +6,7 @@
 
 extern "C" {
 
-#define RW_BACKEND_ABI 2
+#define RW_BACKEND_ABI 3
 
 typedef struct rw_device rw_device;
 
@@ -20,6 +20,13 @@ typedef struct rw_open_options {
   int32_t index;    // which device of this backend
   int32_t threads;  // CPU threads, 0 = one per available core
 } rw_open_options;
+
+// c (m,n) = a b; a is (m,k), stored as (k,m) where it is transposed, b is (k,n), stored as (n,k).
+typedef struct rw_product {
+  int32_t dtype;  // rw::DType of all three: f32 or bf16
+  int32_t transpose_a, transpose_b;
+  int64_t m, n, k;
+} rw_product;
 
 enum { RW_OK = 0, RW_ERROR = 1, RW_CANCELLED = 2 };
 
@@ -47,6 +54,13 @@ typedef struct rw_backend {
   // These commands will not be run again: what a device keeps to repeat them can be freed.
   void (*forget)(rw_device* device, const rw_command* commands);
   const char* (*last_error)(void);
+  // The maker's own matrix library, as a peer of `ropewalk bench`; both null where a backend knows none. It is opened
+  // once, at `path` or, where that is empty, under its usual names; `description` is valid as long as the device.
+  int (*peer_open)(rw_device* device, const char* path, const char** description);
+  // Computes the product `repeats` times and returns when that is done. `matrices`: a, b, c of each set; the sets are
+  // used in turn.
+  int (*peer_multiply)(rw_device* device, const rw_product* product, void* const* matrices, size_t sets,
+                       size_t repeats);
 } rw_backend;
 
 }  // extern "C"

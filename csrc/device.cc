@@ -78,6 +78,31 @@ int Device::run(const DecodedPlan& plan, uint64_t ticket) {
   return code;
 }
 
+std::string Device::open_peer(const std::string& path) {
+  if (!backend_->peer_open) throw std::runtime_error(std::string("backend ") + backend_->name + " knows no peer");
+  const char* description = "";
+  if (backend_->peer_open(handle_, path.c_str(), &description) != RW_OK)
+    throw std::runtime_error(backend_->last_error());
+  return description;
+}
+
+void Device::multiply(const rw_product& product, const std::vector<std::shared_ptr<Buffer>>& matrices, size_t repeats) {
+  if (!backend_->peer_multiply) throw std::runtime_error(std::string("backend ") + backend_->name + " knows no peer");
+  const auto& [dtype, transpose_a, transpose_b, m, n, k] = product;
+  const int64_t sizes[] = {m * k, k * n, m * n};
+  std::vector<void*> memory;
+  for (const auto& matrix : matrices) {
+    const int64_t bytes = sizes[memory.size() % 3] * dtype_bytes(static_cast<DType>(dtype));
+    if (static_cast<int64_t>(matrix->bytes()) < bytes)
+      throw std::runtime_error("matrix " + std::to_string(memory.size()) + " has " + std::to_string(matrix->bytes()) +
+                               " bytes, and needs " + std::to_string(bytes));
+    memory.push_back(matrix->base());
+  }
+  if (memory.empty() || memory.size() % 3 != 0) throw std::runtime_error("matrices come in sets of three");
+  if (backend_->peer_multiply(handle_, &product, memory.data(), memory.size() / 3, repeats) != RW_OK)
+    throw std::runtime_error(backend_->last_error());
+}
+
 Buffer::Buffer(std::shared_ptr<Device> device, size_t bytes) : device_(std::move(device)), bytes_(bytes) {
   if (device_->backend().alloc(device_->handle(), bytes, &memory_) != RW_OK)
     throw std::runtime_error(device_->backend().last_error());

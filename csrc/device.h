@@ -9,6 +9,7 @@
 #include <mutex>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "backend.h"
 #include "mapping.h"
@@ -16,6 +17,8 @@
 #include "plan.h"
 
 namespace rw {
+
+class Buffer;
 
 class Device {
  public:
@@ -39,6 +42,10 @@ class Device {
   // For jobs: runs a plan; gives RW_OK or RW_CANCELLED, throws std::runtime_error with the backend's message.
   int run(const DecodedPlan& plan, uint64_t ticket);
   uint64_t next_ticket() { return ++submitted_; }
+  // The backend's peer of `ropewalk bench` (backend.h): opens it and gives its description; a job that computes with
+  // it. Throw std::runtime_error where there is none, it fails, or a buffer is too small.
+  std::string open_peer(const std::string& path);
+  void multiply(const rw_product& product, const std::vector<std::shared_ptr<Buffer>>& matrices, size_t repeats);
   // This plan will not run again.
   void forget(const DecodedPlan& plan) { backend_->forget(handle_, plan.commands.data()); }
 

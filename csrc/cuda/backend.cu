@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "cublaslt.h"
 #include "device.h"
 #include "gpu.h"
 #include "graph.h"
@@ -70,6 +71,7 @@ class Device final : public Context {
     cudaSetDevice(index_);
     if (stream) cudaStreamSynchronize(stream);
     recordings_.clear();
+    peer_.reset();
     for (cudaEvent_t event : ended_)
       if (event) cudaEventDestroy(event);
     if (stream) cudaStreamDestroy(stream);
@@ -139,6 +141,17 @@ class Device final : public Context {
   Staging& staging() { return staging_; }
   void forget(const rw_command* commands) { recordings_.forget(commands); }
 
+  const char* open_peer(const char* path) {
+    if (!peer_) peer_ = std::make_unique<Cublaslt>(path);
+    return peer_->description().c_str();
+  }
+
+  void multiply(const rw_product& product, void* const* matrices, size_t sets, size_t repeats) {
+    if (!peer_) throw std::runtime_error("cuBLASLt is not open");
+    peer_->multiply(*this, product, matrices, sets, repeats);
+    wait();
+  }
+
   int run(const char* plan, const rw_command* commands, size_t count, const int32_t* cancel) {
     const auto cancelled = [flag = reinterpret_cast<const volatile int32_t*>(cancel)] { return flag && *flag; };
     size_t done = 0, next = 0;  // operations before `done` have ended, those before `next` were submitted
@@ -168,9 +181,7 @@ class Device final : public Context {
         }
         check(cudaEventRecord(ended_[segment % 2], stream), "submitting work");
       }
-      // An event, and not the stream: waiting for it leaves the processor to others.
-      check(cudaEventRecord(ended_[0], stream), "submitting work");
-      check(cudaEventSynchronize(ended_[0]), "waiting for the GPU");
+      wait();
       if (next < count) return RW_CANCELLED;
       if (recording) recording->runs++;
       return RW_OK;
@@ -180,6 +191,12 @@ class Device final : public Context {
   }
 
  private:
+  // For all that was submitted. An event, and not the stream: waiting for it leaves the processor to others.
+  void wait() {
+    check(cudaEventRecord(ended_[0], stream), "submitting work");
+    check(cudaEventSynchronize(ended_[0]), "waiting for the GPU");
+  }
+
   // Which operation failed: the one submitted last; or, when the device is lost, one of those that had not ended.
   std::string place(const char* plan, const rw_command* commands, size_t done, size_t next) {
     const auto name = [&](size_t at) {
@@ -199,6 +216,7 @@ class Device final : public Context {
   cudaEvent_t ended_[2] = {};  // of the last two segments
   Staging staging_;
   Recordings recordings_;
+  std::unique_ptr<Cublaslt> peer_;
   std::vector<std::pair<void*, size_t>> scratch_;
   std::mutex mutex_;
   std::string lost_;  // why the device is lost
@@ -282,9 +300,23 @@ void forget(rw_device* device, const rw_command* commands) { from(device).forget
 
 const char* error() { return last_error.c_str(); }
 
+int peer_open(rw_device* device, const char* path, const char** description) {
+  return guarded(from(device), [&] {
+    *description = from(device).open_peer(path);
+    return RW_OK;
+  });
+}
+
+int peer_multiply(rw_device* device, const rw_product* product, void* const* matrices, size_t sets, size_t repeats) {
+  return guarded(from(device), [&] {
+    from(device).multiply(*product, matrices, sets, repeats);
+    return RW_OK;
+  });
+}
+
 const rw_backend backend_functions = {
-    RW_BACKEND_ABI, table_hash, RW_BACKEND_NAME, open,   close, describe, alloc, release,
-    upload,         download,   host_visible,    memory, run,   forget,   error};
+    RW_BACKEND_ABI, table_hash,   RW_BACKEND_NAME, open, close,  describe, alloc,     release,      upload,
+    download,       host_visible, memory,          run,  forget, error,    peer_open, peer_multiply};
 
 }  // namespace
 }  // namespace rw::cuda

@@ -260,6 +260,13 @@ export class Device {
     return native().loadPlan(this.id, name, words, buffers)
   }
 
+  /** @internal What the addon knows it by. */
+  get handle(): number {
+    this.check()
+    if (this.id === undefined) throw new Error('the dry device plans, it does not run')
+    return this.id
+  }
+
   /** @internal */
   async runPlan(handle: number): Promise<void> {
     this.check()
