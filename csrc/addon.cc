@@ -205,14 +205,14 @@ Napi::Value add_buffer(const Napi::CallbackInfo& info, std::shared_ptr<Buffer> b
   return Napi::Number::New(info.Env(), id);
 }
 
-// (device, bytes) -> handle
+// (device, bytes, host: pinned memory of the host?) -> handle
 Napi::Value alloc(const Napi::CallbackInfo& info) {
   Napi::Env env = info.Env();
   const auto& entry = handle(info, 0, addon(info).devices, "device");
   const int64_t bytes = integer(info, 1, 1, kMaxSize);
   std::shared_ptr<Buffer> buffer;
   try {
-    buffer = std::make_shared<Buffer>(entry->device, static_cast<size_t>(bytes));
+    buffer = std::make_shared<Buffer>(entry->device, static_cast<size_t>(bytes), info[2].ToBoolean());
   } catch (const std::exception& error) {
     fail(env, error.what());
   }
@@ -319,21 +319,30 @@ Napi::Value find_not_finite(const Napi::CallbackInfo& info) {
   });
 }
 
+// The buffers of a device whose handles argument `i`, a Uint32Array, has.
+std::vector<std::shared_ptr<Buffer>> buffers_of(const Napi::CallbackInfo& info, size_t i,
+                                                const std::shared_ptr<Device>& device) {
+  if (!info[i].IsTypedArray())
+    throw Napi::TypeError::New(info.Env(), "argument " + std::to_string(i) + " must be a Uint32Array");
+  const auto ids = info[i].As<Napi::Uint32Array>();
+  std::vector<std::shared_ptr<Buffer>> buffers;
+  for (size_t at = 0; at < ids.ElementLength(); at++) {
+    buffers.push_back(find(info.Env(), addon(info).buffers, ids[at], "buffer"));
+    if (buffers.back()->device() != device) fail(info.Env(), "a buffer belongs to another device");
+  }
+  return buffers;
+}
+
 // (device, name, words: Float64Array, buffers: Uint32Array) -> handle
 Napi::Value load_plan(const Napi::CallbackInfo& info) {
   Napi::Env env = info.Env();
   auto plan = std::make_shared<Plan>(handle(info, 0, addon(info).devices, "device"));
   const std::string name = info[1].ToString();
-  if (!info[2].IsTypedArray() || !info[3].IsTypedArray())
-    throw Napi::TypeError::New(env, "arguments 2 and 3 must be a Float64Array and a Uint32Array");
+  if (!info[2].IsTypedArray()) throw Napi::TypeError::New(env, "argument 2 must be a Float64Array");
   const auto words = info[2].As<Napi::Float64Array>();
-  const auto ids = info[3].As<Napi::Uint32Array>();
+  plan->buffers = buffers_of(info, 3, plan->entry->device);
   std::vector<Memory> memory;
-  for (size_t i = 0; i < ids.ElementLength(); i++) {
-    plan->buffers.push_back(find(env, addon(info).buffers, ids[i], "buffer"));
-    if (plan->buffers.back()->device() != plan->entry->device) fail(env, "a buffer belongs to another device");
-    memory.push_back({plan->buffers.back()->base(), plan->buffers.back()->bytes()});
-  }
+  for (const auto& buffer : plan->buffers) memory.push_back({buffer->base(), buffer->bytes()});
   try {
     plan->decoded = decode_plan(name, words.Data(), words.ElementLength(), memory);
   } catch (const std::exception& error) {
@@ -389,6 +398,9 @@ void close_device(const Napi::CallbackInfo& info) {
   addon(info).devices.erase(found);
 }
 
+// (path, fault: string, empty where nothing speaks against it)
+void use_cuda_library(const Napi::CallbackInfo& info) { set_cuda_library(info[0].ToString(), info[1].ToString()); }
+
 // () -> [{ name, available, detail, memory?: { freeBytes, totalBytes } }]
 Napi::Value backends(const Napi::CallbackInfo& info) {
   Napi::Env env = info.Env();
@@ -404,38 +416,24 @@ Napi::Value backends(const Napi::CallbackInfo& info) {
   return result;
 }
 
-// Runs `body` at once, on JavaScript's thread: only `ropewalk bench` may block it.
-template <typename Body>
-Napi::Value blocking(Napi::Env env, Body&& body) {
-  try {
-    return body();
-  } catch (const Napi::Error&) {
-    throw;
-  } catch (const std::exception& error) {
-    fail(env, error.what());
-  }
-}
+// What follows is for `ropewalk bench`, which alone may block JavaScript's thread.
 
 // (path: string, or '' for the usual names) -> { path, config, core }
 Napi::Value blas_open(const Napi::CallbackInfo& info) {
-  return blocking(info.Env(), [&]() -> Napi::Value {
-    const blas::Library& library = blas::open(info[0].ToString());
-    Napi::Object result = Napi::Object::New(info.Env());
-    result.Set("path", library.path);
-    result.Set("config", library.config);
-    result.Set("core", library.core);
-    return result;
-  });
+  const blas::Library& library = blas::open(info[0].ToString());
+  Napi::Object result = Napi::Object::New(info.Env());
+  result.Set("path", library.path);
+  result.Set("config", library.config);
+  result.Set("core", library.core);
+  return result;
 }
 
 // (a transposed, b transposed, m, n, k, repeats, threads) -> seconds
 Napi::Value blas_sgemm(const Napi::CallbackInfo& info) {
   int sizes[5];
   for (size_t i = 0; i < 5; i++) sizes[i] = static_cast<int>(integer(info, i + 2, 1, 1 << 20));
-  return blocking(info.Env(), [&]() -> Napi::Value {
-    return Napi::Number::New(info.Env(), blas::sgemm(info[0].ToBoolean(), info[1].ToBoolean(), sizes[0], sizes[1],
-                                                     sizes[2], sizes[3], sizes[4]));
-  });
+  return Napi::Number::New(info.Env(), blas::sgemm(info[0].ToBoolean(), info[1].ToBoolean(), sizes[0], sizes[1],
+                                                   sizes[2], sizes[3], sizes[4]));
 }
 
 // (bytes, repeats, threads) -> seconds
@@ -443,8 +441,30 @@ Napi::Value copy_memory(const Napi::CallbackInfo& info) {
   const auto bytes = static_cast<size_t>(integer(info, 0, 1, kMaxSize));
   const int repeats = static_cast<int>(integer(info, 1, 1, 1 << 20));
   const int threads = static_cast<int>(integer(info, 2, 1, 1024));
-  return blocking(info.Env(),
-                  [&]() -> Napi::Value { return Napi::Number::New(info.Env(), blas::copy(bytes, repeats, threads)); });
+  return Napi::Number::New(info.Env(), blas::copy(bytes, repeats, threads));
+}
+
+// (device, path: string, or '' for the usual names) -> one line for people
+Napi::Value peer_open(const Napi::CallbackInfo& info) {
+  Device& device = *handle(info, 0, addon(info).devices, "device")->device;
+  return Napi::String::New(info.Env(), device.open_peer(info[1].ToString()));
+}
+
+// (device, dtype, a transposed, b transposed, m, n, k, matrices: Uint32Array of a, b, c of each set, repeats) ->
+// promise
+Napi::Value peer_multiply(const Napi::CallbackInfo& info) {
+  const auto& entry = handle(info, 0, addon(info).devices, "device");
+  const auto size = [&](size_t i) { return integer(info, i, 1, 1 << 24); };
+  const rw_product product = {static_cast<int32_t>(integer(info, 1, 0, 1)),
+                              info[2].ToBoolean(),
+                              info[3].ToBoolean(),
+                              size(4),
+                              size(5),
+                              size(6)};
+  const auto matrices = buffers_of(info, 7, entry->device);
+  const auto repeats = static_cast<size_t>(size(8));
+  Device* device = entry->device.get();
+  return enqueue(info.Env(), entry, [=](Outcome&) { device->multiply(product, matrices, repeats); });
 }
 
 Napi::Object export_all(Napi::Env env, Napi::Object exports) {
@@ -452,6 +472,7 @@ Napi::Object export_all(Napi::Env env, Napi::Object exports) {
   char hash[17];
   std::snprintf(hash, sizeof(hash), "%016llx", static_cast<unsigned long long>(table_hash));
   exports.Set("tableHash", hash);
+  exports.Set("useCudaLibrary", Napi::Function::New<use_cuda_library>(env));
   exports.Set("backends", Napi::Function::New<backends>(env));
   exports.Set("openDevice", Napi::Function::New<open_device>(env));
   exports.Set("closeDevice", Napi::Function::New<close_device>(env));
@@ -471,6 +492,8 @@ Napi::Object export_all(Napi::Env env, Napi::Object exports) {
   exports.Set("run", Napi::Function::New<run>(env));
   exports.Set("blasOpen", Napi::Function::New<blas_open>(env));
   exports.Set("blasSgemm", Napi::Function::New<blas_sgemm>(env));
+  exports.Set("peerOpen", Napi::Function::New<peer_open>(env));
+  exports.Set("peerMultiply", Napi::Function::New<peer_multiply>(env));
   exports.Set("copyMemory", Napi::Function::New<copy_memory>(env));
   return exports;
 }

@@ -34,6 +34,7 @@ struct Tensor {
 #define INOUT(name, dtype, dims) Tensor name;
 #define OPT(name, dtype, dims) Tensor name;
 #define OPT_INOUT(name, dtype, dims) Tensor name;
+#define OPT_OUT(name, dtype, dims) Tensor name;
 #define TMP(name, dtype, dims) Tensor name;
 #define INT(name) int64_t name;
 #define FLT(name) double name;
@@ -57,6 +58,7 @@ enum class Op : uint32_t {
 #undef INOUT
 #undef OPT
 #undef OPT_INOUT
+#undef OPT_OUT
 #undef TMP
 #undef INT
 #undef FLT
@@ -79,6 +81,7 @@ struct OpInfo {
 #define INOUT(name, dtype, dims) {#name, Field::tensor},
 #define OPT(name, dtype, dims) {#name, Field::optional},
 #define OPT_INOUT(name, dtype, dims) {#name, Field::optional},
+#define OPT_OUT(name, dtype, dims) {#name, Field::optional},
 #define TMP(name, dtype, dims) {#name, Field::tensor},
 #define INT(name) {#name, Field::integer},
 #define FLT(name) {#name, Field::real},
@@ -97,6 +100,7 @@ inline constexpr OpInfo op_info[] = {
 #undef INOUT
 #undef OPT
 #undef OPT_INOUT
+#undef OPT_OUT
 #undef TMP
 #undef INT
 #undef FLT

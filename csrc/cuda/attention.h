@@ -127,8 +127,13 @@ struct Ever {
 // ---- products
 // ---------------------------------------------------------------------------------------------------------
 
+// In a struct, because nvcc 12.4 ends with an internal error where the alias is the array itself.
 template <int kRowBlocks, int kColumns>
-using Accumulators = float[kRowBlocks][kColumns / 8][4];
+struct AccumulatorsOf {
+  using Type = float[kRowBlocks][kColumns / 8][4];
+};
+template <int kRowBlocks, int kColumns>
+using Accumulators = typename AccumulatorsOf<kRowBlocks, kColumns>::Type;
 
 template <int kRowBlocks, int kBlocks>
 __device__ __forceinline__ void set_zero(float (&c)[kRowBlocks][kBlocks][4]) {

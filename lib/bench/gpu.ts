@@ -1,4 +1,4 @@
-// The case list of GPUs: bf16 at the sizes of LLaMA models, beside cuBLAS, PyTorch and transformers.
+// The case list of GPUs: bf16 at the sizes of LLaMA models, beside cuBLASLt, PyTorch and transformers.
 import { type Case, type KernelCase, kernelCases, rooflineSide, type Setting, targetOf } from './case.js'
 import {
   adamw,
@@ -46,7 +46,7 @@ function matmuls({ quick }: Setting): KernelCase[] {
     bytes: 2 * (m * k + n * k + m * n),
     kernel: matmul(layout, m, n, k, 'bf16'),
     peer: { op: 'matmul', layout, m, n, k } as MatmulCase,
-    bar: { side: 'cublas', least: 0.92 },
+    bar: { side: 'cublaslt', least: 0.92 },
   })
   const layouts = ['nn', 'nt', 'tn'] as const
   if (quick) return layouts.map((layout) => of(layout, 40, 72, 96))

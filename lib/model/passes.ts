@@ -58,7 +58,7 @@ export function recordPass(
     tape.rewind()
   }
   finish?.(recorder, output, tensors)
-  const plan = recorder.plan({ keep: [output], arena })
+  const plan = recorder.plan({ keep: [output], prune: true, arena })
   return { kind, rows, time, plan, tensors, output, tables: share?.tables ?? {} }
 }
 

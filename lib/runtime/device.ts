@@ -34,6 +34,8 @@ export class Buffer implements Storage {
     id: number | undefined,
     /** Whether this is a file, which is only read. */
     readonly mapped = false,
+    /** Whether it is in the host's memory, not the device's own. */
+    readonly host = false,
   ) {
     this.id = id
   }
@@ -63,6 +65,8 @@ export class Device {
   allocatedBytes: number
   /** The largest that `allocatedBytes` has been. */
   peakAllocatedBytes: number
+  /** Sum of the bytes of pinned host memory allocated now; on `cpu` too, whose own memory is no other. */
+  hostBytes = 0
   /** Bytes of files that are used in place: they are in the system's page cache, and not in `allocatedBytes`. */
   mappedBytes = 0
   private disposed = false
@@ -149,6 +153,27 @@ export class Device {
     return this.id === undefined ? undefined : native().memory(this.id)
   }
 
+  /**
+   * @internal Pinned memory of the host, which operations can use as they use the device's, but slowly. Where the system
+   * does not give it, memory of the device, and `onRefused` is told.
+   */
+  allocHost(bytes: number, name: string, onRefused: (message: string) => void): Buffer {
+    this.check()
+    let id: number | undefined
+    if (this.id !== undefined) {
+      try {
+        id = native().alloc(this.id, bytes, true)
+      } catch (error) {
+        onRefused(
+          `${name}: ${(error as Error).message}: they stay on the device, which needs ${formatBytes(bytes)} more`,
+        )
+        return this.alloc(bytes, name)
+      }
+    }
+    this.hostBytes += bytes
+    return new Buffer(this, bytes, name, id, false, true)
+  }
+
   /** @internal A block of memory; throws ERR_OUT_OF_MEMORY. */
   alloc(bytes: number, name: string): Buffer {
     this.check()
@@ -156,7 +181,7 @@ export class Device {
     let id: number | undefined
     if (this.id !== undefined) {
       try {
-        id = native().alloc(this.id, bytes)
+        id = native().alloc(this.id, bytes, false)
       } catch (error) {
         throw new RopewalkError(
           'ERR_OUT_OF_MEMORY',
@@ -271,6 +296,13 @@ export class Device {
     return native().loadPlan(this.id, name, words, buffers)
   }
 
+  /** @internal What the addon knows it by. */
+  get handle(): number {
+    this.check()
+    if (this.id === undefined) throw new Error('the dry device plans, it does not run')
+    return this.id
+  }
+
   /** @internal */
   async runPlan(handle: number): Promise<void> {
     this.check()
@@ -285,6 +317,7 @@ export class Device {
   /** @internal */
   freed(buffer: Buffer, id: number | undefined): void {
     if (buffer.mapped) this.mappedBytes -= buffer.bytes
+    else if (buffer.host) this.hostBytes -= buffer.bytes
     else this.allocatedBytes -= buffer.bytes
     if (id !== undefined && !this.disposed) native().free(id)
   }

@@ -220,7 +220,7 @@ export const OPS = [
       { kind: 'OPT', name: 'dw_add', dtype: 'f32', dims: ['V', 'C'] },
       { kind: 'OUT', name: 'nll', dtype: 'f32', dims: ['N'] },
       { kind: 'OUT', name: 'dx', dtype: 'F', dims: ['N', 'C'] },
-      { kind: 'OUT', name: 'dw', dtype: 'f32', dims: ['V', 'C'] },
+      { kind: 'OPT_OUT', name: 'dw', dtype: 'f32', dims: ['V', 'C'] },
       { kind: 'TMP', name: 'logits', dtype: 'f32', dims: ['chunk', 'V'] },
       { kind: 'INT', name: 'chunk' },
     ],
@@ -275,8 +275,26 @@ export const OPS = [
     flops: ({ N }) => 14 * N,
   },
   {
-    name: 'add',
+    name: 'copy_start',
     opcode: 20,
+    fields: [
+      { kind: 'IN', name: 'x', dtype: 'F', dims: ['N'] },
+      { kind: 'OUT', name: 'y', dtype: 'F', dims: ['N'] },
+    ],
+    flops: () => 0,
+  },
+  {
+    name: 'copy_wait',
+    opcode: 21,
+    fields: [
+      { kind: 'IN', name: 'x', dtype: 'F', dims: ['N'] },
+      { kind: 'INOUT', name: 'y', dtype: 'F', dims: ['N'] },
+    ],
+    flops: () => 0,
+  },
+  {
+    name: 'add',
+    opcode: 22,
     fields: [
       { kind: 'IN', name: 'a', dtype: 'F', dims: ['N'] },
       { kind: 'IN', name: 'b', dtype: 'F', dims: ['N'] },
@@ -286,7 +304,7 @@ export const OPS = [
   },
   {
     name: 'cast',
-    opcode: 21,
+    opcode: 23,
     fields: [
       { kind: 'IN', name: 'x', dtype: 'F', dims: ['N'] },
       { kind: 'OUT', name: 'y', dtype: 'G', dims: ['N'] },
@@ -295,7 +313,7 @@ export const OPS = [
   },
   {
     name: 'fill',
-    opcode: 22,
+    opcode: 24,
     fields: [
       { kind: 'OUT', name: 'y', dtype: 'F', dims: ['N'] },
       { kind: 'FLT', name: 'value' },
@@ -531,8 +549,8 @@ export interface LinearCrossEntropyBwd {
 }
 
 /** The same and, in the same pass over the chunks, the gradients of sum_n weight[n] nll[n]. */
-export function linearCrossEntropyBwd(recorder: Recorder, args: LinearCrossEntropyBwd): { nll: Tensor; dx: Tensor; dw: Tensor } {
-  return recorder.emit(OPS[15], args) as { nll: Tensor; dx: Tensor; dw: Tensor }
+export function linearCrossEntropyBwd(recorder: Recorder, args: LinearCrossEntropyBwd): { nll: Tensor; dx: Tensor } {
+  return recorder.emit(OPS[15], args) as { nll: Tensor; dx: Tensor }
 }
 
 export interface Dot {
@@ -594,6 +612,26 @@ export function adamw(recorder: Recorder, args: Adamw): void {
   recorder.emit(OPS[19], args)
 }
 
+export interface CopyStart {
+  x: Tensor // F (N)
+  y?: Tensor | undefined // F (N)
+}
+
+/** y = x, at the same time as the operations that follow, until copy_wait. Between a device's memory and the host's. */
+export function copyStart(recorder: Recorder, args: CopyStart): { y: Tensor } {
+  return recorder.emit(OPS[20], args) as { y: Tensor }
+}
+
+export interface CopyWait {
+  x: Tensor // F (N)
+  y: Tensor // F (N)
+}
+
+/** What follows comes after the copy of x to y. */
+export function copyWait(recorder: Recorder, args: CopyWait): void {
+  recorder.emit(OPS[21], args)
+}
+
 export interface Add {
   a: Tensor // F (N)
   b: Tensor // F (N)
@@ -601,7 +639,7 @@ export interface Add {
 }
 
 export function add(recorder: Recorder, args: Add): { y: Tensor } {
-  return recorder.emit(OPS[20], args) as { y: Tensor }
+  return recorder.emit(OPS[22], args) as { y: Tensor }
 }
 
 export interface Cast {
@@ -610,7 +648,7 @@ export interface Cast {
 }
 
 export function cast(recorder: Recorder, args: Cast): { y: Tensor } {
-  return recorder.emit(OPS[21], args) as { y: Tensor }
+  return recorder.emit(OPS[23], args) as { y: Tensor }
 }
 
 export interface Fill {
@@ -619,8 +657,8 @@ export interface Fill {
 }
 
 export function fill(recorder: Recorder, args: Fill): { y: Tensor } {
-  return recorder.emit(OPS[22], args) as { y: Tensor }
+  return recorder.emit(OPS[24], args) as { y: Tensor }
 }
 
 /** Of the table; the addon and every backend must have been built from the same one. */
-export const TABLE_HASH = '19ffeb1dd1ac6ec3'
+export const TABLE_HASH = '9b3d0a9064c7b68f'

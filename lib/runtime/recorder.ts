@@ -1,8 +1,8 @@
 import { Buffer, type Device } from './device.js'
-import { Plan } from './plan.js'
+import { Plan, type PlanOptions } from './plan.js'
 import { DTYPE_BYTES, type DType, Scratch, Tensor } from './tensor.js'
 
-export type FieldKind = 'IN' | 'OUT' | 'INOUT' | 'OPT' | 'OPT_INOUT' | 'TMP' | 'INT' | 'FLT'
+export type FieldKind = 'IN' | 'OUT' | 'INOUT' | 'OPT' | 'OPT_INOUT' | 'OPT_OUT' | 'TMP' | 'INT' | 'FLT'
 
 export interface OpField {
   readonly kind: FieldKind
@@ -36,7 +36,7 @@ type Args = { readonly [name: string]: Tensor | number | undefined }
 const MOST_IDS = 2 ** 31 - 1
 
 const READS = new Set<FieldKind>(['IN', 'INOUT', 'OPT', 'OPT_INOUT'])
-const WRITES = new Set<FieldKind>(['OUT', 'INOUT', 'OPT_INOUT'])
+const WRITES = new Set<FieldKind>(['OUT', 'INOUT', 'OPT_INOUT', 'OPT_OUT'])
 
 /**
  * Writes operations down without running them. The emitters of ops.gen.ts check every operation against the op table
@@ -53,13 +53,13 @@ export class Recorder {
     readonly activations: DType = 'f32',
   ) {}
 
-  /** A tensor in the plan's arena; it holds garbage until an operation writes it. */
-  scratch(dtype: DType, dims: readonly number[], name: string): Tensor {
+  /** A tensor in the plan's arena, or in its arena on the host; it holds garbage until an operation writes it. */
+  scratch(dtype: DType, dims: readonly number[], name: string, host = false): Tensor {
     const size = dims.reduce((product, dim) => product * dim, 1)
     if (!Number.isSafeInteger(size) || size < 1 || dims.some((dim) => !Number.isInteger(dim) || dim < 1)) {
       throw new RangeError(`${name}: dims (${dims.join(',')}) must be positive whole numbers`)
     }
-    return new Tensor(new Scratch(size * DTYPE_BYTES[dtype], name), 0, dtype, dims)
+    return new Tensor(new Scratch(size * DTYPE_BYTES[dtype], name, host), 0, dtype, dims)
   }
 
   /** Checks and appends one operation; allocates what it writes and was not given. Called by the emitters. */
@@ -123,9 +123,9 @@ export class Recorder {
 
   /**
    * Ends the record. Tensors in `keep` stay valid after a run (they are read back by the caller); all other scratch
-   * tensors share memory as their lifetimes allow. `arena` lends the arena of another plan, grown if need be.
+   * tensors share memory as their lifetimes allow.
    */
-  plan(options: { keep?: readonly Tensor[]; arena?: Buffer } = {}): Plan {
+  plan(options: PlanOptions = {}): Plan {
     return new Plan(this.device, this.name, this.commands, options)
   }
 

@@ -15,6 +15,8 @@ export class Scratch implements Storage {
   constructor(
     readonly bytes: number,
     readonly name: string,
+    /** Whether it is in memory of the host, which only copies use. */
+    readonly host = false,
   ) {}
 }
 

@@ -396,7 +396,7 @@ export async function check(t: Test, c: OpCase): Promise<Results> {
   for (const field of row.fields) {
     const given = c.args[field.name]
     const needed = writes(field.kind) || field.kind === 'FLT' || field.kind === 'INT' || field.kind === 'IN'
-    if (needed && field.kind !== 'OPT_INOUT' && given === undefined) problems.push(`the case gives no ${field.name}`)
+    if (needed && !field.kind.startsWith('OPT') && given === undefined) problems.push(`the case gives no ${field.name}`)
     if (typeof given === 'object' && given.poisoned && reads(field.kind)) problems.push(`${field.name} has no values`)
   }
   t.strictSame(problems, [], `${c.op} ${c.label}`)
