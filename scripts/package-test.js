@@ -346,7 +346,7 @@ function cudaLibrary() {
   console.error('-- building the CUDA library')
   const flags = ['-DROPEWALK_ADDON=OFF', '-DROPEWALK_CUDA=on', `-DROPEWALK_OUT=${join(root, folder)}`]
   run('cmake', ['-S', root, '-B', join(root, folder), ...flags], { env: full })
-  run('cmake', ['--build', join(root, folder), '--parallel', '2'], { env: full })
+  run('cmake', ['--build', join(root, folder), '--target', 'ropewalk_cuda', '--parallel', '2'], { env: full })
   return { path }
 }
 
