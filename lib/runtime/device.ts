@@ -92,12 +92,17 @@ export class Device {
    * tensor cores; the CPU computes in f32 and stores them so.
    */
   activationsFor(weights: DType): DType {
-    return /^(dry:)?(cuda|simt)/.test(this.name) ? weights : 'f32'
+    return this.gpu ? weights : 'f32'
   }
 
   /** @internal A device that plans what this one would do. */
   planner(): Device {
-    return Device.open(this.activationsFor('bf16') === 'bf16' ? 'dry:cuda' : 'dry')
+    return Device.open(this.gpu ? 'dry:cuda' : 'dry')
+  }
+
+  /** @internal Whether it is, or plans for, a GPU. */
+  get gpu(): boolean {
+    return /^(dry:)?(cuda|simt)/.test(this.name)
   }
 
   /** Whether it only plans. */

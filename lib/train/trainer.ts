@@ -228,7 +228,7 @@ export class Trainer {
     this.companions = folder?.isDirectory() ? model.path : undefined
     model.releasePasses()
     await model.own()
-    const optimizer = new AdamW(model.weights, settings)
+    const optimizer = new AdamW(model.weights, settings, (message) => this.warn(message))
     try {
       await optimizer.reset()
       if (checkpoint) {
@@ -355,7 +355,11 @@ export class Trainer {
     passes?.dispose()
     this.passes = undefined
     model.releasePasses()
-    this.passes = new TrainingPasses(model.config, model.weights, this.optimizer!, rows, time, accumulate, validates)
+    const optimizer = this.optimizer!
+    const { memory } = this.settings
+    const warn = (message: string): void => this.warn(message)
+    const shape = [rows, time, accumulate] as const
+    this.passes = new TrainingPasses(model.config, model.weights, optimizer, ...shape, validates, memory, warn)
     return this.passes
   }
 

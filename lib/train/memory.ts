@@ -1,0 +1,60 @@
+import type { ActivationOptions } from '../model/tape.js'
+
+/**
+ * What a training step keeps in memory, and in which form. `ropewalk plan` shows what each choice costs.
+ *
+ * @category Training
+ */
+export interface MemoryOptions {
+  /**
+   * Layers between two kept inputs: what lies between is computed again for the backward pass, a third more work. 0
+   * (default) keeps everything; 1 takes the least memory but for many layers of small models.
+   */
+  checkpointLayers?: number
+  /** With `checkpointLayers`: attention's results are kept too and not computed again; default false. */
+  keepAttention?: boolean
+  /** Kept inputs go to pinned memory of the host meanwhile; needs `checkpointLayers`. Default false. */
+  offloadCheckpoints?: boolean
+  /** Rows of the MLP at a time; default 0: all. Changes how gradients of weights are rounded. */
+  mlpRows?: number
+  /** Groups of heads whose rotated queries and keys exist at a time in attention's backward pass; default 1. */
+  attentionGroups?: number
+  /** Rows of logits at a time; default 0: as the device likes. Changes how gradients are rounded. */
+  logitsRows?: number
+  /**
+   * 'float32' (default) and 'bfloat16' hold all gradients until the update. 'fused' updates each layer as soon as its
+   * gradients are there, and never holds more than those: without `accumulate`; `maxGradNorm` then limits the norm of
+   * each layer's gradients, not of all together, and where a gradient is not finite, layers above it have been updated.
+   */
+  gradients?: 'float32' | 'bfloat16' | 'fused'
+  /**
+   * What bfloat16 weights are updated in: 'float32' (default) keeps such a copy, 'remainder' the 16 bits that the
+   * weights lack, with the same results; 'stochastic' rounds each update up or down by chance, right on average.
+   */
+  masters?: 'float32' | 'remainder' | 'stochastic'
+  /** AdamW's moments: 'float32' (default), 'bfloat16' rounded by chance, or '8bit' in blocks of 256. */
+  moments?: 'float32' | 'bfloat16' | '8bit'
+  /** Moments and masters are in pinned memory of the host, and updated there over the bus; default false. */
+  offloadOptimizer?: boolean
+}
+
+export type MemorySettings = Required<MemoryOptions>
+
+export const MEMORY_DEFAULTS: MemorySettings = {
+  checkpointLayers: 0,
+  keepAttention: false,
+  offloadCheckpoints: false,
+  mlpRows: 0,
+  attentionGroups: 1,
+  logitsRows: 0,
+  gradients: 'float32',
+  masters: 'float32',
+  moments: 'float32',
+  offloadOptimizer: false,
+}
+
+/** The part that a pass over the model needs. */
+export function activationOptions(memory: MemorySettings): ActivationOptions {
+  const { checkpointLayers, keepAttention, mlpRows, attentionGroups, logitsRows, offloadCheckpoints } = memory
+  return { checkpointLayers, keepAttention, mlpRows, attentionGroups, logitsRows, offload: offloadCheckpoints }
+}
