@@ -285,15 +285,14 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 1                   ? 4
       }
     }
 #pragma unroll
-    for (int r = 0; r < 2 * kRowBlocks; r++)
+    for (int j = 0; j < kKeys / 8; j++)
 #pragma unroll
-      for (int j = 0; j < kKeys / 8; j++)
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-          float& weight = s[r / 2][j][r % 2 * 2 + e];
-          weight = exp2_approx(weight - top[r]);
-          total[r] += weight;
-        }
+      for (int r = 0; r < 2 * kRowBlocks; r++) {
+        float(&pair)[4] = s[r / 2][j];
+        pair[r % 2 * 2] = exp2_approx(pair[r % 2 * 2] - top[r]);
+        pair[r % 2 * 2 + 1] = exp2_approx(pair[r % 2 * 2 + 1] - top[r]);
+        total[r] += pair[r % 2 * 2] + pair[r % 2 * 2 + 1];
+      }
     multiply_nn<kD>(o, s, smem.v, smem.weights);
     if constexpr (kWarps == 1 && sizeof(T) == 2) {
       // Steps of generation wait for memory, not for products: what rounding took from the weights has time to follow.

@@ -274,12 +274,20 @@ const WIDTHS = [2, 4, 6, 8, 10, 12, 14, 16, 18, 22, 24, 30, 32, 34, 40, 48, 62, 
 const AROUND_TILES = [32, 64, 128, 192].flatMap((size) => Array.from({ length: 9 }, (_, i) => size - 4 + i)).concat(256)
 const SWEEP = 128
 const AROUND = 2 * AROUND_TILES.length
+/** The same for wide heads, whose tiles on a GPU are others; an odd number of them, so that each T meets both dtypes. */
+const WIDE_TILES = [16, 32, 64, 128].flatMap((size) => Array.from({ length: 9 }, (_, i) => size - 4 + i)).concat(48)
+const WIDE = 2 * WIDE_TILES.length
+const SHAPES = SWEEP + AROUND + WIDE
 
 /**
  * The i-th seeded shape: every T and D in turn, then, from SWEEP on, every T around a tile; what remains of `budget`
  * multiplications goes to heads and batch.
  */
 function shapeOf(random: Random, i: number, budget: number): Shape {
+  if (i >= SWEEP + AROUND) {
+    const T = WIDE_TILES[i % WIDE_TILES.length]!
+    return { B: 1, T, H: T < 50 ? 2 : 1, K: 1, D: [66, 80, 130, 144][(i >> 1) % 4]! }
+  }
   if (i >= SWEEP) {
     const [H, K] = random.pick([
       [1, 1],
@@ -315,7 +323,7 @@ function noise(scale: number, D: number): Record<string, number> {
 
 t.test('attention_fwd', availability(), async (t) => {
   const random = new Random(1)
-  for (let i = 0; i < SWEEP + AROUND; i++) {
+  for (let i = 0; i < SHAPES; i++) {
     const [F, mask] = combination(i, FLOATS, MASKS)
     const positions = random.pick(POSITIONS)
     const shape = shapeOf(random, i, 1_500_000)
@@ -347,7 +355,7 @@ function withResults(random: Random, inputs: Inputs, scale: number): Gradients {
 
 t.test('attention_bwd', availability(), async (t) => {
   const random = new Random(2)
-  for (let i = 0; i < SWEEP + AROUND; i++) {
+  for (let i = 0; i < SHAPES; i++) {
     const [F, mask] = combination(i, FLOATS, MASKS)
     const positions = random.pick(POSITIONS)
     const shape = shapeOf(random, i, 800_000)
@@ -471,12 +479,14 @@ function tokensOf(bytes: Uint8Array, x: HostTensor, tokens: (t: number) => boole
 t.test('packed documents do not see each other, not a bit', availability(), async (t) => {
   const random = new Random(6)
   for (const F of FLOATS) {
-    for (const [T, start, end] of [
-      [40, 13, 29],
-      [200, 61, 131],
-      [150, 128, 149],
+    for (const [T, start, end, D] of [
+      [40, 13, 29, 16],
+      [200, 61, 131, 16],
+      [150, 128, 149, 16],
+      [90, 29, 66, 80],
+      [50, 13, 35, 144],
     ] as const) {
-      const shape = { B: 1, T, H: 2, K: 1, D: 16 }
+      const shape = { B: 1, T, H: 2, K: 1, D }
       const { H } = shape
       const inputs = inputsOf(random, F, shape, 'causal', 'in order')
       // three documents: [0, start), [start, end), [end, T)
@@ -521,7 +531,7 @@ t.test('packed documents do not see each other, not a bit', availability(), asyn
             if (one !== two) differing.push(`${field}, ${variant}`)
           }
         }
-        t.strictSame(differing, [], `${F} T ${T}: a document of ${spoilt} leaves the others as they were`)
+        t.strictSame(differing, [], `${F} T ${T} D ${D}: a document of ${spoilt} leaves the others as they were`)
       }
     }
   }
@@ -607,14 +617,16 @@ t.test('kv_append', availability(), async (t) => {
 
 t.test('attention_cached', availability(), async (t) => {
   const random = new Random(9)
-  for (let i = 0; i < 200; i++) {
+  for (let i = 0; i < 224; i++) {
+    const wide = i >= 200 // heads beyond 128 have tiles of their own on a GPU
     const [F, garbage] = combination(i, FLOATS, [NaN, Infinity, 1e30])
-    const B = random.int(1, 3)
-    const T = i % 3 === 2 ? random.pick([9, 16, 33, 96, 97, 150]) : random.pick([1, 1, 2, 3, 4, 7, 8])
-    const [H, K] = random.pick(HEADS)
-    let D = WIDTHS[(i * 5) % WIDTHS.length]!
+    const B = wide ? 1 : random.int(1, 3)
+    const T =
+      i % 3 === 2 ? random.pick(wide ? [9, 17, 33] : [9, 16, 33, 96, 97, 150]) : random.pick([1, 1, 2, 3, 4, 7, 8])
+    const [H, K] = wide ? [2, 1] : random.pick(HEADS)
+    let D = wide ? [130, 136, 200, 256][(i >> 1) % 4]! : WIDTHS[(i * 5) % WIDTHS.length]!
     const S = T > 8 ? T + random.int(0, 60) : random.pick([8, 17, 64, 100, 511, 512, 513, 700])
-    while (B * H * D * T * S > 900_000 && D > 4) D = 2 * Math.ceil(D / 4)
+    while (!wide && B * H * D * T * S > 900_000 && D > 4) D = 2 * Math.ceil(D / 4)
     const P = S + 5
     // Slots that no token sees hold garbage, as a fresh cache does.
     const last: number[] = []
