@@ -25,9 +25,9 @@
 
 namespace simt {
 
-__thread __attribute__((tls_model("initial-exec"))) const Coordinates* coordinates;
-thread_local Block* block;
-thread_local Thread* self;
+SIMT_THREAD const Coordinates* coordinates;
+SIMT_THREAD Block* block;
+SIMT_THREAD Thread* self;
 
 namespace {
 
@@ -74,7 +74,7 @@ struct Stacks {
     return all[i];
   }
 };
-thread_local Stacks* stacks;
+SIMT_THREAD Stacks* stacks;
 
 // Sets of stacks that no thread uses now.
 class StackStore {

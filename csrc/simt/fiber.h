@@ -105,13 +105,15 @@ struct Block {
   std::string error;
 };
 
-extern thread_local Block* block;
-extern thread_local Thread* self;  // null while no thread of a kernel runs
+// Of the host's thread. Found without a call, which the general model of a shared library would need each time.
+#define SIMT_THREAD __thread __attribute__((tls_model("initial-exec")))
+extern SIMT_THREAD Block* block;
+extern SIMT_THREAD Thread* self;  // null while no thread of a kernel runs
 
 // While it lives, hooks do nothing. The linker keeps one copy of a function of the standard library for the emulator
 // and the kernels, which may be the one that reports what it does: where the emulator uses such functions in a thread
 // of a kernel, they must not be taken for the kernel's own accesses.
-extern thread_local int quiet;
+extern SIMT_THREAD int quiet;
 struct Quiet {
   Quiet() { quiet++; }
   ~Quiet() { quiet--; }

@@ -15,7 +15,7 @@
 
 namespace simt {
 
-thread_local int quiet = 0;
+SIMT_THREAD int quiet = 0;
 
 namespace {
 
