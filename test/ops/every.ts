@@ -1,5 +1,5 @@
 // Every op of the table, a few times each, for whoever looks at what kernels do rather than at what they give: every dtype
-// combination in some sizes, and each plan twice, so that it is also replayed.
+// combination in some sizes.
 import { Device } from '../../lib/runtime/device.js'
 import * as emitters from '../../lib/runtime/ops.gen.js'
 import { type OpField, type OpRow, Recorder, reads, writes } from '../../lib/runtime/recorder.js'
@@ -78,6 +78,7 @@ async function runOp(
   types: Record<string, DType>,
   dims: Shape,
   shift: number,
+  times: number,
 ): Promise<Uint8Array[]> {
   const random = new Random(7)
   const args: Record<string, Tensor | number> = {}
@@ -105,7 +106,7 @@ async function runOp(
   emit(recorder, args)
   const plan = recorder.plan()
   try {
-    for (let i = 0; i < 2; i++) await plan.run()
+    for (let i = 0; i < times; i++) await plan.run()
     return await Promise.all(written.map((tensor) => device.download(tensor)))
   } finally {
     plan.dispose()
@@ -124,8 +125,8 @@ const dtypeOf = ({ dtype }: OpField, types: Record<string, DType>): DType => typ
 export interface EveryCase {
   op: string
   label: string
-  /** Gives the bytes of all that the op writes. */
-  run: (device: Device) => Promise<Uint8Array[]>
+  /** Runs the op's plan; gives the bytes of all that it writes. */
+  run: (device: Device, times?: number) => Promise<Uint8Array[]>
 }
 
 /** The cases of these ops, or of all. */
@@ -136,7 +137,7 @@ export function everyCase(chosen: readonly string[], sizes: readonly Sizes[]): E
       sizes.map(({ dims, shift }) => ({
         op: row.name,
         label: `${row.name} ${JSON.stringify(types)} shift ${shift}`,
-        run: (device: Device) => runOp(device, row, types, dimsOf(row, dims), shift),
+        run: (device: Device, times = 1) => runOp(device, row, types, dimsOf(row, dims), shift, times),
       })),
     ),
   )
