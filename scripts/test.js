@@ -1,6 +1,6 @@
 // `npm test`: sets up what is missing or stale, then type-checks, lints, runs the native tests under ASan and UBSan, the
-// suite under tap, and the CUDA kernels on the CPU. Arguments are test files; with some, only those run under tap.
-// ROPEWALK_TEST_PARTS names parts (types, lint, native, tap, simt, package). Ends with "N passed, N failed, N skipped".
+// suite under tap, the CUDA kernels on the CPU, and what nvcc alone can tell of them. Arguments are test files; with
+// some, only those run under tap. ROPEWALK_TEST_PARTS names parts (below). Ends with "N passed, N failed, N skipped".
 import { spawnSync } from 'node:child_process'
 import { existsSync, mkdirSync, readdirSync, readFileSync, rmSync } from 'node:fs'
 import { join } from 'node:path'
@@ -16,7 +16,9 @@ const parts = {
   native: nativeTests,
   tap: () => tap('all', files, simtLibrary('fast', { build: files.length === 0 })),
   simt: simtTests,
-  package: packageTest,
+  mutation: mutationTests,
+  cuda: () => script('scripts/cuda-check.js'),
+  package: () => script('scripts/package-test.js'),
 }
 const only = files.length > 0 ? ['tap'] : (process.env.ROPEWALK_TEST_PARTS?.split(',') ?? Object.keys(parts))
 for (const name of only) {
@@ -88,32 +90,33 @@ function simtLibrary(flavour, { build }) {
   return existsSync(library) ? { ROPEWALK_SIMT_LIBRARY: library } : {}
 }
 
-/** The CUDA kernels, executed by the CPU: in each flavour the emulator's own tests and the tests of the ops. */
+/** The CUDA kernels, executed by the CPU: in each flavour the emulator's own tests and the tests of all ops. */
 function simtTests() {
   const ops = readdirSync(join(root, 'test', 'ops'))
     .filter((name) => name.endsWith('.test.ts'))
     .map((name) => `test/ops/${name}`)
-  // These take minutes under ASan; what they share with the others is instrumented there.
-  const slow = /(attention|matmul|linear_cross_entropy)\.test\.ts$/
-  const runs = {
-    fast: [...ops, 'test/model/model.test.ts'],
-    race: ops,
-    sanitize: ops.filter((name) => !slow.test(name)),
-  }
-  for (const [flavour, files] of Object.entries(runs)) {
-    const start = performance.now()
-    const env = { ...simtLibrary(flavour, { build: true }), ROPEWALK_TEST_DEVICE: 'simt' }
-    const built = performance.now()
-    programs(`.cmake-simt-${flavour}`)
-    if (flavour === 'sanitize') {
-      // Node itself is not instrumented: the sanitizer has to be there before it starts.
-      const { stdout } = spawnSync('g++', ['-print-file-name=libasan.so'], { encoding: 'utf8' })
-      Object.assign(env, { LD_PRELOAD: stdout.trim(), ASAN_OPTIONS: 'detect_leaks=0:verify_asan_link_order=0' })
-    }
-    tap(`simt-${flavour}`, files, env)
-    const seconds = (from, to) => ((to - from) / 1000).toFixed(0)
-    console.error(`-- simt ${flavour}: built in ${seconds(start, built)} s, ran ${seconds(built, performance.now())} s`)
-  }
+  const once = { ROPEWALK_TEST_RUNS: '1' }
+  simtFlavour('fast', [...ops, 'test/model/model.test.ts'], {})
+  simtFlavour('race', [...ops, 'test/simt/accesses.ts'], once)
+  // Node itself is not instrumented: the sanitizer has to be there before it starts.
+  const { stdout } = spawnSync('g++', ['-print-file-name=libasan.so'], { encoding: 'utf8' })
+  const asan = { LD_PRELOAD: stdout.trim(), ASAN_OPTIONS: 'detect_leaks=0:verify_asan_link_order=0' }
+  simtFlavour('sanitize', ops, { ...once, ...asan })
+}
+
+function simtFlavour(flavour, files, more) {
+  const start = performance.now()
+  const env = { ...simtLibrary(flavour, { build: true }), ROPEWALK_TEST_DEVICE: 'simt', ...more }
+  const built = performance.now()
+  programs(`.cmake-simt-${flavour}`)
+  tap(`simt-${flavour}`, files, env)
+  const seconds = (from, to) => ((to - from) / 1000).toFixed(0)
+  console.error(`-- simt ${flavour}: built in ${seconds(start, built)} s, ran ${seconds(built, performance.now())} s`)
+}
+
+/** Every barrier of the CUDA kernels, left out once. */
+function mutationTests() {
+  tap('mutation', ['test/simt/barriers.ts'], simtLibrary('race', { build: true }))
 }
 
 function tap(name, files, env = {}) {
@@ -132,18 +135,19 @@ function tap(name, files, env = {}) {
   }
 }
 
-/** Makes the tarball and uses it as a stranger would; ends with a line "package: N passed, N failed, N skipped". */
-function packageTest() {
-  const { status, stdout } = spawnSync(process.execPath, ['scripts/package-test.js'], {
+/** A script that ends with a line "<name>: N passed, N failed, N skipped". */
+function script(path) {
+  const { status, stdout } = spawnSync(process.execPath, [path], {
     cwd: root,
     encoding: 'utf8',
     stdio: ['ignore', 'pipe', 'inherit'],
   })
   const summary = /(\d+) passed, (\d+) failed, (\d+) skipped\s*$/.exec(stdout)
+  process.stderr.write(stdout)
   if (summary) count(...summary.slice(1).map(Number))
   if (!summary || (status !== 0 && Number(summary[2]) === 0)) {
     total.failed++
-    console.error(`not ok: the package test ended with code ${status}`)
+    console.error(`not ok: ${path} ended with code ${status}`)
   }
 }
 

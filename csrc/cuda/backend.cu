@@ -180,6 +180,7 @@ class Device final : public Context {
         const auto submit = [&] {
           while (next < end && !(eager && cancelled())) {
             const rw_command& command = commands[next++];
+            limit_to_tensors(op_info[command.op], command.args);
             kernels[command.op](*this, command.args);
             if (debug_) check(cudaStreamSynchronize(stream), "running it");
           }

@@ -76,6 +76,23 @@ void launch(const Launch& at, void (*kernel)(Parameters...), Arguments&&... argu
 #endif
 }
 
+// For the emulator: kernels launched from now on may touch only these tensors, of the memory that holds them.
+inline void limit_to_tensors([[maybe_unused]] const OpInfo& op, [[maybe_unused]] const void* args) {
+#ifndef __CUDACC__
+  simt::Range tensors[32];
+  size_t count = 0;
+  const auto* field = static_cast<const char*>(args);
+  for (size_t i = 0; i < op.field_count; i++) {
+    const bool scalar = op.fields[i].field == Field::integer || op.fields[i].field == Field::real;
+    const auto* tensor = reinterpret_cast<const Tensor*>(field);
+    if (!scalar && *tensor)
+      tensors[count++] = {tensor->data, static_cast<size_t>(tensor->size() * dtype_bytes(tensor->dtype))};
+    field += scalar ? sizeof(int64_t) : sizeof(Tensor);
+  }
+  simt::limit_device_memory(tensors, count);
+#endif
+}
+
 // ---- shared memory --------------------------------------------------------------------------------------------------
 
 // Leaves a kernel's dynamic shared memory in its PTX as a comment, for scripts/cuda-check.js: no instruction. (ptx.h)

@@ -25,9 +25,9 @@
 
 namespace simt {
 
-__thread __attribute__((tls_model("initial-exec"))) const Coordinates* coordinates;
-thread_local Block* block;
-thread_local Thread* self;
+SIMT_THREAD const Coordinates* coordinates;
+SIMT_THREAD Block* block;
+SIMT_THREAD Thread* self;
 
 namespace {
 
@@ -74,7 +74,7 @@ struct Stacks {
     return all[i];
   }
 };
-thread_local Stacks* stacks;
+SIMT_THREAD Stacks* stacks;
 
 // Sets of stacks that no thread uses now.
 class StackStore {
@@ -259,11 +259,15 @@ void run_block(dim3 at, const Settings& settings, Random& random) {
     block->error = error.what();
   }
   if (lint_wanted()) lint_block_ends();
+  std::string undone = close_engine();
   for (Thread& thread : block->threads) {
+    // Nothing says that the shared memory is not another block's by the time they land.
+    if (!thread.copies.empty() && undone.empty() && block->error.empty())
+      undone = "the block ended while a copy by cp.async was under way, issued at " +
+               describe_site(thread.copies.front().site);
     for (const PendingCopy& copy : thread.copies) dropped(copy.to, static_cast<size_t>(copy.bytes));
     thread.copies.clear();
   }
-  const std::string undone = close_engine();
   if (block->error.empty()) {
     block->error = undone.empty() ? check_red_zones(block->shared) : undone;
     if (!block->error.empty() && block->error.rfind("block (", 0) != 0)
@@ -337,6 +341,7 @@ void run_grid(dim3 grid, dim3 dims, size_t smem, const char* file, int line, con
     stacks = own_stacks.get();
     state.call = &call;
     state.kernel = kernel;
+    state.settings = &settings;
     state.regions = regions;
     state.threads.resize(count);
     state.warps.resize((count + 31) / 32);

@@ -91,6 +91,15 @@ struct Region {
 };
 using Regions = std::vector<Region>;  // sorted by address
 
+enum class Order { forward, reverse, random };
+struct Settings {
+  Order order = Order::forward;  // ROPEWALK_SIMT_ORDER
+  uint64_t seed = 1;
+  int threads = 1;              // ROPEWALK_SIMT_THREADS
+  int skip = 0;                 // ROPEWALK_SIMT_SKIP: the barrier to leave out
+  const char* sites = nullptr;  // ROPEWALK_SIMT_SITES: the file that lists all barriers
+};
+
 struct Block {
   std::vector<Thread> threads;
   std::vector<Warp> warps;
@@ -100,18 +109,21 @@ struct Block {
   std::shared_ptr<struct Engine> engine;  // engine.h; null where nothing of sm_90 is used
   const Call* call = nullptr;
   const void* kernel = nullptr;
+  const Settings* settings = nullptr;
   void* scheduler = nullptr;  // stack pointer of the scheduler while a fiber runs
   void* fake_stack = nullptr;
   std::string error;
 };
 
-extern thread_local Block* block;
-extern thread_local Thread* self;  // null while no thread of a kernel runs
+// Of the host's thread. Found without a call, which the general model of a shared library would need each time.
+#define SIMT_THREAD __thread __attribute__((tls_model("initial-exec")))
+extern SIMT_THREAD Block* block;
+extern SIMT_THREAD Thread* self;  // null while no thread of a kernel runs
 
 // While it lives, hooks do nothing. The linker keeps one copy of a function of the standard library for the emulator
 // and the kernels, which may be the one that reports what it does: where the emulator uses such functions in a thread
 // of a kernel, they must not be taken for the kernel's own accesses.
-extern thread_local int quiet;
+extern SIMT_THREAD int quiet;
 struct Quiet {
   Quiet() { quiet++; }
   ~Quiet() { quiet--; }
@@ -159,15 +171,10 @@ bool same_site(const void* a, const void* b);
 // Whether this is constant data of the library that the kernels are in.
 bool is_constant(const void* p, size_t bytes);
 
-// ROPEWALK_SIMT_SKIP: whether this barrier is the one to leave out. Every barrier asks.
+// Whether this barrier is the one to leave out. Every barrier asks.
 bool skipped(const char* what, const void* site);
 
-enum class Order { forward, reverse, random };
-struct Settings {
-  Order order = Order::forward;  // ROPEWALK_SIMT_ORDER
-  uint64_t seed = 1;
-  int threads = 1;  // ROPEWALK_SIMT_THREADS
-};
+// Read anew for each launch: a test leaves out one barrier after the other.
 Settings read_settings();
 
 // ---- the runtime's calls (runtime.cc, memory.cc)

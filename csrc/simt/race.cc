@@ -1,5 +1,6 @@
 #include "race.h"
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "engine.h"
@@ -55,22 +56,51 @@ bool has_seen(const Thread& thread, int other, uint16_t clock) {
   return thread.clock.epoch == epoch && thread.clock.seen[static_cast<size_t>(other)].ticks > clock;
 }
 
+// Who accesses: a thread, or some lanes of its warp together.
 struct Accessor {
   const Thread& thread;  // the one that is named
   uint32_t lanes;
   const void* site;
   uint32_t pc;
-  bool together;  // more than one lane
   bool asynchronous;
+  bool together;
+  // The lanes by their clocks, which are mostly the same.
+  struct Group {
+    uint32_t lanes;
+    uint16_t clock;
+  };
+  int groups = 0;
+  Group group[32];
+
+  Accessor(const Thread& thread, uint32_t lanes, const void* site, bool asynchronous)
+      : thread(thread),
+        lanes(lanes),
+        site(site),
+        pc(pack(site)),
+        asynchronous(asynchronous),
+        together((lanes & (lanes - 1)) != 0) {
+    if (!together) {
+      group[groups++] = {lanes, own_clock(thread)};
+      return;
+    }
+    const Thread* const first = &thread - thread.lane;
+    for (uint32_t left = lanes; left; left &= left - 1) {
+      const int lane = __builtin_ctz(left);
+      const uint16_t clock = own_clock(first[lane]);
+      int i = 0;
+      while (i < groups && group[i].clock != clock) i++;
+      if (i == groups) group[groups++] = {0, clock};
+      group[i].lanes |= 1u << lane;
+    }
+  }
 
   // Whether what thread `other` did at this date came before.
   bool after(uint32_t when, int other, uint16_t clock) const {
     if (when != epoch) return when >= block_epoch || when < launch_epoch;
     if (!together) return has_seen(thread, other, clock);
-    const Warp& warp = block->warps[static_cast<size_t>(thread.warp)];
-    for (int lane = 0; lane < warp.count; lane++)
-      if (lanes & 1u << lane && !has_seen(block->threads[static_cast<size_t>(warp.first + lane)], other, clock))
-        return false;
+    const Thread* const first = &thread - thread.lane;
+    for (uint32_t left = lanes; left; left &= left - 1)
+      if (!has_seen(first[__builtin_ctz(left)], other, clock)) return false;
     return true;
   }
 };
@@ -96,7 +126,7 @@ std::string block_of(uint32_t when) {
 }
 
 [[noreturn]] void report(const Accessor& who, const Place& place, Access kind, const std::string& problem) {
-  const char* const what = kind == Access::read ? "read" : kind == Access::write ? "write" : "atomic operation";
+  const char* const what = kind == Access::write ? "write" : kind == Access::atomic ? "atomic operation" : "read";
   fail_as(who.thread, std::string(what) + " of " + std::to_string(place.bytes) + " bytes of " + place.memory + "+" +
                           std::to_string(place.offset) + (who.together ? " by all lanes together" : "") + " at " +
                           describe_site(who.site) + ": " + problem);
@@ -158,22 +188,11 @@ void add_reader(Cell& cell, uint16_t warp, uint32_t lanes, uint16_t clock, uint3
   }
 }
 
-void read_cell(Cell& cell, const Accessor& who, const Place& place, bool by_host) {
-  if (cell.write_epoch == 0 && !by_host) report(who, place, Access::read, "nobody has written this memory before");
+void read_cell(Cell& cell, const Accessor& who, const Place& place) {
   if (cell.write_epoch && !who.after(cell.write_epoch, cell.writer, cell.write_clock))
     report(who, place, Access::read, unordered(cell.write_epoch, cell.writer, cell.write_pc, "write"));
-  const auto warp = static_cast<uint16_t>(who.thread.warp);
-  if (!who.together) return add_reader(cell, warp, who.lanes, own_clock(who.thread), who.pc);
-  for (uint32_t left = who.lanes; left;) {
-    const int first = block->warps[warp].first;
-    const uint16_t clock = own_clock(block->threads[static_cast<size_t>(first + __builtin_ctz(left))]);
-    uint32_t same = 0;
-    for (int lane = 0; lane < 32; lane++)
-      if (left & 1u << lane && own_clock(block->threads[static_cast<size_t>(first + lane)]) == clock)
-        same |= 1u << lane;
-    add_reader(cell, warp, same, clock, who.pc);
-    left &= ~same;
-  }
+  for (int i = 0; i < who.groups; i++)
+    add_reader(cell, static_cast<uint16_t>(who.thread.warp), who.group[i].lanes, who.group[i].clock, who.pc);
 }
 
 void check_readers(const Cell& cell, const Accessor& who, const Place& place, Access kind) {
@@ -205,7 +224,7 @@ void write_cell(Cell& cell, const Accessor& who, const Place& place, Access kind
   cell.write_epoch = epoch;
   cell.write_pc = who.pc;
   cell.writer = static_cast<uint16_t>(who.thread.index);
-  cell.write_clock = own_clock(who.thread);
+  cell.write_clock = who.group[0].clock;
   cell.atomic = kind == Access::atomic;
   cell.asynchronous = who.asynchronous;
   cell.read_epoch = cell.earlier_epoch = 0;
@@ -220,6 +239,7 @@ std::string what_is_guarded(size_t offset) {
 
 // `by_host`: of device memory; null for shared memory, which is not the same memory in the next block.
 void touch(Cell* cells, const uint8_t* by_host, const Accessor& who, const Place& place, Access kind) {
+  size_t unwritten = 0;
   for (size_t i = place.offset / 2; i <= (place.offset + place.bytes - 1) / 2; i++) {
     Cell& cell = cells[i];
     if (!by_host && cell.write_epoch < block_epoch) cell.write_epoch = 0;
@@ -233,11 +253,14 @@ void touch(Cell* cells, const uint8_t* by_host, const Accessor& who, const Place
       report(who, place, kind,
              "no fence.proxy.async after the write by " + warp_and_lane(cell.writer) + " at " +
                  describe_site(unpack(cell.write_pc)));
-    const bool host = by_host && by_host[i / 8] >> i % 8 & 1;
-    if (kind == Access::atomic && cell.write_epoch == 0 && !host)
+    const bool written = cell.write_epoch || (by_host && by_host[i / 8] >> i % 8 & 1);
+    unwritten += written ? 0 : 2;
+    // Padding is smaller than the largest alignment.
+    const bool padding = kind == Access::copy && unwritten < std::min(place.bytes, size_t{16});
+    if (!written && kind != Access::write && !padding)
       report(who, place, kind, "nobody has written this memory before");
-    if (kind == Access::read)
-      read_cell(cell, who, place, host);
+    if (kind == Access::read || kind == Access::copy)
+      read_cell(cell, who, place);
     else
       write_cell(cell, who, place, kind);
   }
@@ -246,6 +269,25 @@ void touch(Cell* cells, const uint8_t* by_host, const Accessor& who, const Place
 void set_flying(const void* to, size_t bytes, bool flying) {
   const size_t first = static_cast<size_t>(static_cast<const char*>(to) - block->shared.memory) / 2;
   for (size_t i = first; i < first + bytes / 2; i++) shared_cells[i].flying = flying;
+}
+
+// Whether the bytes lie in one of these, or none of these is in the same allocation.
+bool in_tensor(const std::vector<Range>& tensors, const Region& region, const char* p, size_t bytes) {
+  static size_t last = 0;
+  const auto holds = [&](const Range& tensor) {
+    const auto* begin = static_cast<const char*>(tensor.begin);
+    return p >= begin && p + bytes <= begin + tensor.bytes;
+  };
+  if (last < tensors.size() && holds(tensors[last])) return true;
+  bool concerned = false;
+  for (size_t i = 0; i < tensors.size(); i++) {
+    if (holds(tensors[i])) {
+      last = i;
+      return true;
+    }
+    concerned |= tensors[i].begin >= region.begin && tensors[i].begin < region.begin + region.bytes;
+  }
+  return !concerned;
 }
 
 // Memory that is no device's, but that kernels may read: their arguments, constants, threadIdx and the like.
@@ -266,20 +308,22 @@ void access(const Thread& thread, const void* p, size_t bytes, Access kind, cons
   const Quiet silence;
   const auto* at = static_cast<const char*>(p);
   const Shared& shared = block->shared;
-  const Accessor who = {thread, lanes, site, pack(site), (lanes & (lanes - 1)) != 0, asynchronous};
+  const Accessor who(thread, lanes, site, asynchronous);
   if (at >= shared.memory && at < shared.memory + shared.bytes) {
     const Place place = {"shared memory", static_cast<size_t>(at - shared.memory), bytes};
     if (place.offset + bytes > shared.used) report(who, place, kind, "this is beyond all variables of the block");
-    if (lint_wanted()) lint(thread, at, bytes, kind != Access::read, true, site);
+    if (lint_wanted()) lint(thread, at, bytes, kind >= Access::write, true, site);
     return touch(shared_cells.data(), nullptr, who, place, kind);
   }
   const Region* region = find_region(*block->regions, p);
   const Place place = {"device memory", region ? static_cast<size_t>(at - region->begin) : 0, bytes};
   if (region && place.offset + bytes <= region->bytes) {
-    if (lint_wanted()) lint(thread, at, bytes, kind != Access::read, false, site);
+    if (block->call->tensors && !in_tensor(*block->call->tensors, *region, at, bytes))
+      report(who, place, kind, "this is in none of the op's tensors");
+    if (lint_wanted()) lint(thread, at, bytes, kind >= Access::write, false, site);
     return touch(region->shadow->cells, region->shadow->by_host, who, place, kind);
   }
-  if (kind == Access::read && readable(thread, at, bytes)) return;
+  if (kind < Access::write && readable(thread, at, bytes)) return;
   if (region && place.offset < region->bytes + 4096)
     report(who, place, kind, "the allocation has " + std::to_string(region->bytes) + " bytes");
   report(who, {"address ", reinterpret_cast<uintptr_t>(p), bytes}, kind,
@@ -306,7 +350,7 @@ void landed(const Thread& thread, const void* to, size_t bytes, const void* site
   const Quiet silence;
   set_flying(to, bytes, false);
   const auto offset = static_cast<size_t>(static_cast<const char*>(to) - block->shared.memory);
-  const Accessor who = {thread, 1u << thread.lane, site, pack(site), false, asynchronous};
+  const Accessor who(thread, 1u << thread.lane, site, asynchronous);
   touch(shared_cells.data(), nullptr, who, {"shared memory", offset, bytes}, Access::write);
 }
 

@@ -9,7 +9,8 @@ namespace simt {
 // Whether the kernels report their accesses. Without that nothing is checked here.
 extern bool instrumented;
 
-enum class Access : uint8_t { read, write, atomic };
+// copy: a read of a whole struct, whose padding nobody need have written.
+enum class Access : uint8_t { read, copy, write, atomic };
 
 // This thread, or some lanes of a warp together, access memory. Ends the block if they may not.
 // `asynchronous`: through the asynchronous proxy, which needs a fence between it and what threads wrote.

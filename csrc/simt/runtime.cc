@@ -55,6 +55,7 @@ std::map<const char*, size_t> host_memory;
 
 thread_local cudaError_t last_error = cudaSuccess;
 thread_local simt_stream* captured = nullptr;
+thread_local std::shared_ptr<const std::vector<simt::Range>> tensors;
 
 void read_machine() {
   machine = {};
@@ -130,8 +131,14 @@ void enqueue(cudaStream_t stream, bool late, std::function<void()> work) {
   }
 }
 
+void limit_device_memory(const Range* ranges, size_t count) {
+  tensors = count ? std::make_shared<const std::vector<Range>>(ranges, ranges + count) : nullptr;
+}
+
 void submit(dim3 grid, dim3 block, size_t smem, cudaStream_t stream, const char* file, int line, const void* kernel,
-            const Call& call) {
+            const Call& body) {
+  Call call = body;
+  call.tensors = tensors;
   enqueue(stream, false, [=] {
     if (machine.fault > 0 && ++launches == machine.fault) faulted = true;
     if (!faulted) run_grid(grid, block, smem, file, line, kernel, call);

@@ -12,6 +12,7 @@
 #include <memory>
 #include <new>
 #include <type_traits>
+#include <vector>
 
 #define __global__
 #define __device__
@@ -186,11 +187,20 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec);
 
 namespace simt {
 
+// The tensors of an op: where one of them lies in an allocation, kernels launched from now on may touch nothing else of
+// it. No tensors: everything.
+struct Range {
+  const void* begin;
+  size_t bytes;
+};
+void limit_device_memory(const Range* tensors, size_t count);
+
 // What a launch calls for each thread. The arguments lie in memory that kernels may read, but not write.
 struct Call {
   std::shared_ptr<const void> arguments;
   size_t bytes;
   void (*run)(const void* arguments);
+  std::shared_ptr<const std::vector<Range>> tensors = nullptr;  // limit_device_memory
 };
 void submit(dim3 grid, dim3 block, size_t smem, cudaStream_t stream, const char* file, int line, const void* kernel,
             const Call& call);
@@ -202,7 +212,7 @@ void launch(dim3 grid, dim3 block, size_t smem, cudaStream_t stream, const char*
             const Body& body) {
   submit(grid, block, smem, stream, file, line, kernel,
          {std::make_shared<const Body>(body), sizeof(Body),
-          [](const void* arguments) { (*static_cast<const Body*>(arguments))(); }});
+          [](const void* arguments) { (*static_cast<const Body*>(arguments))(); }, nullptr});
 }
 
 // Nothing may touch these bytes of shared memory.

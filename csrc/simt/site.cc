@@ -15,7 +15,7 @@
 
 namespace simt {
 
-thread_local int quiet = 0;
+SIMT_THREAD int quiet = 0;
 
 namespace {
 
@@ -144,8 +144,8 @@ bool is_constant(const void* p, size_t bytes) {
 }
 
 bool skipped(const char* what, const void* site) {
-  static const char* const wanted = std::getenv("ROPEWALK_SIMT_SKIP");
-  static const char* const list = std::getenv("ROPEWALK_SIMT_SITES");
+  const int wanted = block->settings->skip;
+  const char* const list = block->settings->sites;
   if (!wanted && !list) return false;
   const Quiet silence;
   static std::map<std::pair<const void*, const void*>, int> by_address;
@@ -164,7 +164,7 @@ bool skipped(const char* what, const void* site) {
         fclose(file);
       }
   }
-  return wanted && found->second == atoi(wanted);
+  return found->second == wanted;
 }
 
 Settings read_settings() {
@@ -180,6 +180,8 @@ Settings read_settings() {
                                "\"; it can be forward, reverse, random or random:<seed>");
   }
   if (const char* threads = std::getenv("ROPEWALK_SIMT_THREADS")) settings.threads = std::max(1, atoi(threads));
+  if (const char* skip = std::getenv("ROPEWALK_SIMT_SKIP")) settings.skip = atoi(skip);
+  settings.sites = std::getenv("ROPEWALK_SIMT_SITES");
   return settings;
 }
 

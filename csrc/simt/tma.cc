@@ -125,7 +125,8 @@ void store(std::vector<Row> rows, bool adds, const void* site) {
   for (const Row& row : rows)
     access(*agent, block->shared.memory + row.shared, row.bytes, Access::read, site, 1u << agent->lane, true);
   Engine& all = engine();
-  all.stores[self].push_back({std::move(rows), false, adds, nullptr, all.groups[self], agent, site});
+  const Thread* const owner = self;
+  all.stores[owner].push_back({std::move(rows), false, adds, nullptr, all.groups[owner], agent, site});
 }
 
 void read_store(Transfer& transfer) {
@@ -187,14 +188,16 @@ void bulk_store(void* to, const void* from, int bytes, bool adds) {
 
 void bulk_commit() {
   const Quiet silence;
-  engine().groups[self]++;
+  const Thread* const owner = self;
+  engine().groups[owner]++;
 }
 
 void bulk_wait(int groups, bool read) {
   const Quiet silence;
   if (skipped(read ? "cp.async.bulk.wait_group.read" : "cp.async.bulk.wait_group", __builtin_return_address(0))) return;
-  auto& transfers = engine().stores[self];
-  const int newest = engine().groups[self] - groups;
+  const Thread* const owner = self;
+  auto& transfers = engine().stores[owner];
+  const int newest = engine().groups[owner] - groups;
   for (Transfer& transfer : transfers) {
     if (transfer.group >= newest) continue;
     read_store(transfer);

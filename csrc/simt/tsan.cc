@@ -16,7 +16,7 @@ inline void hook(const void* p, size_t bytes, Access kind, const void* site, boo
   access(*thread, p, bytes, kind, site, 1u << thread->lane);
   if (!aligned || reinterpret_cast<uintptr_t>(p) % bytes == 0) return;
   const Quiet silence;
-  fail_as(*thread, std::string(kind == Access::read ? "read" : "write") + " of " + std::to_string(bytes) +
+  fail_as(*thread, std::string(kind < Access::write ? "read" : "write") + " of " + std::to_string(bytes) +
                        " bytes at " + describe_site(site) + ": the address is not a multiple of " +
                        std::to_string(bytes));
 }
@@ -52,7 +52,7 @@ PLAIN(4)
 PLAIN(8)
 PLAIN(16)
 #undef PLAIN
-void __tsan_read_range(void* p, size_t bytes) { simt::hook(p, bytes, Access::read, SITE); }
+void __tsan_read_range(void* p, size_t bytes) { simt::hook(p, bytes, Access::copy, SITE); }
 void __tsan_write_range(void* p, size_t bytes) { simt::hook(p, bytes, Access::write, SITE); }
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}

@@ -1,123 +1,19 @@
-// Runs every op of the table a few times on a device, for tools that watch what kernels do (compute-sanitizer) rather than
-// what they give: `every-op.js <device> [op...]`. Every dtype combination, a shape of whole tiles and an odd one, tensors
-// at odd offsets too, and each plan twice, so that it is also replayed.
+// Runs every op of the table a few times on a device, for tools that watch what kernels do (compute-sanitizer):
+// `every-op.js <device> [op...]`. Whole tiles and odd sizes, tensors at odd offsets too, and each
+// plan twice, so that it is also replayed.
 import { Device } from '../../lib/runtime/device.js'
-import * as emitters from '../../lib/runtime/ops.gen.js'
-import { type OpField, type OpRow, Recorder, reads } from '../../lib/runtime/recorder.js'
-import { DTYPE_BYTES, type DType, Tensor } from '../../lib/runtime/tensor.js'
-import { encode, FLOATS, Random, rowOf, tensor } from '../ops/harness.js'
-
-type Shape = Record<string, number>
-
-/** Whole tiles, several of them, on aligned tensors; and sizes that fill no tile, one element off. */
-const SHAPES: { dims: Shape; shift: number }[] = [
-  { dims: { N: 256, M: 192, K: 256, C: 256, V: 320, B: 1, T: 192, H: 4, D: 64, S: 192, P: 192, chunk: 128 }, shift: 0 },
-  { dims: { N: 133, M: 67, K: 45, C: 77, V: 103, B: 2, T: 71, H: 6, D: 22, S: 83, P: 90, chunk: 50 }, shift: 1 },
-]
-
-/** Letters that stand for a dtype, and every way to bind them. */
-function bindings(row: OpRow): Record<string, DType>[] {
-  const letters = [...new Set(row.fields.flatMap(({ dtype = '' }) => (/^[A-Z]$/.test(dtype) ? [dtype] : [])))]
-  return letters.reduce<Record<string, DType>[]>(
-    (all, letter) => all.flatMap((one) => FLOATS.map((dtype) => ({ ...one, [letter]: dtype }))),
-    [{}],
-  )
-}
-
-/** Integers that an op may use as indices, floats that are small or, where they are divisors, positive. */
-function value(row: OpRow, name: string, dims: Shape, random: Random): (i: number) => number {
-  const { T, S, P, V } = dims as { T: number; S: number; P: number; V: number }
-  switch (name) {
-    case 'ids':
-      return () => random.int(0, V - 1)
-    case 'labels':
-      return () => random.int(-1, V - 1)
-    case 'pos':
-      return () => random.int(0, P - 1)
-    case 'first':
-      return (i) => random.int(0, i % T)
-    case 'last':
-      return (i) => S - T + (i % T)
-    case 'slot':
-      return (i) => i % T
-    case 'hyper':
-      return (i) => [1e-3, 0.1, 0.05, 1, 1, 1, 1, 0][i]!
-    case 'v':
-    case 'rstd':
-    case 'sum_squares':
-    case 'lse':
-      return row.name.startsWith('attention') && name === 'v' ? () => random.normal() : () => 1 + random.next()
-    default:
-      return () => random.normal()
-  }
-}
-
-/** K is the depth of a product, but in attention the number of kv heads. */
-const dimsOf = (row: OpRow, dims: Shape): Shape =>
-  row.fields.some(({ dims: names }) => names?.includes('H') || names?.includes('S'))
-    ? { ...dims, K: dims['H']! / 2 }
-    : dims
-
-const camel = (name: string): string => name.replace(/_(\w)/g, (_, letter: string) => letter.toUpperCase())
-
-async function runOp(
-  device: Device,
-  row: OpRow,
-  types: Record<string, DType>,
-  dims: Shape,
-  shift: number,
-): Promise<void> {
-  const random = new Random(7)
-  const args: Record<string, Tensor | number> = {}
-  const owned = []
-  for (const field of row.fields) {
-    const { kind, name } = field
-    if (kind === 'INT') args[name] = dims[name]!
-    if (kind === 'FLT') args[name] = 0.5
-    if (!field.dims || kind === 'TMP') continue
-    // What may be absent is there, but for the masters of weights in f32.
-    if (name === 'master' && types['W'] === 'f32') continue
-    const shape = field.dims.map((dim) => sizeOf(dim, dims))
-    const dtype = dtypeOf(field, types)
-    const size = shape.reduce((product, dim) => product * dim, 1)
-    const buffer = device.alloc((size + shift) * DTYPE_BYTES[dtype], name)
-    owned.push(buffer)
-    const placed = new Tensor(buffer, shift * DTYPE_BYTES[dtype], dtype, shape)
-    if (reads(kind)) await device.upload(placed, encode(tensor(dtype, shape, value(row, name, dims, random))))
-    args[name] = placed
-  }
-  const recorder = new Recorder(device, row.name)
-  const emit = (emitters as unknown as Record<string, (recorder: Recorder, args: object) => unknown>)[camel(row.name)]!
-  emit(recorder, args)
-  const plan = recorder.plan()
-  for (let i = 0; i < 2; i++) await plan.run()
-  plan.dispose()
-  for (const buffer of owned) buffer.dispose()
-}
-
-function sizeOf(dim: string, dims: Shape): number {
-  if (/^\d+$/.test(dim)) return Number(dim)
-  const [name, divisor = '1'] = dim.split('/') as [string, string?]
-  return dims[name]! / Number(divisor)
-}
-
-const dtypeOf = ({ dtype }: OpField, types: Record<string, DType>): DType => types[dtype!] ?? (dtype as DType)
+import { everyCase, ODD_SIZES, WHOLE } from '../ops/every.js'
 
 const [name = 'cuda', ...chosen] = process.argv.slice(2)
 const device = Device.open(name)
-const rows = chosen.length > 0 ? chosen.map(rowOf) : (emitters.OPS as readonly OpRow[])
 const total = { passed: 0, failed: 0 }
-for (const row of rows) {
-  for (const types of bindings(row)) {
-    for (const { dims, shift } of SHAPES) {
-      try {
-        await runOp(device, row, types, dimsOf(row, dims), shift)
-        total.passed++
-      } catch (error) {
-        total.failed++
-        console.log(`not ok: ${row.name} ${JSON.stringify(types)} shift ${shift}: ${(error as Error).message}`)
-      }
-    }
+for (const { label, run } of everyCase(chosen, [WHOLE, ODD_SIZES])) {
+  try {
+    await run(device, 2)
+    total.passed++
+  } catch (error) {
+    total.failed++
+    console.log(`not ok: ${label}: ${(error as Error).message}`)
   }
 }
 device.dispose()

@@ -341,6 +341,18 @@ bool read_device_memory_on_the_host() {
   return sum == 2;
 }
 
+// Within the allocation, but beyond the tensor that lies in it.
+bool read_past_the_tensor() {
+  const Array<float> x(std::vector<float>(2 * kThreads, 1.0f)), y(kThreads);
+  const simt::Range tensors[] = {{x.get(), kThreads * 4}, {y.get(), kThreads * 4}};
+  struct Limit {
+    ~Limit() { simt::limit_device_memory(nullptr, 0); }
+  } limit;
+  simt::limit_device_memory(tensors, 2);
+  launch({1, kThreads, sizeof(TileSmem), nullptr}, tile_kernel<Tile::read_past_allocation>, x.get(), y.get());
+  return y.values()[0] == 2;
+}
+
 // ---- the table
 // --------------------------------------------------------------------------------------------------------
 
@@ -411,7 +423,8 @@ const Case bugs[] = {TILE(no_barrier_before_read),
                      ROLES(missing_arrival),
                      ROLES(two_counts),
                      ROLES(bad_id),
-                     {"host: reads device memory", read_device_memory_on_the_host}};
+                     {"host: reads device memory", read_device_memory_on_the_host},
+                     {"tensors: read past the end", read_past_the_tensor}};
 
 // "" where nothing is wrong.
 std::string verdict(const Case& c, const char* order) {
