@@ -290,13 +290,14 @@ Napi::Value download(const Napi::CallbackInfo& info) {
 Napi::Value read(const Napi::CallbackInfo& info) {
   std::shared_ptr<Buffer> buffer = handle(info, 0, addon(info).buffers, "buffer");
   const int64_t offset = integer(info, 1, 0, kMaxSize);
-  const auto dtype = static_cast<DType>(integer(info, 2, 0, 2));
+  const auto dtype = static_cast<DType>(integer(info, 2, 0, kDTypes - 1));
   const int fd = static_cast<int>(integer(info, 3, 0, INT32_MAX));
   const int64_t file_offset = integer(info, 4, 0, kMaxSize);
-  const auto file_dtype = static_cast<FileDType>(integer(info, 5, 0, 4));
+  const auto file_dtype = static_cast<FileDType>(integer(info, 5, 0, kFileDTypes - 1));
   const int64_t count = integer(info, 6, 0, kMaxSize / 8);
-  if ((dtype == DType::i32) != (file_dtype == FileDType::i32))
-    throw Napi::TypeError::New(info.Env(), "integers are not converted to floating point or back");
+  const bool same = static_cast<int>(dtype) == static_cast<int>(file_dtype);
+  const bool floats = is_float(dtype) && (file_dtype >= FileDType::f16 || is_float(static_cast<DType>(file_dtype)));
+  if (!same && !floats) throw Napi::TypeError::New(info.Env(), "integers are not converted to floating point or back");
   check_range(info, *buffer, offset, count * dtype_bytes(dtype));
   check_writable(info, *buffer);
   return enqueue(info.Env(), device_of(info, 0), [=](Outcome& outcome) {
@@ -309,7 +310,7 @@ Napi::Value read(const Napi::CallbackInfo& info) {
 Napi::Value find_not_finite(const Napi::CallbackInfo& info) {
   std::shared_ptr<Buffer> buffer = handle(info, 0, addon(info).buffers, "buffer");
   const int64_t offset = integer(info, 1, 0, kMaxSize);
-  const auto dtype = static_cast<DType>(integer(info, 2, 0, 2));
+  const auto dtype = static_cast<DType>(integer(info, 2, 0, kDTypes - 1));
   const int64_t count = integer(info, 3, 0, kMaxSize / 8);
   check_range(info, *buffer, offset, count * dtype_bytes(dtype));
   if (!buffer->file()) throw Napi::TypeError::New(info.Env(), "argument 0 must be a file that is used in place");

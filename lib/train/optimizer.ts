@@ -113,7 +113,7 @@ export class AdamW {
     const [beta1, beta2] = this.settings.betas
     const t = this.applied + 1
     const corrections = [1 - beta1 ** t, 1 - beta2 ** t]
-    const hyper = Float32Array.of(learningRate, ...corrections, this.settings.maxGradNorm, 0, 0, 0, 0)
+    const hyper = Float32Array.of(learningRate, ...corrections, this.settings.maxGradNorm, 0, 0, 0, t)
     await device.upload(new Tensor(this.scalars, 0, 'f32', [8]), hyper)
     await this.plan.run()
     const scalars = await device.downloadFloats(new Tensor(this.scalars, 0, 'f32', [SCALARS]))
@@ -146,6 +146,8 @@ export class AdamW {
       beta2: settings.betas[1],
       eps: settings.eps,
       weight_decay: settings.weightDecay,
+      seed: 0,
+      first: 0,
     })
     return recorder.plan()
   }
