@@ -239,7 +239,7 @@ export function adamw(size: number, weights: DType = 'f32'): Kernel {
     // learning rate, bias corrections of a later step, no clipping, scale 1, the norm, apply
     const hyper = device.tensor('f32', [8], 'hyper')
     await device.upload(hyper, Float32Array.of(1e-5, 0.9, 0.5, 0, 1, 1, 1, 0))
-    const rest = { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0 }
+    const rest = { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0, seed: 0, first: 0 }
     return (recorder) => ops.adamw(recorder, { p, master, g, m, v, hyper, ...rest })
   }
 }
