@@ -16,6 +16,8 @@ const CACHE = join(root, '.cmake', 'cuda-check')
 const FOLDER = join(root, 'csrc', 'cuda')
 /** As in CMakeLists.txt. */
 const FLAGS = ['-std=c++17', '-O3', '-DNDEBUG', `-I${join(root, 'csrc')}`, '-Xptxas', '-v']
+/** Their updates have the same bits on every backend (csrc/adamw.h). */
+const NO_CONTRACTION = ['adamw.cu', 'adamw_8bit.cu']
 const PARALLEL = 2
 
 /** Lower 12 bits of an instruction of sm_80 and sm_90. LDL and STL are the spills that ptxas does not call so. */
@@ -88,7 +90,8 @@ async function compile(file, version) {
     const virtual = (arch) => arch.replace('sm', 'compute')
     const targets = ARCHS.flatMap((arch) => ['-gencode', `arch=${virtual(arch)},code=${arch}`])
     const output = ['--keep', '--keep-dir', work, '-c', join(FOLDER, file), '-o', join(work, `${stem}.o`)]
-    const log = await run('nvcc', [...FLAGS, ...targets, ...output])
+    const own = NO_CONTRACTION.includes(file) ? ['-fmad=false'] : []
+    const log = await run('nvcc', [...FLAGS, ...own, ...targets, ...output])
     const byName = new Map()
     for (const arch of ARCHS) {
       const from = (ending) => join(work, `${stem}.${virtual(arch)}.${ending}`)

@@ -416,7 +416,7 @@ t.test('stochastic rounding is unbiased and never further than the next bf16', a
 })
 
 t.test('random bits: even, and independent of neighbours, steps, seeds and uses', async (t) => {
-  const N = 1 << 16
+  const N = 1 << 14
   const of = (seed: number, step: number, use: 'weights' | 'moments', first = 0): Uint32Array =>
     Uint32Array.from({ length: N }, (_, i) => randomBits(seed, step, use, first + i))
   const base = of(0, 1, 'weights')
