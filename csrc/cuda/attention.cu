@@ -43,6 +43,7 @@ struct RotateRows {
   const float *cos, *sin;
   const int32_t *pos, *slot;
   int tokens, time, heads, D;
+  int64_t stride;  // of from and copied, from a token to the next
   int64_t slots;
   float factor;
 };
@@ -55,7 +56,7 @@ __global__ void __launch_bounds__(kRotateThreads) attention_rotate_kernel(Rotate
     if (token >= a.tokens) break;
     const int head = at % per_token / per_head, column = at % per_head * n;
     const int64_t row = a.slot ? token / a.time * a.slots + a.slot[token] : token;
-    const int64_t from = (static_cast<int64_t>(token) * a.heads + head) * a.D + column;
+    const int64_t from = token * a.stride + head * a.D + column;
     const int64_t to = (row * a.heads + head) * a.D + column;
     const int64_t angle = static_cast<int64_t>(a.pos[token]) * half + column;
     float x[n], y[n], cos[n], sin[n];
@@ -427,7 +428,7 @@ template <typename T>
 void launch_rotation(Context& context, const Rotation& rotation) {
   const Tensor& from = rotation.from;
   RotateRows<T> a = {};
-  a.from = from.as<T>();
+  a.from = from.as<T>() + rotation.first_head * from.dims[3];
   a.to = static_cast<T*>(rotation.to);
   a.copied = static_cast<const T*>(rotation.copied);
   a.copy_to = static_cast<T*>(rotation.copy_to);
@@ -438,8 +439,9 @@ void launch_rotation(Context& context, const Rotation& rotation) {
   a.slots = rotation.slots;
   a.tokens = static_cast<int>(from.dims[0] * from.dims[1]);
   a.time = static_cast<int>(from.dims[1]);
-  a.heads = static_cast<int>(from.dims[2]);
+  a.heads = static_cast<int>(rotation.heads ? rotation.heads : from.dims[2]);
   a.D = static_cast<int>(from.dims[3]);
+  a.stride = from.dims[2] * from.dims[3];
   a.factor = rotation.factor;
   const bool vector = vectors_fit(from.dtype, a.D, {a.from, a.to, a.copied, a.copy_to, a.cos, a.sin});
   launch({static_cast<unsigned>(ceil_div(a.tokens, kRotateTokens)), kRotateThreads, 0, context.stream},

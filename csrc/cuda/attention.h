@@ -344,11 +344,13 @@ __device__ __forceinline__ void rotate_pairs(float (&x)[n], float (&y)[n], const
 // ----------------------------------------------------------------------------------------
 
 // to[row] = factor R from[token], rows of heads * D elements, row = token or, with `slot`, that slot of the token's
-// sequence in a cache of S slots; with `copied`, also copy_to[row] = copied[token].
+// sequence in a cache of S slots; with `copied`, also copy_to[row] = copied[token]. With `heads`, only that many of
+// from's heads, those from first_head on.
 struct Rotation {
   const Tensor &from, &cos, &sin, &pos;
   void* to;
   float factor = 1;
+  int64_t first_head = 0, heads = 0;
   const int32_t* slot = nullptr;
   int64_t slots = 0;
   const void* copied = nullptr;

@@ -1,8 +1,9 @@
 // Gradients of attention_fwd. With s = scale R q (R k)^T, p = exp(s - lse), dp = dout v^T, delta = sum_d dout o and ds
 // = p (dp - delta):  dv = p^T dout,  dq = R^T (scale ds R k),  dk = R^T (scale ds^T R q).
 //
-// Shapes: q, o, dout, dq, qr (B,T,H,D); k, v, dk, dv, kr (B,T,K,D), D even, up to 256; lse, delta (B,H,T). f32 or bf16;
-// sums are f32; in bf16 qr, kr, p and ds are rounded to bf16, as operands of the tensor cores.
+// Shapes: q, o, dout, dq (B,T,H,D); k, v, dk, dv (B,T,K,D), D even, up to 256; lse, delta (B,H,T). f32 or bf16; sums
+// are f32; in bf16 qr, kr, p and ds are rounded to bf16, as operands of the tensor cores. qr (B,T,H/groups,D) and kr
+// (B,T,K/groups,D) hold one group of heads after the other, whose kernels follow each other.
 //
 // First, kernels bound by memory: R k and scale log2(e) R q (attention_rotate_kernel), delta (8 threads a row), and the
 // smallest and largest first[t] of each tile of queries, by which tiles are skipped.
@@ -41,8 +42,8 @@ struct Backward {
   const int32_t *pos, *first;
   const int2* firsts;  // (B, tiles of columns): the smallest and largest first[t] of a tile
   int T, H, K, D;
-  int group;                   // query heads of a kv head
-  int64_t q_stride, k_stride;  // from a token to the next
+  int group;                                         // query heads of a kv head
+  int64_t q_stride, k_stride, qr_stride, kr_stride;  // from a token to the next
   Factor factor;
   bool vector;  // 16-byte accesses
 };
@@ -177,9 +178,10 @@ __global__ void __launch_bounds__(Shape<T, kD>::kThreads, Shape<T, kD>::kBlocks)
   const int row0 = (kKeyRows ? blockIdx.z : gridDim.z - 1 - blockIdx.z) * kRows;
   const int64_t token0 = static_cast<int64_t>(b) * a.T;
   const int64_t row_stride = kKeyRows ? a.k_stride : a.q_stride, column_stride = kKeyRows ? a.q_stride : a.k_stride;
+  const int64_t x_stride = kKeyRows ? a.qr_stride : a.kr_stride, row_x_stride = kKeyRows ? a.kr_stride : a.qr_stride;
   const int64_t row_at = (token0 + row0) * row_stride + head * a.D;
   const int column_head = kKeyRows ? head * a.group : head / a.group;
-  const T* x = static_cast<const T*>(kKeyRows ? a.qr : a.kr) + token0 * column_stride + column_head * a.D;
+  const T* x = static_cast<const T*>(kKeyRows ? a.qr : a.kr) + token0 * x_stride + column_head * a.D;
   const T* y = static_cast<const T*>(kKeyRows ? a.dout : a.v) + token0 * column_stride + column_head * a.D;
 
   // The tiles of columns begin .. end - 1 that some row has to do with, and the largest first[t] of rows of queries.
@@ -222,8 +224,8 @@ __global__ void __launch_bounds__(Shape<T, kD>::kThreads, Shape<T, kD>::kBlocks)
   };
   const auto load_x = [&](const Step& step, int stage) {
     const int column0 = step.tile * kColumns;
-    load_tile<kColumns, kD, kThreads>(smem.x[stage], x + column0 * column_stride + step.head * a.D, column_stride,
-                                      a.T - column0, a.D, a.vector);
+    load_tile<kColumns, kD, kThreads>(smem.x[stage], x + column0 * x_stride + step.head * a.D, x_stride, a.T - column0,
+                                      a.D, a.vector);
   };
   const auto load_y = [&](const Step& step) {
     const int column0 = step.tile * kColumns;
@@ -243,10 +245,10 @@ __global__ void __launch_bounds__(Shape<T, kD>::kThreads, Shape<T, kD>::kBlocks)
 
   Step step = {0, begin - 1};
   advance(step);
-  const T *row_x = static_cast<const T*>(kKeyRows ? a.kr : a.qr),
-          *row_y = static_cast<const T*>(kKeyRows ? a.v : a.dout);
-  load_tile<kRows, kD, kThreads>(smem.rows[0], row_x + row_at, row_stride, a.T - row0, a.D, a.vector);
-  if (kSlopes) load_tile<kRows, kD, kThreads>(smem.rows[1], row_y + row_at, row_stride, a.T - row0, a.D, a.vector);
+  const T* row_x = static_cast<const T*>(kKeyRows ? a.kr : a.qr) + (token0 + row0) * row_x_stride + head * a.D;
+  const T* row_y = static_cast<const T*>(kKeyRows ? a.v : a.dout) + row_at;
+  load_tile<kRows, kD, kThreads>(smem.rows[0], row_x, row_x_stride, a.T - row0, a.D, a.vector);
+  if (kSlopes) load_tile<kRows, kD, kThreads>(smem.rows[1], row_y, row_stride, a.T - row0, a.D, a.vector);
   if (step.head < steps_heads) load_x(step, 0);
   cp_async_commit();
   if (step.head < steps_heads) load_y(step);
@@ -341,15 +343,16 @@ __global__ void __launch_bounds__(Shape<T, kD>::kThreads, Shape<T, kD>::kBlocks)
     for (step = {0, begin - 1}, advance(step); step.head < steps_heads; advance(step)) {
       if (!is_masked(step.tile)) continue;
       const int column0 = step.tile * kColumns;
-      const int64_t at = column0 * column_stride + step.head * a.D;
+      const T* own_x = x + column0 * x_stride + step.head * a.D;
+      const T* own_y = y + column0 * column_stride + step.head * a.D;
       const auto row_sees = [&](int r, int n) {
         const int row = row0 + warp_row0 + 8 * r + g, column = column0 + n, key = kKeyRows ? row : column;
         const int2 keys = seen(kKeyRows ? column : row);
         return key >= keys.x && key <= keys.y;
       };
       const int count = min(kColumns, a.T - column0);
-      if constexpr (kSlopes) add_not_finite<kD>(sum, x + at, column_stride, count, a.D, 0, row_sees);
-      if constexpr (kValues) add_not_finite<kD>(values, y + at, column_stride, count, a.D, 1, row_sees);
+      if constexpr (kSlopes) add_not_finite<kD>(sum, own_x, x_stride, count, a.D, 0, row_sees);
+      if constexpr (kValues) add_not_finite<kD>(values, own_y, column_stride, count, a.D, 1, row_sees);
     }
   }
 
@@ -373,10 +376,25 @@ __global__ void __launch_bounds__(Shape<T, kD>::kThreads, Shape<T, kD>::kBlocks)
     store(std::integral_constant<int, 1>());
 }
 
+// `a` begins at kv head `first` of as many as there is a rotated copy of.
+template <typename T>
+Backward from_head(const Backward& a, int64_t first) {
+  const auto at = [](auto* p, int64_t elements) {
+    using To = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(p)>>, const T, T>;
+    return static_cast<To*>(p) + elements;
+  };
+  const int64_t q_head = first * a.group;
+  Backward group = a;
+  group.v = at(a.v, first * a.D), group.dout = at(a.dout, q_head * a.D), group.dq = at(a.dq, q_head * a.D);
+  group.dk = at(a.dk, first * a.D), group.dv = at(a.dv, first * a.D);
+  group.lse += q_head * a.T, group.delta += q_head * a.T;
+  return group;
+}
+
 template <typename T, int kD, Wanted kWanted>
 void launch_bwd(Context& context, const Backward& a, int B) {
   using S = Shape<T, kD>;
-  const int heads = kWanted == Wanted::dq ? a.H : a.K;
+  const int heads = static_cast<int>((kWanted == Wanted::dq ? a.qr_stride : a.kr_stride) / a.D);
   launch({dim3(heads, B, ceil_div(a.T, S::kRows)), S::kThreads, sizeof(typename S::Smem), context.stream},
          attention_bwd_kernel<T, kD, kWanted>, a);
 }
@@ -406,12 +424,12 @@ void backward(Context& context, const attention_bwd_args& args) {
                 static_cast<int>(args.q.dims[2] / args.k.dims[2]),
                 args.q.dims[2] * args.q.dims[3],
                 args.k.dims[2] * args.k.dims[3],
+                args.qr.dims[2] * args.qr.dims[3],
+                args.kr.dims[2] * args.kr.dims[3],
                 Factor(args.scale),
                 false};
   a.vector = vectors_fit(args.q.dtype, a.D, {a.qr, a.kr, a.v, a.dout, args.o.data, a.dq, a.dk, a.dv, a.cos, a.sin});
 
-  rotate_rows(context, {args.k, args.cos, args.sin, args.pos, args.kr.data});
-  rotate_rows(context, {args.q, args.cos, args.sin, args.pos, args.qr.data, a.factor.value});
   const int64_t rows = static_cast<int64_t>(B) * a.T * a.H;
   launch(
       {static_cast<unsigned>(ceil_div(rows, int64_t{kDeltaThreads / kRowThreads})), kDeltaThreads, 0, context.stream},
@@ -425,13 +443,20 @@ void backward(Context& context, const attention_bwd_args& args) {
     launch({static_cast<unsigned>(B * tiles), kWarp, 0, context.stream}, attention_firsts_kernel, a.first, firsts, a.T,
            tiles, kColumns);
     a.firsts = firsts;
-    if constexpr (kD == 256) {
-      launch_bwd<T, kD, Wanted::dk>(context, a, B);
-      launch_bwd<T, kD, Wanted::dv>(context, a, B);
-    } else {
-      launch_bwd<T, kD, Wanted::dk_dv>(context, a, B);
+    const int64_t heads = args.kr.dims[2], q_heads = args.qr.dims[2];
+    for (int64_t first = 0; first < args.k.dims[2]; first += heads) {
+      rotate_rows(context, {args.k, args.cos, args.sin, args.pos, args.kr.data, 1, first, heads});
+      rotate_rows(context,
+                  {args.q, args.cos, args.sin, args.pos, args.qr.data, a.factor.value, first * a.group, q_heads});
+      const Backward group = from_head<T>(a, first);
+      if constexpr (kD == 256) {
+        launch_bwd<T, kD, Wanted::dk>(context, group, B);
+        launch_bwd<T, kD, Wanted::dv>(context, group, B);
+      } else {
+        launch_bwd<T, kD, Wanted::dk_dv>(context, group, B);
+      }
+      launch_bwd<T, kD, Wanted::dq>(context, group, B);
     }
-    launch_bwd<T, kD, Wanted::dq>(context, a, B);
   });
 }
 

@@ -89,7 +89,8 @@ export function attention(tape: Tape, q: Tensor, k: Tensor, v: Tensor, { cos, si
   const compute = () => attentionFwd(tape.recorder, inputs)
   const { o, lse } = tape.options.keepAttention ? tape.keep(compute) : compute()
   tape.backward(o, (dout) => {
-    const { dq, dk, dv } = attentionBwd(tape.recorder, { ...inputs, o, lse, dout })
+    const groups = tape.options.attentionGroups
+    const { dq, dk, dv } = attentionBwd(tape.recorder, { ...inputs, o, lse, dout, groups })
     tape.setGradient(q, dq)
     tape.setGradient(k, dk)
     tape.setGradient(v, dv)

@@ -135,9 +135,10 @@ export const OPS = [
       { kind: 'OUT', name: 'dq', dtype: 'F', dims: ['B', 'T', 'H', 'D'] },
       { kind: 'OUT', name: 'dk', dtype: 'F', dims: ['B', 'T', 'K', 'D'] },
       { kind: 'OUT', name: 'dv', dtype: 'F', dims: ['B', 'T', 'K', 'D'] },
-      { kind: 'TMP', name: 'qr', dtype: 'F', dims: ['B', 'T', 'H', 'D'] },
-      { kind: 'TMP', name: 'kr', dtype: 'F', dims: ['B', 'T', 'K', 'D'] },
+      { kind: 'TMP', name: 'qr', dtype: 'F', dims: ['B', 'T', 'H/groups', 'D'] },
+      { kind: 'TMP', name: 'kr', dtype: 'F', dims: ['B', 'T', 'K/groups', 'D'] },
       { kind: 'TMP', name: 'delta', dtype: 'f32', dims: ['B', 'H', 'T'] },
+      { kind: 'INT', name: 'groups' },
       { kind: 'FLT', name: 'scale' },
     ],
     flops: ({ B, H, D, T }) => 5 * B * H * D * T * (T + 1),
@@ -483,10 +484,14 @@ export interface AttentionBwd {
   dq?: Tensor | undefined // F (B,T,H,D)
   dk?: Tensor | undefined // F (B,T,K,D)
   dv?: Tensor | undefined // F (B,T,K,D)
+  groups: number
   scale: number
 }
 
-/** Gradients with respect to the unrotated q and k. Nothing rotated is kept from the forward pass. */
+/**
+ * Gradients with respect to the unrotated q and k. Nothing rotated is kept from the forward pass: q and k are rotated
+ * again, those of one of `groups` groups of heads at a time. Results do not depend on the number of groups.
+ */
 export function attentionBwd(recorder: Recorder, args: AttentionBwd): { dq: Tensor; dk: Tensor; dv: Tensor } {
   return recorder.emit(OPS[9], args) as { dq: Tensor; dk: Tensor; dv: Tensor }
 }
@@ -721,4 +726,4 @@ export function fill(recorder: Recorder, args: Fill): { y: Tensor } {
 }
 
 /** Of the table; the addon and every backend must have been built from the same one. */
-export const TABLE_HASH = '95467dbfc09fd7b8'
+export const TABLE_HASH = '73791a077003ae14'

@@ -10,7 +10,7 @@ export interface OpField {
   readonly name: string
   /** A dtype or a letter bound by its first use (tensors only). */
   readonly dtype?: string
-  /** Symbols, numbers, quotients such as D/2, or the name of an INT (tensors only). */
+  /** Symbols, numbers, the name of an INT, or quotients such as D/2 and H/groups (tensors only). */
   readonly dims?: readonly string[]
 }
 
@@ -190,10 +190,12 @@ export class Recorder {
     const [symbol, divisor = '1'] = dim.split('/') as [string, string?]
     const value = symbols[symbol]
     if (value === undefined) throw new Error(`${row.name}: ${field.name} [${dim}] is not determined by any argument`)
-    if (value % Number(divisor) !== 0) {
-      throw new RangeError(`${row.name}: ${symbol} is ${value}, but must be divisible by ${divisor}`)
+    const by = symbols[divisor] ?? Number(divisor)
+    if (value % by !== 0) {
+      const named = divisor in symbols ? `${divisor} (${by})` : divisor
+      throw new RangeError(`${row.name}: ${symbol} is ${value}, but must be divisible by ${named}`)
     }
-    return value / Number(divisor)
+    return value / by
   }
 }
 

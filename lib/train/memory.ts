@@ -18,7 +18,10 @@ export interface MemoryOptions {
   offloadCheckpoints?: boolean
   /** Rows of the MLP at a time; default 0: all. Changes how gradients of weights are rounded. */
   mlpRows?: number
-  /** Groups of heads whose rotated queries and keys exist at a time in attention's backward pass; default 1. */
+  /**
+   * Attention's backward pass rotates queries and keys of that many groups of heads, a divisor of the key/value heads,
+   * one group after the other; default 1: all at once.
+   */
   attentionGroups?: number
   /** Rows of logits at a time; default 0: as the device likes. Changes how gradients are rounded. */
   logitsRows?: number
@@ -52,6 +55,15 @@ export const MEMORY_DEFAULTS: MemorySettings = {
   masters: 'float32',
   moments: 'float32',
   offloadOptimizer: false,
+}
+
+/** Throws RangeError where the model cannot do what is asked. */
+export function checkMemoryOf(model: { kvHeads: number }, { attentionGroups }: MemorySettings): void {
+  if (model.kvHeads % attentionGroups !== 0) {
+    throw new RangeError(
+      `memory.attentionGroups is ${attentionGroups}, but must divide the model's ${model.kvHeads} key/value heads`,
+    )
+  }
 }
 
 /** The part that a pass over the model needs. */

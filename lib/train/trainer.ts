@@ -15,6 +15,7 @@ import {
   writeCheckpoint,
 } from './checkpoint.js'
 import { type DataCursor, DataLoader } from './data.js'
+import { checkMemoryOf } from './memory.js'
 import { MetricsLog, type StepResult } from './metrics.js'
 import { AdamW } from './optimizer.js'
 import { readOptions, type Settings, type TrainerOptions } from './options.js'
@@ -86,6 +87,7 @@ export class Trainer {
     options: TrainerOptions = {},
   ) {
     this.settings = readOptions(options)
+    checkMemoryOf(model.config, this.settings.memory)
     this.peakFlops = this.settings.peakFlops
     if (this.settings.context !== undefined) this.requireWindow(this.settings.context, 'context')
   }

@@ -365,10 +365,34 @@ t.test('attention_bwd', availability(), async (t) => {
     await check(t, {
       op: 'attention_bwd',
       label: label(shape, F, mask, positions),
-      args: { ...inputs, dq: output(F, [B, T, H, D]), dk: output(F, [B, T, K, D]), dv: output(F, [B, T, K, D]), scale },
+      args: {
+        ...inputs,
+        ...{ dq: output(F, [B, T, H, D]), dk: output(F, [B, T, K, D]), dv: output(F, [B, T, K, D]) },
+        ...{ groups: i % 2 === 0 ? 1 : K, scale },
+      },
       reference: (p) => backward(p, inputs, Math.fround(scale)),
       scale: noise(scale, D),
     })
+  }
+})
+
+t.test('attention_bwd gives the same bits for any number of groups of heads', availability(), async (t) => {
+  const random = new Random(9)
+  for (const [shape, F, divisors] of [
+    [{ B: 2, T: 70, H: 8, K: 4, D: 16 }, 'f32', [2, 4]],
+    [{ B: 2, T: 70, H: 8, K: 4, D: 16 }, 'bf16', [2, 4]],
+    [{ B: 1, T: 131, H: 6, K: 6, D: 64 }, 'bf16', [2, 3, 6]],
+    [{ B: 1, T: 40, H: 6, K: 3, D: 130 }, 'bf16', [3]],
+    [{ B: 2, T: 33, H: 4, K: 2, D: 6 }, 'f32', [2]],
+  ] as const) {
+    const { B, T, H, K, D } = shape
+    const inputs = withResults(random, inputsOf(random, F, shape, 'packed', 'random'), 0.3)
+    const results = { dq: output(F, [B, T, H, D]), dk: output(F, [B, T, K, D]), dv: output(F, [B, T, K, D]) }
+    const run = (groups: number) =>
+      runAll(t, { op: 'attention_bwd', label: `${groups} groups`, args: { ...inputs, ...results, groups, scale: 0.3 } })
+    const all = await run(1)
+    for (const groups of divisors)
+      t.strictSame(await run(groups), all, `${label(shape, F, 'packed', 'random')}, ${groups}`)
   }
 })
 
@@ -407,7 +431,7 @@ t.test('long sequences: several blocks of keys and of queries', availability(), 
     await check(t, {
       op: 'attention_bwd',
       label: label(shape, F, mask, 'random'),
-      args: { ...inputs, dq: output(F, q.dims), dk: output(F, k.dims), dv: output(F, k.dims), scale },
+      args: { ...inputs, dq: output(F, q.dims), dk: output(F, k.dims), dv: output(F, k.dims), groups: 1, scale },
       reference: (p) => backward(p, inputs, Math.fround(scale)),
       ...aligned,
     })
@@ -498,7 +522,7 @@ t.test('packed documents do not see each other, not a bit', availability(), asyn
       const run = async (given: Gradients) => {
         const { q, k, v, cos, sin, pos, first } = given
         const forwardArgs = { q, k, v, cos, sin, pos, first, o: fwd[0], lse: fwd[1], scale: 0.25 }
-        const backwardArgs = { ...given, dq: bwd[0], dk: bwd[1], dv: bwd[2], scale: 0.25 }
+        const backwardArgs = { ...given, dq: bwd[0], dk: bwd[1], dv: bwd[2], groups: 1, scale: 0.25 }
         return [
           await runAll(t, { op: 'attention_fwd', label: 'packed', args: forwardArgs }),
           await runAll(t, { op: 'attention_bwd', label: 'packed', args: backwardArgs }),

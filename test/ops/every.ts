@@ -16,14 +16,14 @@ export interface Sizes {
 
 /** Whole tiles, several of them, on aligned tensors. */
 export const WHOLE: Sizes = {
-  dims: { N: 256, M: 192, K: 256, C: 256, V: 320, B: 1, T: 192, H: 4, D: 64, S: 192, P: 192, chunk: 128 },
+  dims: { N: 256, M: 192, K: 256, C: 256, V: 320, B: 1, T: 192, H: 4, D: 64, S: 192, P: 192, chunk: 128, groups: 2 },
   shift: 0,
 }
 /** Rows of more channels than a warp holds, for ops on rows. */
 export const WIDE: Sizes = { dims: { N: 9, C: 2100 }, shift: 0 }
 /** Sizes that fill no tile, one element off. */
 export const ODD_SIZES: Sizes = {
-  dims: { N: 133, M: 67, K: 45, C: 77, V: 103, B: 2, T: 71, H: 6, D: 22, S: 83, P: 90, chunk: 50 },
+  dims: { N: 133, M: 67, K: 45, C: 77, V: 103, B: 2, T: 71, H: 6, D: 22, S: 83, P: 90, chunk: 50, groups: 1 },
   shift: 1,
 }
 

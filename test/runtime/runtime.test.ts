@@ -11,6 +11,7 @@ import { Device, type FileDType } from '../../lib/runtime/device.js'
 import { native } from '../../lib/runtime/native.js'
 import {
   add,
+  attentionBwd,
   attentionFwd,
   cast,
   embeddingFwd,
@@ -176,6 +177,14 @@ t.test('the recorder refuses what does not fit, and says why', async (t) => {
     })
   t.throws(() => attention(7), new RangeError('attention_fwd: D is 7, but must be divisible by 2'))
   t.throws(() => attention(8), new RangeError('attention_fwd: cos [P D/2]: D/2 is 3, expected 4 (weights f32 (9,3))'))
+  const [q, k] = [f32(1, 4, 6, 8), f32(1, 4, 6, 8)]
+  const gradients = (groups: number) =>
+    attentionBwd(recorder, {
+      ...{ q, k, v: k, o: q, dout: q, lse: f32(1, 6, 4), cos: f32(9, 4), sin: f32(9, 4), pos: i32(1, 4) },
+      ...{ first: i32(1, 4), scale: 1, groups },
+    })
+  t.throws(() => gradients(4), new RangeError('attention_bwd: H is 6, but must be divisible by groups (4)'))
+  t.doesNotThrow(() => gradients(3))
   t.throws(
     () => rmsnormFwd(recorder, { x: f32(4, 8), w: f32(8), eps: NaN }),
     new TypeError('rmsnorm_fwd: eps is NaN, but must be a number'),

@@ -89,6 +89,7 @@ const SAME: MemoryOptions[] = [
   { checkpointLayers: 2, keepAttention: true },
   { checkpointLayers: 1, offloadCheckpoints: true },
   { checkpointLayers: 2, offloadCheckpoints: true, keepAttention: true },
+  { attentionGroups: 3 },
   { offloadOptimizer: true },
   { gradients: 'fused' },
   { gradients: 'fused', checkpointLayers: 1, offloadCheckpoints: true },
@@ -155,6 +156,15 @@ t.test('less memory is less memory', async (t) => {
   const tiled = plan({ checkpointLayers: 1, mlpRows: 32 })
   t.ok(tiled.activationBytes < one.activationBytes)
   t.equal(tiled.flopsPerStep, one.flopsPerStep, 'tiles inside of checkpoints cost nothing more')
+  // q and k of the last layer to be kept: at the peak the copies of two groups of three are not there
+  const whole = plan({ checkpointLayers: 1, mlpRows: 8, logitsRows: 8 })
+  const grouped = plan({ checkpointLayers: 1, mlpRows: 8, logitsRows: 8, attentionGroups: 3 })
+  t.equal(whole.activationBytes - grouped.activationBytes, (2 / 3) * 4 * 64 * (48 + 24) * 4)
+  t.equal(grouped.flopsPerStep, whole.flopsPerStep)
+  t.throws(
+    () => plan({ attentionGroups: 2 }),
+    new RangeError("memory.attentionGroups is 2, but must divide the model's 3 key/value heads"),
+  )
   const offloaded = plan({ checkpointLayers: 1, offloadCheckpoints: true })
   t.equal(offloaded.hostBytes, 2 * 4 * 64 * 48 * 4, 'all inputs but the last one')
   t.ok(offloaded.totalBytes < one.totalBytes)
