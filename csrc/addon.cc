@@ -167,10 +167,13 @@ Napi::Value open_device(const Napi::CallbackInfo& info) {
   return Napi::Number::New(env, id);
 }
 
-// (device) -> string
+// (device) -> { description, workspaceBytes }
 Napi::Value describe(const Napi::CallbackInfo& info) {
   Device& device = *handle(info, 0, addon(info).devices, "device")->device;
-  return Napi::String::New(info.Env(), device.backend().describe(device.handle()));
+  Napi::Object result = Napi::Object::New(info.Env());
+  result.Set("description", device.backend().describe(device.handle()));
+  result.Set("workspaceBytes", static_cast<double>(device.backend().workspace));
+  return result;
 }
 
 Napi::Object memory_object(Napi::Env env, uint64_t free_bytes, uint64_t total_bytes) {
@@ -199,14 +202,14 @@ Napi::Value add_buffer(const Napi::CallbackInfo& info, std::shared_ptr<Buffer> b
   return Napi::Number::New(info.Env(), id);
 }
 
-// (device, bytes) -> handle
+// (device, bytes, host: pinned memory of the host?) -> handle
 Napi::Value alloc(const Napi::CallbackInfo& info) {
   Napi::Env env = info.Env();
   const auto& entry = handle(info, 0, addon(info).devices, "device");
   const int64_t bytes = integer(info, 1, 1, kMaxSize);
   std::shared_ptr<Buffer> buffer;
   try {
-    buffer = std::make_shared<Buffer>(entry->device, static_cast<size_t>(bytes));
+    buffer = std::make_shared<Buffer>(entry->device, static_cast<size_t>(bytes), info[2].ToBoolean());
   } catch (const std::exception& error) {
     fail(env, error.what());
   }
@@ -284,13 +287,14 @@ Napi::Value download(const Napi::CallbackInfo& info) {
 Napi::Value read(const Napi::CallbackInfo& info) {
   std::shared_ptr<Buffer> buffer = handle(info, 0, addon(info).buffers, "buffer");
   const int64_t offset = integer(info, 1, 0, kMaxSize);
-  const auto dtype = static_cast<DType>(integer(info, 2, 0, 2));
+  const auto dtype = static_cast<DType>(integer(info, 2, 0, kDTypes - 1));
   const int fd = static_cast<int>(integer(info, 3, 0, INT32_MAX));
   const int64_t file_offset = integer(info, 4, 0, kMaxSize);
-  const auto file_dtype = static_cast<FileDType>(integer(info, 5, 0, 4));
+  const auto file_dtype = static_cast<FileDType>(integer(info, 5, 0, kFileDTypes - 1));
   const int64_t count = integer(info, 6, 0, kMaxSize / 8);
-  if ((dtype == DType::i32) != (file_dtype == FileDType::i32))
-    throw Napi::TypeError::New(info.Env(), "integers are not converted to floating point or back");
+  const bool same = static_cast<int>(dtype) == static_cast<int>(file_dtype);
+  const bool floats = is_float(dtype) && (file_dtype >= FileDType::f16 || is_float(static_cast<DType>(file_dtype)));
+  if (!same && !floats) throw Napi::TypeError::New(info.Env(), "integers are not converted to floating point or back");
   check_range(info, *buffer, offset, count * dtype_bytes(dtype));
   check_writable(info, *buffer);
   return enqueue(info.Env(), device_of(info, 0), [=](Outcome& outcome) {
@@ -303,7 +307,7 @@ Napi::Value read(const Napi::CallbackInfo& info) {
 Napi::Value find_not_finite(const Napi::CallbackInfo& info) {
   std::shared_ptr<Buffer> buffer = handle(info, 0, addon(info).buffers, "buffer");
   const int64_t offset = integer(info, 1, 0, kMaxSize);
-  const auto dtype = static_cast<DType>(integer(info, 2, 0, 2));
+  const auto dtype = static_cast<DType>(integer(info, 2, 0, kDTypes - 1));
   const int64_t count = integer(info, 3, 0, kMaxSize / 8);
   check_range(info, *buffer, offset, count * dtype_bytes(dtype));
   if (!buffer->file()) throw Napi::TypeError::New(info.Env(), "argument 0 must be a file that is used in place");
@@ -313,21 +317,30 @@ Napi::Value find_not_finite(const Napi::CallbackInfo& info) {
   });
 }
 
+// The buffers of a device whose handles argument `i`, a Uint32Array, has.
+std::vector<std::shared_ptr<Buffer>> buffers_of(const Napi::CallbackInfo& info, size_t i,
+                                                const std::shared_ptr<Device>& device) {
+  if (!info[i].IsTypedArray())
+    throw Napi::TypeError::New(info.Env(), "argument " + std::to_string(i) + " must be a Uint32Array");
+  const auto ids = info[i].As<Napi::Uint32Array>();
+  std::vector<std::shared_ptr<Buffer>> buffers;
+  for (size_t at = 0; at < ids.ElementLength(); at++) {
+    buffers.push_back(find(info.Env(), addon(info).buffers, ids[at], "buffer"));
+    if (buffers.back()->device() != device) fail(info.Env(), "a buffer belongs to another device");
+  }
+  return buffers;
+}
+
 // (device, name, words: Float64Array, buffers: Uint32Array) -> handle
 Napi::Value load_plan(const Napi::CallbackInfo& info) {
   Napi::Env env = info.Env();
   auto plan = std::make_shared<Plan>(handle(info, 0, addon(info).devices, "device"));
   const std::string name = info[1].ToString();
-  if (!info[2].IsTypedArray() || !info[3].IsTypedArray())
-    throw Napi::TypeError::New(env, "arguments 2 and 3 must be a Float64Array and a Uint32Array");
+  if (!info[2].IsTypedArray()) throw Napi::TypeError::New(env, "argument 2 must be a Float64Array");
   const auto words = info[2].As<Napi::Float64Array>();
-  const auto ids = info[3].As<Napi::Uint32Array>();
+  plan->buffers = buffers_of(info, 3, plan->entry->device);
   std::vector<Memory> memory;
-  for (size_t i = 0; i < ids.ElementLength(); i++) {
-    plan->buffers.push_back(find(env, addon(info).buffers, ids[i], "buffer"));
-    if (plan->buffers.back()->device() != plan->entry->device) fail(env, "a buffer belongs to another device");
-    memory.push_back({plan->buffers.back()->base(), plan->buffers.back()->bytes()});
-  }
+  for (const auto& buffer : plan->buffers) memory.push_back({buffer->base(), buffer->bytes()});
   try {
     plan->decoded = decode_plan(name, words.Data(), words.ElementLength(), memory);
   } catch (const std::exception& error) {
@@ -383,6 +396,9 @@ void close_device(const Napi::CallbackInfo& info) {
   addon(info).devices.erase(found);
 }
 
+// (path, fault: string, empty where nothing speaks against it)
+void use_cuda_library(const Napi::CallbackInfo& info) { set_cuda_library(info[0].ToString(), info[1].ToString()); }
+
 // () -> [{ name, available, detail, memory?: { freeBytes, totalBytes } }]
 Napi::Value backends(const Napi::CallbackInfo& info) {
   Napi::Env env = info.Env();
@@ -398,38 +414,24 @@ Napi::Value backends(const Napi::CallbackInfo& info) {
   return result;
 }
 
-// Runs `body` at once, on JavaScript's thread: only `ropewalk bench` may block it.
-template <typename Body>
-Napi::Value blocking(Napi::Env env, Body&& body) {
-  try {
-    return body();
-  } catch (const Napi::Error&) {
-    throw;
-  } catch (const std::exception& error) {
-    fail(env, error.what());
-  }
-}
+// What follows is for `ropewalk bench`, which alone may block JavaScript's thread.
 
 // (path: string, or '' for the usual names) -> { path, config, core }
 Napi::Value blas_open(const Napi::CallbackInfo& info) {
-  return blocking(info.Env(), [&]() -> Napi::Value {
-    const blas::Library& library = blas::open(info[0].ToString());
-    Napi::Object result = Napi::Object::New(info.Env());
-    result.Set("path", library.path);
-    result.Set("config", library.config);
-    result.Set("core", library.core);
-    return result;
-  });
+  const blas::Library& library = blas::open(info[0].ToString());
+  Napi::Object result = Napi::Object::New(info.Env());
+  result.Set("path", library.path);
+  result.Set("config", library.config);
+  result.Set("core", library.core);
+  return result;
 }
 
 // (a transposed, b transposed, m, n, k, repeats, threads) -> seconds
 Napi::Value blas_sgemm(const Napi::CallbackInfo& info) {
   int sizes[5];
   for (size_t i = 0; i < 5; i++) sizes[i] = static_cast<int>(integer(info, i + 2, 1, 1 << 20));
-  return blocking(info.Env(), [&]() -> Napi::Value {
-    return Napi::Number::New(info.Env(), blas::sgemm(info[0].ToBoolean(), info[1].ToBoolean(), sizes[0], sizes[1],
-                                                     sizes[2], sizes[3], sizes[4]));
-  });
+  return Napi::Number::New(info.Env(), blas::sgemm(info[0].ToBoolean(), info[1].ToBoolean(), sizes[0], sizes[1],
+                                                   sizes[2], sizes[3], sizes[4]));
 }
 
 // (bytes, repeats, threads) -> seconds
@@ -437,8 +439,26 @@ Napi::Value copy_memory(const Napi::CallbackInfo& info) {
   const auto bytes = static_cast<size_t>(integer(info, 0, 1, kMaxSize));
   const int repeats = static_cast<int>(integer(info, 1, 1, 1 << 20));
   const int threads = static_cast<int>(integer(info, 2, 1, 1024));
-  return blocking(info.Env(),
-                  [&]() -> Napi::Value { return Napi::Number::New(info.Env(), blas::copy(bytes, repeats, threads)); });
+  return Napi::Number::New(info.Env(), blas::copy(bytes, repeats, threads));
+}
+
+// (device, path: string, or '' for the usual names) -> one line for people
+Napi::Value peer_open(const Napi::CallbackInfo& info) {
+  Device& device = *handle(info, 0, addon(info).devices, "device")->device;
+  return Napi::String::New(info.Env(), device.open_peer(info[1].ToString()));
+}
+
+// (device, dtype, a transposed, b transposed, m, n, k, matrices: Uint32Array of a, b, c of each set, repeats) ->
+// promise
+Napi::Value peer_multiply(const Napi::CallbackInfo& info) {
+  const auto& entry = handle(info, 0, addon(info).devices, "device");
+  const auto size = [&](size_t i) { return integer(info, i, 1, 1 << 24); };
+  const auto dtype = static_cast<int32_t>(integer(info, 1, 0, 1));
+  const rw_product product = {dtype, info[2].ToBoolean(), info[3].ToBoolean(), size(4), size(5), size(6)};
+  const auto matrices = buffers_of(info, 7, entry->device);
+  const auto repeats = static_cast<size_t>(size(8));
+  Device* device = entry->device.get();
+  return enqueue(info.Env(), entry, [=](Outcome&) { device->multiply(product, matrices, repeats); });
 }
 
 Napi::Object export_all(Napi::Env env, Napi::Object exports) {
@@ -446,6 +466,7 @@ Napi::Object export_all(Napi::Env env, Napi::Object exports) {
   char hash[17];
   std::snprintf(hash, sizeof(hash), "%016llx", static_cast<unsigned long long>(table_hash));
   exports.Set("tableHash", hash);
+  exports.Set("useCudaLibrary", Napi::Function::New<use_cuda_library>(env));
   exports.Set("backends", Napi::Function::New<backends>(env));
   exports.Set("openDevice", Napi::Function::New<open_device>(env));
   exports.Set("closeDevice", Napi::Function::New<close_device>(env));
@@ -464,6 +485,8 @@ Napi::Object export_all(Napi::Env env, Napi::Object exports) {
   exports.Set("run", Napi::Function::New<run>(env));
   exports.Set("blasOpen", Napi::Function::New<blas_open>(env));
   exports.Set("blasSgemm", Napi::Function::New<blas_sgemm>(env));
+  exports.Set("peerOpen", Napi::Function::New<peer_open>(env));
+  exports.Set("peerMultiply", Napi::Function::New<peer_multiply>(env));
   exports.Set("copyMemory", Napi::Function::New<copy_memory>(env));
   return exports;
 }

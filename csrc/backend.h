@@ -6,7 +6,7 @@
 
 extern "C" {
 
-#define RW_BACKEND_ABI 2
+#define RW_BACKEND_ABI 3
 
 typedef struct rw_device rw_device;
 
@@ -21,6 +21,13 @@ typedef struct rw_open_options {
   int32_t threads;  // CPU threads, 0 = one per available core
 } rw_open_options;
 
+// c (m,n) = a b; a is (m,k), stored as (k,m) where it is transposed, b is (k,n), stored as (n,k).
+typedef struct rw_product {
+  int32_t dtype;  // rw::DType of all three: f32 or bf16
+  int32_t transpose_a, transpose_b;
+  int64_t m, n, k;
+} rw_product;
+
 enum { RW_OK = 0, RW_ERROR = 1, RW_CANCELLED = 2 };
 
 // Functions that return int give one of the above; after RW_ERROR, last_error() of the same thread says why.
@@ -29,12 +36,16 @@ typedef struct rw_backend {
   uint32_t abi;         // RW_BACKEND_ABI
   uint64_t table_hash;  // rw::table_hash
   const char* name;
+  uint64_t workspace;  // bytes of device memory that an open device takes for itself
   int (*open)(const rw_open_options* options, rw_device** device);
   void (*close)(rw_device* device);
   // One line for people: instruction set and threads, or the card's name. Valid as long as the device.
   const char* (*describe)(rw_device* device);
   int (*alloc)(rw_device* device, size_t bytes, void** memory);
   void (*release)(rw_device* device, void* memory);
+  // Memory of the host that the device's operations can use directly: pinned.
+  int (*alloc_host)(rw_device* device, size_t bytes, void** memory);
+  void (*release_host)(rw_device* device, void* memory);
   int (*upload)(rw_device* device, void* to, const void* from, size_t bytes);
   int (*download)(rw_device* device, void* to, const void* from, size_t bytes);
   // Whether the host may read and write the device's memory through the same pointers.
@@ -47,6 +58,13 @@ typedef struct rw_backend {
   // These commands will not be run again: what a device keeps to repeat them can be freed.
   void (*forget)(rw_device* device, const rw_command* commands);
   const char* (*last_error)(void);
+  // The maker's own matrix library, as a peer of `ropewalk bench`; both null where a backend knows none. It is opened
+  // once, at `path` or, where that is empty, under its usual names; `description` is valid as long as the device.
+  int (*peer_open)(rw_device* device, const char* path, const char** description);
+  // Computes the product `repeats` times and returns when that is done. `matrices`: a, b, c of each set; the sets are
+  // used in turn.
+  int (*peer_multiply)(rw_device* device, const rw_product* product, void* const* matrices, size_t sets,
+                       size_t repeats);
 } rw_backend;
 
 }  // extern "C"

@@ -78,31 +78,64 @@ int Device::run(const DecodedPlan& plan, uint64_t ticket) {
   return code;
 }
 
-Buffer::Buffer(std::shared_ptr<Device> device, size_t bytes) : device_(std::move(device)), bytes_(bytes) {
-  if (device_->backend().alloc(device_->handle(), bytes, &memory_) != RW_OK)
-    throw std::runtime_error(device_->backend().last_error());
+std::string Device::open_peer(const std::string& path) {
+  if (!backend_->peer_open) throw std::runtime_error(std::string("backend ") + backend_->name + " knows no peer");
+  const char* description = "";
+  if (backend_->peer_open(handle_, path.c_str(), &description) != RW_OK)
+    throw std::runtime_error(backend_->last_error());
+  return description;
+}
+
+void Device::multiply(const rw_product& product, const std::vector<std::shared_ptr<Buffer>>& matrices, size_t repeats) {
+  if (!backend_->peer_multiply) throw std::runtime_error(std::string("backend ") + backend_->name + " knows no peer");
+  const auto& [dtype, transpose_a, transpose_b, m, n, k] = product;
+  const int64_t sizes[] = {m * k, k * n, m * n};
+  std::vector<void*> memory;
+  for (const auto& matrix : matrices) {
+    const int64_t bytes = sizes[memory.size() % 3] * dtype_bytes(static_cast<DType>(dtype));
+    if (static_cast<int64_t>(matrix->bytes()) < bytes)
+      throw std::runtime_error("matrix " + std::to_string(memory.size()) + " has " + std::to_string(matrix->bytes()) +
+                               " bytes, and needs " + std::to_string(bytes));
+    memory.push_back(matrix->base());
+  }
+  if (memory.empty() || memory.size() % 3 != 0) throw std::runtime_error("matrices come in sets of three");
+  if (backend_->peer_multiply(handle_, &product, memory.data(), memory.size() / 3, repeats) != RW_OK)
+    throw std::runtime_error(backend_->last_error());
+}
+
+Buffer::Buffer(std::shared_ptr<Device> device, size_t bytes, bool host)
+    : device_(std::move(device)), bytes_(bytes), host_(host) {
+  const rw_backend& backend = device_->backend();
+  if ((host ? backend.alloc_host : backend.alloc)(device_->handle(), bytes, &memory_) != RW_OK)
+    throw std::runtime_error(backend.last_error());
 }
 
 Buffer::Buffer(std::shared_ptr<Device> device, std::unique_ptr<Mapping> file)
     : device_(std::move(device)), file_(std::move(file)), memory_(file_->data()), bytes_(file_->bytes()) {}
 
 Buffer::~Buffer() {
-  if (!file_) device_->backend().release(device_->handle(), memory_);
+  const rw_backend& backend = device_->backend();
+  if (!file_) (host_ ? backend.release_host : backend.release)(device_->handle(), memory_);
 }
 
 void Buffer::upload(size_t offset, const void* from, size_t bytes) {
-  if (device_->backend().upload(device_->handle(), base() + offset, from, bytes) != RW_OK)
+  if (host_)
+    std::memcpy(base() + offset, from, bytes);
+  else if (device_->backend().upload(device_->handle(), base() + offset, from, bytes) != RW_OK)
     throw std::runtime_error(device_->backend().last_error());
 }
 
 void Buffer::download(size_t offset, void* to, size_t bytes) {
-  if (device_->backend().download(device_->handle(), to, base() + offset, bytes) != RW_OK)
+  if (host_)
+    std::memcpy(to, base() + offset, bytes);
+  else if (device_->backend().download(device_->handle(), to, base() + offset, bytes) != RW_OK)
     throw std::runtime_error(device_->backend().last_error());
   check();
 }
 
 size_t file_dtype_bytes(FileDType dtype) {
-  return dtype == FileDType::f64 ? 8 : dtype == FileDType::f32 || dtype == FileDType::i32 ? 4 : 2;
+  if (static_cast<int64_t>(dtype) < kDTypes) return static_cast<size_t>(dtype_bytes(static_cast<DType>(dtype)));
+  return dtype == FileDType::f64 ? 8 : 2;
 }
 
 namespace {
@@ -171,7 +204,7 @@ int64_t first_not_finite(const void* block, int64_t count, Bits exponent) {
 }
 
 int64_t first_not_finite(const void* block, DType dtype, int64_t count) {
-  if (dtype == DType::i32) return -1;
+  if (!is_float(dtype)) return -1;
   return dtype == DType::bf16 ? first_not_finite<uint16_t>(block, count, 0x7f80)
                               : first_not_finite<uint32_t>(block, count, 0x7f800000u);
 }
@@ -232,7 +265,7 @@ int64_t read_file(Buffer& to, size_t offset, DType dtype, int fd, int64_t file_o
   const auto from_bytes = static_cast<int64_t>(file_dtype_bytes(file_dtype)), to_bytes = dtype_bytes(dtype);
   const bool same = static_cast<int>(file_dtype) == static_cast<int>(dtype);
   const Device& device = *to.device();
-  const bool in_place = device.backend().host_visible(device.handle());
+  const bool in_place = to.host() || device.backend().host_visible(device.handle());
   // A page that is touched first costs more than its copy: several threads share that. A staged device takes one.
   return first_in_blocks(count, in_place, [&] {
     const auto block_bytes = [&](int64_t size) { return static_cast<size_t>(std::min(count, kBlock) * size); };

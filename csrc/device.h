@@ -9,6 +9,7 @@
 #include <mutex>
 #include <string>
 #include <thread>
+#include <vector>
 
 #include "backend.h"
 #include "mapping.h"
@@ -16,6 +17,8 @@
 #include "plan.h"
 
 namespace rw {
+
+class Buffer;
 
 class Device {
  public:
@@ -39,6 +42,10 @@ class Device {
   // For jobs: runs a plan; gives RW_OK or RW_CANCELLED, throws std::runtime_error with the backend's message.
   int run(const DecodedPlan& plan, uint64_t ticket);
   uint64_t next_ticket() { return ++submitted_; }
+  // The backend's peer of `ropewalk bench` (backend.h): opens it and gives its description; a job that computes with
+  // it. Throw std::runtime_error where there is none, it fails, or a buffer is too small.
+  std::string open_peer(const std::string& path);
+  void multiply(const rw_product& product, const std::vector<std::shared_ptr<Buffer>>& matrices, size_t repeats);
   // This plan will not run again.
   void forget(const DecodedPlan& plan) { backend_->forget(handle_, plan.commands.data()); }
 
@@ -61,7 +68,8 @@ class Device {
 // it.
 class Buffer {
  public:
-  Buffer(std::shared_ptr<Device> device, size_t bytes);  // throws std::runtime_error when out of memory
+  // Throws std::runtime_error when out of memory. `host`: pinned memory of the host, not the device's own.
+  Buffer(std::shared_ptr<Device> device, size_t bytes, bool host = false);
   Buffer(std::shared_ptr<Device> device, std::unique_ptr<Mapping> file);
   ~Buffer();
   Buffer(const Buffer&) = delete;
@@ -70,6 +78,7 @@ class Buffer {
   const std::shared_ptr<Device>& device() const { return device_; }
   char* base() const { return static_cast<char*>(memory_); }
   size_t bytes() const { return bytes_; }
+  bool host() const { return host_; }
   const Mapping* file() const { return file_.get(); }
 
   // After every use: throws FileChanged where this is a file that changed.
@@ -86,9 +95,12 @@ class Buffer {
   std::unique_ptr<Mapping> file_;
   void* memory_ = nullptr;
   size_t bytes_;
+  bool host_ = false;
 };
 
-enum class FileDType : int { f32, bf16, i32, f16, f64 };
+// The first are those of DType, in its order.
+enum class FileDType : int { f32, bf16, i32, u8, u16, f16, f64 };
+constexpr int64_t kFileDTypes = 7;
 size_t file_dtype_bytes(FileDType dtype);
 
 // Reads `count` elements of a file straight into device memory, converting the dtype on the way where it differs. No

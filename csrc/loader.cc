@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <mutex>
 #include <stdexcept>
 
 #include <dlfcn.h>
@@ -67,11 +68,25 @@ std::string own_folder() {
   return file.substr(0, file.rfind('/') + 1);
 }
 
+struct CudaLibrary {
+  std::string path, fault;
+};
+
+std::mutex cuda_library_mutex;  // workers set it too
+CudaLibrary cuda_library;
+
 const rw_backend* find_cuda() {
   const char* named = std::getenv("ROPEWALK_CUDA_LIBRARY");
   const bool chosen = named && *named;
-  const std::string path = chosen ? named : own_folder() + "libropewalk_cuda.so";
+  CudaLibrary shipped;
+  {
+    const std::lock_guard<std::mutex> lock(cuda_library_mutex);
+    shipped = cuda_library;
+  }
+  if (shipped.path.empty()) shipped.path = own_folder() + "libropewalk_cuda.so";
+  const std::string path = chosen ? named : shipped.path;
   try {
+    if (!chosen && !shipped.fault.empty()) throw std::runtime_error(path + " " + shipped.fault);
     if (access(path.c_str(), F_OK) != 0)
       throw std::runtime_error(
           "there is no " + path +
@@ -110,6 +125,11 @@ BackendStatus look_at(const rw_backend* backend, const std::string& name, int in
 }
 
 }  // namespace
+
+void set_cuda_library(const std::string& path, const std::string& fault) {
+  const std::lock_guard<std::mutex> lock(cuda_library_mutex);
+  cuda_library = {path, fault};
+}
 
 const rw_backend* find_backend(const std::string& name) {
   if (name == "cpu") return checked(cpu::backend(), "backend cpu");

@@ -5,9 +5,11 @@
 
 namespace rw {
 
-enum class DType : uint32_t { f32, bf16, i32 };
+enum class DType : uint32_t { f32, bf16, i32, u8, u16 };
+constexpr int64_t kDTypes = 5;
 
-constexpr int64_t dtype_bytes(DType t) { return t == DType::bf16 ? 2 : 4; }
+constexpr int64_t dtype_bytes(DType t) { return t == DType::u8 ? 1 : t == DType::bf16 || t == DType::u16 ? 2 : 4; }
+constexpr bool is_float(DType t) { return t == DType::f32 || t == DType::bf16; }
 
 // A dense, row-major tensor on a device. `data` is null where an optional tensor is absent.
 struct Tensor {
@@ -34,6 +36,7 @@ struct Tensor {
 #define INOUT(name, dtype, dims) Tensor name;
 #define OPT(name, dtype, dims) Tensor name;
 #define OPT_INOUT(name, dtype, dims) Tensor name;
+#define OPT_OUT(name, dtype, dims) Tensor name;
 #define TMP(name, dtype, dims) Tensor name;
 #define INT(name) int64_t name;
 #define FLT(name) double name;
@@ -57,6 +60,7 @@ enum class Op : uint32_t {
 #undef INOUT
 #undef OPT
 #undef OPT_INOUT
+#undef OPT_OUT
 #undef TMP
 #undef INT
 #undef FLT
@@ -79,6 +83,7 @@ struct OpInfo {
 #define INOUT(name, dtype, dims) {#name, Field::tensor},
 #define OPT(name, dtype, dims) {#name, Field::optional},
 #define OPT_INOUT(name, dtype, dims) {#name, Field::optional},
+#define OPT_OUT(name, dtype, dims) {#name, Field::optional},
 #define TMP(name, dtype, dims) {#name, Field::tensor},
 #define INT(name) {#name, Field::integer},
 #define FLT(name) {#name, Field::real},
@@ -97,6 +102,7 @@ inline constexpr OpInfo op_info[] = {
 #undef INOUT
 #undef OPT
 #undef OPT_INOUT
+#undef OPT_OUT
 #undef TMP
 #undef INT
 #undef FLT

@@ -1,7 +1,7 @@
 // `npm run gpu:bundle -- <folder> [--node]`: gathers what scripts/gpu.js needs on a machine that has a GPU, but neither
 // this clone nor its packages nor a network: compiled library and tests, addon and CUDA library, the packages that they
-// load, fixtures, and the sources of the conformance programs. `--node` adds this Node, compressed, for machines without
-// one: run.sh unpacks it. There, `sh run.sh` does what `npm run gpu` does here.
+// load, fixtures, and the conformance programs, as sources and, where there is nvcc, built. `--node` adds this Node,
+// compressed, for machines without one: run.sh unpacks it. There, `sh run.sh` does what `npm run gpu` does here.
 import { execFileSync, spawnSync } from 'node:child_process'
 import {
   chmodSync,
@@ -66,7 +66,8 @@ export function makeBundle(to, { node = false } = {}) {
   copy(addon)
   for (const name of BACKENDS) if (existsSync(join(root, RELEASE, name))) copy(join(RELEASE, name))
   for (const path of ['package.json', 'LICENSE', 'lib/bench/peers.py', 'test/fixtures', 'csrc']) copy(path)
-  if (existsSync(join(root, 'test/simt'))) copy('test/simt')
+  copy('test/simt')
+  buildConformance(to)
   for (const name of readdirSync(join(root, 'scripts')).filter((name) => /^gpu/.test(name))) copy(join('scripts', name))
   const { dependencies } = JSON.parse(readFileSync(join(root, 'package.json'), 'utf8'))
   const packages = Object.keys(dependencies).filter((name) => !/^node-(addon-api|api-headers)$/.test(name))
@@ -83,6 +84,22 @@ export function makeBundle(to, { node = false } = {}) {
   if (bytes > MOST_BYTES) throw new Error(`${to} has ${bytes} bytes, but may have ${MOST_BYTES} to be carried`)
   if (node) addNode(to)
   return bytes
+}
+
+/** The programs of test/simt/conformance*.cu, for every GPU; left out where there is no nvcc. */
+function buildConformance(to) {
+  const nvcc = process.env.CUDACXX || 'nvcc'
+  if (spawnSync(nvcc, ['--version']).error) return
+  const folder = join(to, 'conformance')
+  mkdirSync(folder)
+  const code = ['compute_80,code=sm_80', 'compute_90a,code=sm_90a', 'compute_80,code=compute_80']
+  const options = ['-std=c++17', '-O2', '-Icsrc', '-Xcompiler', '-static-libstdc++', '-Xcompiler', '-static-libgcc']
+  for (const name of readdirSync(join(root, 'test/simt')).filter((name) => /^conformance.*\.cu$/.test(name))) {
+    const output = join(folder, name.replace(/\.cu$/, ''))
+    const args = [...options, ...code.flatMap((arch) => ['-gencode', `arch=${arch}`]), join('test/simt', name)]
+    const { status } = spawnSync(nvcc, [...args, '-o', output], { cwd: root, stdio: 'inherit' })
+    if (status !== 0) throw new Error(`test/simt/${name} could not be compiled by ${nvcc}`)
+  }
 }
 
 const RUN = `#!/bin/sh

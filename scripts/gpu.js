@@ -2,10 +2,12 @@
 // report. In a clone it makes a bundle (gpu-bundle.js) and goes on inside it; a bundle carried to another machine needs
 // nothing there but Node, the driver and, for their parts, nvcc, compute-sanitizer and a Python with PyTorch.
 //
-//   --part a,b      only these parts       --device name   cuda (default), cuda:1; simt rehearses, with tiny sizes
+//   --part a,b      only machine, doctor and these   --device name   cuda (default), cuda:1; simt rehearses, tiny sizes
 //   --out folder    of the reports; default $OUT, else bench/results of the clone, else the current folder
 //   --log folder    of what every command wrote; default --out, but build/gpu where that is bench/results
 //   --time s        for all parts together, default 570
+//
+// Exit code: 0 nothing failed, 1 a part failed, 2 wrong arguments, 3 there is no GPU: every part was skipped.
 import { spawnSync } from 'node:child_process'
 import { existsSync, mkdirSync, readFileSync, writeFileSync } from 'node:fs'
 import { dirname, join, resolve } from 'node:path'
@@ -43,7 +45,8 @@ function readOptions() {
   const carried = existsSync(join(root, 'bundle.json'))
   const out = resolve(given || (carried ? '.' : join(root, 'bench', 'results')))
   const log = resolve(values.log || (given || carried ? out : join(root, 'build', 'gpu')))
-  return { parts: known.filter((name) => parts.includes(name)), device, seconds: Number(time), out, log }
+  const chosen = known.filter((name) => PARTS[name].first || parts.includes(name))
+  return { parts: chosen, device, seconds: Number(time), out, log }
 }
 
 async function runInBundle() {
@@ -96,7 +99,12 @@ async function runParts() {
   }
   // What computes the same however busy the machine is runs side by side; what is timed runs alone, and after it.
   for (const part of parts.filter((part) => PARTS[part].first)) await run(part)
-  if (report.parts.doctor?.status !== 'failed') {
+  const { doctor } = report.parts
+  if (doctor.status !== 'passed') {
+    for (const part of parts.filter((part) => !PARTS[part].first)) {
+      report.parts[part] = { status: 'skipped', summary: 'without the device: see doctor', seconds: 0 }
+    }
+  } else {
     await Promise.all(parts.filter((part) => !PARTS[part].first && !PARTS[part].alone).map(run))
     for (const part of parts.filter((part) => PARTS[part].alone)) await run(part)
   }
@@ -104,6 +112,8 @@ async function runParts() {
   const count = (status) => results.filter((result) => result.status === status).length
   report.seconds = Math.round((Date.now() - begun) / 1000)
   save()
-  session.say('gpu', `${count('passed')} passed, ${count('failed')} failed, ${count('skipped')} skipped: ${file('md')}`)
-  return count('failed') > 0 ? 1 : 0
+  const why = doctor.status === 'skipped' ? ` (${doctor.summary})` : ''
+  const counts = `${count('passed')} passed, ${count('failed')} failed, ${count('skipped')} skipped`
+  session.say('gpu', `${counts}${why}: ${file('md')}`)
+  return count('failed') > 0 ? 1 : why ? 3 : 0
 }

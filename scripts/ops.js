@@ -103,7 +103,7 @@ function emitters() {
     out.push('')
     out.push(`export interface ${pascal(row.name)} {`)
     for (const field of inputs) {
-      const optional = ['OPT', 'OPT_INOUT', 'OUT'].includes(field.kind)
+      const optional = ['OPT', 'OPT_INOUT', 'OPT_OUT', 'OUT'].includes(field.kind)
       const type = field.dims ? 'Tensor' : 'number'
       const shape = field.dims ? ` // ${field.dtype} (${field.dims.join(',')})` : ''
       out.push(`  ${field.name}${optional ? '?' : ''}: ${type}${optional ? ' | undefined' : ''}${shape}`)
@@ -160,7 +160,7 @@ const fenced = (lines) => ['```text', ...lines, '```']
 const ROLES = {
   reads: ['IN', 'OPT'],
   updates: ['INOUT', 'OPT_INOUT'],
-  writes: ['OUT'],
+  writes: ['OUT', 'OPT_OUT'],
   scratch: ['TMP'],
   scalars: ['INT', 'FLT'],
 }

@@ -1,25 +1,32 @@
 // Packs the package as it would be published, installs it in an empty folder where there is no compiler, CMake or Python,
 // and uses it there; then breaks it and reads the messages. The prebuilt addon is the clone's, so that it is not compiled
-// twice. Ends with "package: N passed, N failed, N skipped".
+// twice; the CUDA library too where it is newer than its sources, else it is built in .cmake-cuda. Without nvcc the tests
+// of it are skipped. Ends with "package: N passed, N failed, N skipped".
 import { spawnSync } from 'node:child_process'
 import * as fs from 'node:fs'
 import { tmpdir } from 'node:os'
 import { delimiter, dirname, join } from 'node:path'
 import { pathToFileURL } from 'node:url'
-import { root, setup } from './setup.js'
+import { newest, root, setup } from './setup.js'
 
-/** Bytes of the packed tarball. */
-const BUDGET = 3_000_000
+/** Bytes that the packed tarball may have, whatever comes: onnxruntime-node was refused by npm at 400 MB. */
+const LIMIT = 50_000_000
+/** What it may have today, without and with the CUDA library: to be raised by those who see why it grows. */
+const BUDGET = { cpu: 3_000_000, cuda: 7_000_000 }
 const FIXTURE = join(root, 'test', 'fixtures', 'mha-f32')
 const PREBUILT = join('prebuilds', 'linux-x64', 'ropewalk.glibc.node')
 const BUILT = join('build', 'Release', 'ropewalk.node')
+const CUDA_LIBRARY = 'libropewalk_cuda.so'
+const PREBUILT_CUDA = join('prebuilds', 'linux-x64', CUDA_LIBRARY)
+const CUDA_SOURCES = ['csrc/cuda', 'csrc/backend.h', 'csrc/ops.h', 'csrc/ops.def', 'csrc/glibc.cc', 'CMakeLists.txt']
+const DOCTOR = ['--no', 'ropewalk', 'doctor', '--json']
 
 /** What users get. */
 const CONTENT = [
   /^lib\/(bench\/peers\.py|demo\/checkpoint\/[\w.]+\.(json|safetensors))$/,
   /^(package\.json|README\.md|LICENSE|CHANGELOG\.md)$/,
   /^dist\/[\w/-]+(\.gen)?(\.js|\.d\.ts)$/,
-  /^prebuilds\/(SHA256SUMS|linux-x64\/ropewalk\.glibc\.node)$/,
+  /^prebuilds\/(SHA256SUMS|linux-x64\/(ropewalk\.glibc\.node|libropewalk_cuda\.so))$/,
   /^(CMakeLists\.txt|scripts\/cmake\.js|csrc\/(?!simt\/)[\w/]+\.(cc|cu|h|def|map))$/,
 ]
 
@@ -41,16 +48,28 @@ let loss
 
 class Skip extends Error {}
 
+const cuda = cudaLibrary()
+const tree = copyTree()
+
+test('npm pack refuses a package without the CUDA library', () => {
+  const { status, stderr } = spawnSync('npm', ['pack', '--dry-run'], { cwd: tree, env: full, encoding: 'utf8' })
+  equal(status, 1, 'exit code')
+  contains(stderr, `${PREBUILT_CUDA} is missing: npm run build:prebuilds`)
+})
+
 test('npm pack gives what it should, and the same twice', () => {
-  const tree = copyTree()
-  const pack = () => JSON.parse(run('npm', ['pack', '--json', '--pack-destination', work], { cwd: tree, env: full }))[0]
+  if (cuda.path) run('strip', ['-o', join(tree, PREBUILT_CUDA), cuda.path])
+  const env = cuda.path ? full : { ...full, ROPEWALK_PACK_WITHOUT_CUDA: '1' }
+  const pack = () => JSON.parse(run('npm', ['pack', '--json', '--pack-destination', work], { cwd: tree, env }))[0]
   const [first, second] = [pack(), pack()]
   tarball = join(work, first.filename)
   equal(second.integrity, first.integrity, 'the hash of the second tarball')
   const strange = first.files.map(({ path }) => path).filter((path) => !CONTENT.some((pattern) => pattern.test(path)))
   equal(strange.join(' '), '', 'files that do not belong in the package')
   console.error(`   ${first.files.length} files, ${first.size} bytes packed, ${first.unpackedSize} bytes unpacked`)
-  if (first.size > BUDGET) throw new Error(`the tarball has ${first.size} bytes, its budget is ${BUDGET}`)
+  equal(first.files.filter(({ path }) => path === PREBUILT_CUDA).length, cuda.path ? 1 : 0, 'CUDA libraries in it')
+  const budget = Math.min(LIMIT, cuda.path ? BUDGET.cuda : BUDGET.cpu)
+  if (first.size > budget) throw new Error(`the tarball has ${first.size} bytes, its budget is ${budget}`)
 })
 
 test('it runs no script at install', () => {
@@ -72,7 +91,7 @@ test('import, require and four workers give the loss of the clone, to the bit', 
 })
 
 test('ropewalk doctor finds the prebuilt addon', () => {
-  const { ok, checks } = JSON.parse(run('npx', ['--no', 'ropewalk', 'doctor', '--json'], { cwd: app, env: bare }))
+  const { ok, checks } = JSON.parse(run('npx', DOCTOR, { cwd: app, env: bare }))
   equal(ok, true, 'ok')
   equal(checks.find(({ name }) => name === 'addon').detail, PREBUILT, 'addon')
 })
@@ -126,6 +145,65 @@ test('a prebuilt addon that is missing, damaged or foreign is refused with the r
   fs.writeFileSync(table, text)
 })
 
+test('no driver, an old one, no GPU: doctor, cuda and auto say which', () => {
+  needCuda()
+  const driver = emptyFolder('driver')
+  const source = join(work, 'driver.c')
+  const version = 'int cuDriverGetVersion(int* version) { return *version = atoi(getenv("DRIVER")), 0; }'
+  fs.writeFileSync(source, `#include <stdlib.h>\n${version}\nint cuInit(unsigned flags) { return 100 + flags; }\n`)
+  run('cc', ['-shared', '-fPIC', '-o', join(driver, 'libcuda.so.1'), source], { cwd: work, env: full })
+  // A driver that cannot be loaded is none, also where there is one.
+  fs.writeFileSync(join(emptyFolder('no-driver'), 'libcuda.so.1'), '')
+  for (const [folder, DRIVER, ...parts] of [
+    ['no-driver', '', 'finds no NVIDIA driver (libcuda.so.1). Install driver ', '--gpus all'],
+    ['driver', '11040', 'supports CUDA 11.4, this library needs CUDA 1', 'Update the driver', 'npx ropewalk build'],
+    ['driver', '99000', 'finds no GPU', 'nvidia-smi should list one'],
+  ]) {
+    const message = unavailable({ LD_LIBRARY_PATH: join(work, folder), DRIVER })
+    contains(message, 'CUDA backend unavailable: ', ...parts)
+  }
+})
+
+test('a GPU of unsupported capability is refused', () => {
+  const library = join(root, '.cmake-simt-fast', 'libropewalk_simt.so')
+  if (newest(join('.cmake-simt-fast', 'libropewalk_simt.so')) < newest(...CUDA_SOURCES)) {
+    throw new Skip('the emulator, which is the GPU here, is not built')
+  }
+  const emulated = { ROPEWALK_CUDA_LIBRARY: library, ROPEWALK_SIMT_MACHINE: 'capability=75' }
+  contains(unavailable(emulated), 'has compute capability 7.5, the kernels need 8.0 or later')
+})
+
+test('a CUDA library that is missing, damaged, changed or of another version is refused with the remedy', () => {
+  needCuda()
+  const file = join(installed, PREBUILT_CUDA)
+  const good = fs.readFileSync(file)
+  const half = good.length >> 1
+  const changed = Buffer.from(good)
+  changed.writeUInt8(changed[half] ^ 1, half)
+  for (const [bytes, reason] of [
+    [good.subarray(0, half), `is damaged: it has ${half} of ${good.length} bytes; reinstall ropewalk`],
+    [changed, 'is not the one that was shipped: its SHA-256 '],
+  ]) {
+    fs.writeFileSync(file, bytes)
+    contains(unavailable(), file, reason, 'npx ropewalk build')
+  }
+  fs.rmSync(file)
+  contains(unavailable(), `there is no ${file}`, 'This installation has no CUDA library', 'npx ropewalk build')
+  fs.writeFileSync(file, good)
+  const other = join(work, 'other.so')
+  const source = `#include "backend.h"\n#include "ops.h"\nstatic rw_backend b = {RW_BACKEND_ABI + 1, rw::table_hash};
+    extern "C" const rw_backend* ropewalk_backend() { return &b; }\n`
+  fs.writeFileSync(join(work, 'other.cc'), source)
+  const options = ['-std=c++17', '-w', '-shared', '-fPIC', `-I${join(installed, 'csrc')}`, '-o', other]
+  run('c++', [...options, 'other.cc'], { cwd: work, env: full })
+  contains(
+    unavailable({ ROPEWALK_CUDA_LIBRARY: other }),
+    `${other} speaks ABI`,
+    'another version',
+    'reinstall ropewalk',
+  )
+})
+
 test('musl is told apart', () => {
   const musl = join(work, 'musl')
   const start = fs.readFileSync(process.execPath).subarray(0, 2048).toString('latin1')
@@ -154,6 +232,7 @@ test('ropewalk build builds from the package; the result is used, or refused wit
     }),
   )
   equal(addon, BUILT, 'addon')
+  if (cuda.path) contains(run('npx', DOCTOR, { cwd: app, env: bare }), BUILT, '"ok":true,"absent":true')
   fs.renameSync(join(installed, 'prebuilds'), join(installed, 'no-prebuilds'))
   equal(child('loss'), loss, 'the loss with it')
   const file = join(installed, BUILT)
@@ -230,6 +309,45 @@ function openDevice(before = '') {
 
 function refused(...parts) {
   contains(openDevice(), ...parts)
+}
+
+function needCuda() {
+  if (cuda.missing) throw new Skip(cuda.missing)
+}
+
+/** Why the installed package finds no GPU: the same from doctor, from device cuda, and from auto, which is the CPU. */
+function unavailable(variables = {}) {
+  const env = { ...bare, ...variables }
+  const { ok, checks } = JSON.parse(run('npx', DOCTOR, { cwd: app, env }))
+  const { absent, detail } = checks.find(({ name }) => name === 'cuda')
+  equal([ok, absent].join(), 'true,true', `whether doctor is content, and without a GPU: ${detail}`)
+  const open = `const { Device } = await import('ropewalk'); const auto = Device.open()
+    console.log(auto.name, auto.fallback); Device.open('cuda')`
+  const { status, stdout, stderr } = spawnSync(process.execPath, ['--input-type=module', '-e', open], {
+    ...{ cwd: app, env, encoding: 'utf8' },
+  })
+  equal(status, 1, `exit code with ${stdout} ${stderr}`)
+  equal(stdout.trim(), `cpu ${detail}`, 'auto')
+  contains(stderr, `device "cuda": ${detail}`, 'ERR_DEVICE_UNAVAILABLE')
+  return detail
+}
+
+/** The CUDA library: { path }, or { missing } where it cannot be built here. */
+function cudaLibrary() {
+  const folder = '.cmake-cuda'
+  const sources = newest(...CUDA_SOURCES)
+  const built = join('build', 'Release', CUDA_LIBRARY)
+  if (newest(built) > sources) return { path: join(root, built) }
+  const path = join(root, folder, CUDA_LIBRARY)
+  if (newest(join(folder, CUDA_LIBRARY)) > sources) return { path }
+  if (process.env.ROPEWALK_CUDA === 'off') return { missing: 'ROPEWALK_CUDA is off' }
+  const { error } = spawnSync(process.env.CUDACXX || 'nvcc', ['--version'])
+  if (error) return { missing: `there is no nvcc: ${error.message}` }
+  console.error('-- building the CUDA library')
+  const flags = ['-DROPEWALK_ADDON=OFF', '-DROPEWALK_CUDA=on', `-DROPEWALK_OUT=${join(root, folder)}`]
+  run('cmake', ['-S', root, '-B', join(root, folder), ...flags], { env: full })
+  run('cmake', ['--build', join(root, folder), '--target', 'ropewalk_cuda', '--parallel', '2'], { env: full })
+  return { path }
 }
 
 /** The tree as git would commit it, with the clone's node_modules and its addon as the prebuilt one. */

@@ -1,6 +1,6 @@
 // Runs before `npm pack` and `npm publish`: compiles dist/ afresh, and refuses to make a package without its prebuilt
-// addon or with one that needs a newer glibc than the README promises. Writes prebuilds/SHA256SUMS, which
-// lib/runtime/native.ts checks.
+// addon and CUDA library, or with ones that need a newer glibc than the README promises. Writes prebuilds/SHA256SUMS,
+// which lib/runtime/native.ts checks. ROPEWALK_PACK_WITHOUT_CUDA=1 is for tests where there is no nvcc.
 import { spawnSync } from 'node:child_process'
 import { createHash } from 'node:crypto'
 import { existsSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
@@ -9,7 +9,9 @@ import { root, run } from './setup.js'
 
 /** Node 20's own. */
 const NEWEST_GLIBC = '2.28'
-const PREBUILT = ['linux-x64/ropewalk.glibc.node']
+const ADDON = 'linux-x64/ropewalk.glibc.node'
+const CUDA_LIBRARY = 'linux-x64/libropewalk_cuda.so'
+const PREBUILT = process.env.ROPEWALK_PACK_WITHOUT_CUDA === '1' ? [ADDON] : [ADDON, CUDA_LIBRARY]
 
 const prebuilds = join(root, 'prebuilds')
 const problems = PREBUILT.map(problemOf).filter(Boolean)
@@ -23,7 +25,7 @@ writeFileSync(join(prebuilds, 'SHA256SUMS'), PREBUILT.map((path) => `${sha256(pa
 
 function problemOf(path) {
   const file = join(prebuilds, path)
-  if (!existsSync(file)) return `prebuilds/${path} is missing: npm run build:prebuilds`
+  if (!existsSync(file)) return `prebuilds/${path} is missing: npm run build:prebuilds (needs nvcc)`
   const needed = glibcOf(file)
   const newer = needed.localeCompare(NEWEST_GLIBC, 'en', { numeric: true }) > 0
   return newer && `prebuilds/${path} needs glibc ${needed}, but may need ${NEWEST_GLIBC} at most (see csrc/glibc.cc)`

@@ -211,17 +211,18 @@ static void unrotate(To* to, const float* from, const float* cos, const float* s
   }
 }
 
-// kr[b][head][t] = R k[b][t][head]: head by head, so that a tile of keys is contiguous.
+// kr[b][head][t] = R k[b][t][first + head] for as many heads as kr has: head by head, so that a tile of keys is
+// contiguous.
 template <typename F>
 static void rotate_keys(Context& context, const Tensor& k, const Tensor& cos, const Tensor& sin, const Tensor& pos,
-                        const Tensor& kr) {
-  int64_t T = k.dims[1], K = k.dims[2], D = k.dims[3], blocks = round_up(T, 64) / 64;
+                        const Tensor& kr, int64_t first = 0) {
+  int64_t T = k.dims[1], K = k.dims[2], D = k.dims[3], heads = kr.dims[2], blocks = round_up(T, 64) / 64;
   parallel(context, k.dims[0] * blocks, [&](int64_t task, int) {
     int64_t b = task / blocks, begin = task % blocks * 64, end = min_of(begin + 64, T);
     for (int64_t t = begin; t < end; t++) {
       int64_t angle = pos.as<int32_t>()[b * T + t] * (D / 2);
-      for (int64_t head = 0; head < K; head++)
-        rotate(kr.as<F>() + ((b * K + head) * T + t) * D, k.as<F>() + ((b * T + t) * K + head) * D,
+      for (int64_t head = 0; head < heads; head++)
+        rotate(kr.as<F>() + ((b * heads + head) * T + t) * D, k.as<F>() + ((b * T + t) * K + first + head) * D,
                cos.as<float>() + angle, sin.as<float>() + angle, D / 2, 1.0f);
     }
   });

@@ -1,7 +1,8 @@
 // Gradients of attention_fwd. With s = scale R q (R k)^T, p = exp(s - lse), dp = dout v^T, delta = sum_d dout o and ds
 // = scale p (dp - delta):  dv = p^T dout,  dq = R^T (ds R k),  dk = R^T (ds^T R q).
 //
-// Shapes: q, o, dout, dq, qr (B,T,H,D); k, v, dk, dv, kr (B,T,K,D); lse, delta (B,H,T). F f32 or bf16, computed in f32.
+// Shapes: q, o, dout, dq (B,T,H,D); k, v, dk, dv (B,T,K,D); lse, delta (B,H,T). qr (B,T,H/groups,D) and kr
+// (B,K/groups,T,D) serve one group of heads after the other, of which each is as below. F f32 or bf16, computed in f32.
 //
 // A first pass writes R q, R k and delta. Then one pass with the 5 products of the formulae: a pass for dk, dv and
 // another for dq would repeat s and dp, 7 products, at best 71 % of the speed; the one pass runs at 70 - 77 % of the
@@ -139,8 +140,9 @@ static void block_backward(const attention_bwd_args& a, const Tiles& tile, int64
       end = r + 1;
     }
   if (begin < 0) return;
-  int64_t row0 = (b * T + t0) * H + h;
-  bool q_finite = !load_rows(tile.q, D, a.qr.as<F>() + row0 * D, H * D, rows, D);
+  int64_t row0 = (b * T + t0) * H + h, rotated = a.qr.dims[2];
+  const F* qr = a.qr.as<F>() + ((b * T + t0) * rotated + h % rotated) * D;
+  bool q_finite = !load_rows(tile.q, D, qr, rotated * D, rows, D);
   bool dout_finite = !load_rows(tile.dout, D, a.dout.as<F>() + row0 * D, H * D, rows, D);
   int64_t first_max = 0;
   for (int64_t r = 0; r < rows; r++) {
@@ -186,7 +188,8 @@ static void chunk_backward(const attention_bwd_args& a, const Tiles& tile, const
   int64_t T = a.q.dims[1], H = a.q.dims[2], D = a.q.dims[3], K = a.k.dims[2], G = H / K, Dp = round_up(D, VL);
   int64_t q_begin = q_chunk * chunk, q_end = min_of(q_begin + chunk, T);
   int64_t k_begin = k_chunk * chunk, k_end = min_of(k_begin + chunk, T);
-  const F *kr = a.kr.as<F>() + (b * K + head) * T * D, *v = a.v.as<F>() + (b * T * K + head) * D;
+  int64_t rotated = a.kr.dims[2];
+  const F *kr = a.kr.as<F>() + (b * rotated + head % rotated) * T * D, *v = a.v.as<F>() + (b * T * K + head) * D;
   if (q_chunk == k_chunk)
     for (int64_t t = q_begin; t < q_end; t++) memset(sums.dq + t * sums.q_stride, 0, sizeof(float) * G * D);
   for (int64_t n0 = k_begin; n0 < k_end; n0 += key_block) {
@@ -228,20 +231,22 @@ static void unrotate_rows(const attention_bwd_args& a, F* out, int64_t out_strid
   }
 }
 
+// The kv heads from `first` on that qr and kr have room for, and their query heads.
 template <typename F>
-static void backward(Context& context, const attention_bwd_args& a) {
+static void backward(Context& context, const attention_bwd_args& a, int64_t first) {
   constexpr bool in_place = sizeof(F) == sizeof(float);
   int64_t B = a.q.dims[0], T = a.q.dims[1], H = a.q.dims[2], D = a.q.dims[3], K = a.k.dims[2], G = H / K;
-  rotate_keys<F>(context, a.k, a.cos, a.sin, a.pos, a.kr);
+  int64_t kv_heads = a.kr.dims[2], q_heads = a.qr.dims[2];
+  rotate_keys<F>(context, a.k, a.cos, a.sin, a.pos, a.kr, first);
   int64_t blocks = round_up(T, 64) / 64;
   parallel(context, B * blocks, [&](int64_t task, int) {
     int64_t b = task / blocks, begin = task % blocks * 64, end = min_of(begin + 64, T);
     for (int64_t t = begin; t < end; t++) {
       int64_t angle = a.pos.as<int32_t>()[b * T + t] * (D / 2);
-      for (int64_t h = 0; h < H; h++) {
-        int64_t row = ((b * T + t) * H + h) * D;
-        rotate(a.qr.as<F>() + row, a.q.as<F>() + row, a.cos.as<float>() + angle, a.sin.as<float>() + angle, D / 2,
-               1.0f);
+      for (int64_t head = 0; head < q_heads; head++) {
+        int64_t h = first * G + head, row = ((b * T + t) * H + h) * D;
+        rotate(a.qr.as<F>() + ((b * T + t) * q_heads + head) * D, a.q.as<F>() + row, a.cos.as<float>() + angle,
+               a.sin.as<float>() + angle, D / 2, 1.0f);
         a.delta.as<float>()[(b * H + h) * T + t] = dot(a.dout.as<F>() + row, a.o.as<F>() + row, D);
       }
     }
@@ -252,13 +257,14 @@ static void backward(Context& context, const attention_bwd_args& a) {
   int64_t chunk = max_of(2 * key_block, round_up((T + wanted - 1) / wanted, key_block));
   int64_t chunks = round_up(T, chunk) / chunk;
   size_t tiles_bytes = sizeof(float) * tiles_size(D), sum_size = T * (G + 2) * D;
-  int64_t wave = in_place ? B * K : min_of(B * K, max_of(1, (int64_t{64} << 20) / static_cast<int64_t>(4 * sum_size)));
+  int64_t all = B * kv_heads;
+  int64_t wave = in_place ? all : min_of(all, max_of(1, (int64_t{64} << 20) / static_cast<int64_t>(4 * sum_size)));
   char* shared = static_cast<char*>(context.scratch(0, tiles_bytes + (in_place ? 0 : wave * sum_size * sizeof(float))));
-  for (int64_t begin = 0; begin < B * K; begin += wave) {
-    int64_t heads = min_of(wave, B * K - begin);
+  for (int64_t begin = 0; begin < all; begin += wave) {
+    int64_t heads = min_of(wave, all - begin);
     for (int64_t phase = 0; phase < chunks; phase++)
       parallel(context, heads * (chunks - phase), [&](int64_t task, int thread) {
-        int64_t slot = task % heads, b = (begin + slot) / K, head = (begin + slot) % K;
+        int64_t slot = task % heads, b = (begin + slot) / kv_heads, head = first + (begin + slot) % kv_heads;
         int64_t k_chunk = task / heads, q_chunk = k_chunk + phase;
         F* dq = a.dq.as<F>() + (b * T * H + head * G) * D;
         F* dk = a.dk.as<F>() + (b * T * K + head) * D;
@@ -275,20 +281,22 @@ static void backward(Context& context, const attention_bwd_args& a) {
         if (k_chunk == 0)
           unrotate_rows(a, dq, H * D, sums.dq, sums.q_stride, b, q_chunk * chunk, min_of((q_chunk + 1) * chunk, T), G);
         if (q_chunk == chunks - 1) {
-          int64_t first = k_chunk * chunk, last = min_of(first + chunk, T);
-          unrotate_rows(a, dk, K * D, sums.dk, sums.k_stride, b, first, last, 1);
+          int64_t start = k_chunk * chunk, end = min_of(start + chunk, T);
+          unrotate_rows(a, dk, K * D, sums.dk, sums.k_stride, b, start, end, 1);
           if constexpr (!in_place)
-            for (int64_t n = first; n < last; n++) store_row(dv + n * K * D, sums.dv + n * D, D);
+            for (int64_t n = start; n < end; n++) store_row(dv + n * K * D, sums.dv + n * D, D);
         }
       });
   }
 }
 
 void attention_bwd(Context& context, const attention_bwd_args& a) {
-  if (a.q.dtype == DType::bf16) {
-    backward<bf16>(context, a);
-  } else {
-    backward<float>(context, a);
+  for (int64_t first = 0; first < a.k.dims[2]; first += a.kr.dims[2]) {
+    if (a.q.dtype == DType::bf16) {
+      backward<bf16>(context, a, first);
+    } else {
+      backward<float>(context, a, first);
+    }
   }
 }
 

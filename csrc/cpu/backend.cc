@@ -282,8 +282,9 @@ void forget(rw_device*, const rw_command*) {}
 
 const char* error() { return last_error.c_str(); }
 
-const rw_backend backend_functions = {RW_BACKEND_ABI, table_hash, "cpu",        open,   close, describe, alloc, release,
-                                      copy,           copy,       host_visible, memory, run,   forget,   error};
+const rw_backend backend_functions = {RW_BACKEND_ABI, table_hash, "cpu",  0,       open,    close,  describe,
+                                      alloc,          release,    alloc,  release, copy,    copy,   host_visible,
+                                      memory,         run,        forget, error,   nullptr, nullptr};
 
 }  // namespace
 

@@ -32,24 +32,24 @@ void gather(Context& context, const embedding_fwd_args& a) {
   });
 }
 
-// Fills `start` (V+1) and `order`: the row numbers with id v are order[start[v] .. start[v+1]).
-void sort_by_id(const int32_t* ids, int64_t rows, int64_t vocabulary, int64_t* start, int64_t* order) {
-  for (int64_t v = 0; v <= vocabulary; v++) start[v] = 0;
+// Fills `ends` (V) and `order` (N): the row numbers with id v are order[ends[v - 1] .. ends[v]), ascending.
+void sort_by_id(const int32_t* ids, int64_t rows, int64_t vocabulary, int32_t* ends, int32_t* order) {
+  for (int64_t v = 0; v < vocabulary; v++) ends[v] = 0;
   for (int64_t n = 0; n < rows; n++)
-    if (ids[n] >= 0 && ids[n] < vocabulary) start[ids[n] + 1]++;
-  for (int64_t v = 0; v < vocabulary; v++) start[v + 1] += start[v];
+    if (ids[n] >= 0 && ids[n] < vocabulary) ends[ids[n]]++;
+  for (int64_t v = 1; v < vocabulary; v++) ends[v] += ends[v - 1];
+  // Backwards, each cursor goes from its id's end to its start; and then to the end again.
+  for (int64_t n = rows - 1; n >= 0; n--)
+    if (ids[n] >= 0 && ids[n] < vocabulary) order[--ends[ids[n]]] = static_cast<int32_t>(n);
   for (int64_t n = 0; n < rows; n++)
-    if (ids[n] >= 0 && ids[n] < vocabulary) order[start[ids[n]]++] = n;
-  for (int64_t v = vocabulary; v > 0; v--) start[v] = start[v - 1];
-  start[0] = 0;
+    if (ids[n] >= 0 && ids[n] < vocabulary) ends[ids[n]]++;
 }
 
 template <typename F, typename G>
 void scatter(Context& context, const embedding_bwd_args& a) {
   const int64_t rows = a.dy.dims[0], channels = a.dy.dims[1], vocabulary = a.dw.dims[0];
-  auto* start = static_cast<int64_t*>(context.scratch(0, static_cast<size_t>(vocabulary + 1 + rows) * sizeof(int64_t)));
-  int64_t* order = start + vocabulary + 1;
-  sort_by_id(a.ids.as<int32_t>(), rows, vocabulary, start, order);
+  auto *ends = a.ends.as<int32_t>(), *order = a.order.as<int32_t>();
+  sort_by_id(a.ids.as<int32_t>(), rows, vocabulary, ends, order);
   const F* dy = a.dy.as<F>();
   const G* add = a.add.as<G>();
   const bool in_place = a.add.data == a.dw.data;
@@ -57,17 +57,18 @@ void scatter(Context& context, const embedding_bwd_args& a) {
   parallel(context, (vocabulary + kRows - 1) / kRows, [&](int64_t task, int) {
     const int64_t end = task * kRows + kRows < vocabulary ? task * kRows + kRows : vocabulary;
     for (int64_t v = task * kRows; v < end; v++) {
-      if (in_place && start[v] == start[v + 1]) continue;
+      const int32_t begin = v > 0 ? ends[v - 1] : 0;
+      if (in_place && begin == ends[v]) continue;
       const int64_t row = v * channels;
       int64_t c = 0;
       for (; c + VL <= channels; c += VL) {
         vf total = {};
-        for (int64_t i = start[v]; i < start[v + 1]; i++) total += load(dy + order[i] * channels + c);
+        for (int32_t i = begin; i < ends[v]; i++) total += load(dy + order[i] * channels + c);
         store(a.dw.as<G>() + row + c, add ? load(add + row + c) + total : total);
       }
       for (; c < channels; c++) {
         float total = 0;
-        for (int64_t i = start[v]; i < start[v + 1]; i++) total += to_float(dy[order[i] * channels + c]);
+        for (int32_t i = begin; i < ends[v]; i++) total += to_float(dy[order[i] * channels + c]);
         store_one(a.dw.as<G>() + row + c, add ? to_float(add[row + c]) + total : total);
       }
     }

@@ -124,8 +124,9 @@ void linear_cross_entropy_bwd(Context& context, const linear_cross_entropy_bwd_a
     });
     const Matrix dz = {logits, DType::f32, vocabulary, 1};
     gemm(context, rows, channels, vocabulary, dz, stored(args.w), none, stored(args.dx, first));
-    gemm(context, vocabulary, channels, rows, transposed(dz), stored(args.x, first),
-         first == 0 ? stored(args.dw_add) : stored(args.dw), stored(args.dw));
+    if (args.dw)
+      gemm(context, vocabulary, channels, rows, transposed(dz), stored(args.x, first),
+           first == 0 ? stored(args.dw_add) : stored(args.dw), stored(args.dw));
   }
 }
 

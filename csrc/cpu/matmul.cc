@@ -321,4 +321,10 @@ void matmul_tn(Context& context, const matmul_tn_args& args) {
        stored(args.c));
 }
 
+void matmul_swiglu(Context& context, const matmul_swiglu_args& args) {
+  matmul_nt(context, {args.a, args.w_gate, {}, args.gate});
+  matmul_nt(context, {args.a, args.w_up, {}, args.up});
+  swiglu_fwd(context, {args.gate, args.up, args.y});
+}
+
 }  // namespace rw::cpu::RW_ISA

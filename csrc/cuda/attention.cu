@@ -43,6 +43,7 @@ struct RotateRows {
   const float *cos, *sin;
   const int32_t *pos, *slot;
   int tokens, time, heads, D;
+  int64_t stride;  // of from and copied, from a token to the next
   int64_t slots;
   float factor;
 };
@@ -55,7 +56,7 @@ __global__ void __launch_bounds__(kRotateThreads) attention_rotate_kernel(Rotate
     if (token >= a.tokens) break;
     const int head = at % per_token / per_head, column = at % per_head * n;
     const int64_t row = a.slot ? token / a.time * a.slots + a.slot[token] : token;
-    const int64_t from = (static_cast<int64_t>(token) * a.heads + head) * a.D + column;
+    const int64_t from = token * a.stride + head * a.D + column;
     const int64_t to = (row * a.heads + head) * a.D + column;
     const int64_t angle = static_cast<int64_t>(a.pos[token]) * half + column;
     float x[n], y[n], cos[n], sin[n];
@@ -285,15 +286,14 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 1                   ? 4
       }
     }
 #pragma unroll
-    for (int r = 0; r < 2 * kRowBlocks; r++)
+    for (int j = 0; j < kKeys / 8; j++)
 #pragma unroll
-      for (int j = 0; j < kKeys / 8; j++)
-#pragma unroll
-        for (int e = 0; e < 2; e++) {
-          float& weight = s[r / 2][j][r % 2 * 2 + e];
-          weight = exp2_approx(weight - top[r]);
-          total[r] += weight;
-        }
+      for (int r = 0; r < 2 * kRowBlocks; r++) {
+        float(&pair)[4] = s[r / 2][j];
+        pair[r % 2 * 2] = exp2_approx(pair[r % 2 * 2] - top[r]);
+        pair[r % 2 * 2 + 1] = exp2_approx(pair[r % 2 * 2 + 1] - top[r]);
+        total[r] += pair[r % 2 * 2] + pair[r % 2 * 2 + 1];
+      }
     multiply_nn<kD>(o, s, smem.v, smem.weights);
     if constexpr (kWarps == 1 && sizeof(T) == 2) {
       // Steps of generation wait for memory, not for products: what rounding took from the weights has time to follow.
@@ -397,12 +397,14 @@ void launch_forward(Context& context, Forward& a) {
   // Where few rows meet a long cache, blocks share its slots: about 4 for each multiprocessor.
   const int rows = a.T * a.group, tile_rows = rows <= kFewRows ? kFewRows : 128;
   const int blocks = a.B * a.K * ceil_div(rows, tile_rows);
-  const int wanted = a.last ? ceil_div(4 * context.sm_count, blocks) : 1;
+  const size_t part_bytes = static_cast<size_t>(a.B) * a.T * a.H * (a.D + 2) * sizeof(float);
+  const auto fitting = static_cast<int>(context.workspace_bytes / part_bytes);
+  const int wanted = a.last && fitting > 1 ? min(fitting, ceil_div(4 * context.sm_count, blocks)) : 1;
   a.part = ceil_div(ceil_div(a.S, wanted), kPartUnit) * kPartUnit;
   const int parts = ceil_div(a.S, a.part);
   if (parts > 1) {
     const int64_t results = static_cast<int64_t>(a.B) * a.T * a.H * parts;
-    a.partial.o = static_cast<float*>(context.scratch(results * (a.D + 2) * sizeof(float)));
+    a.partial.o = static_cast<float*>(context.scratch(part_bytes * parts));
     a.partial.top = a.partial.o + results * a.D;
     a.partial.total = a.partial.top + results;
   }
@@ -426,7 +428,7 @@ template <typename T>
 void launch_rotation(Context& context, const Rotation& rotation) {
   const Tensor& from = rotation.from;
   RotateRows<T> a = {};
-  a.from = from.as<T>();
+  a.from = from.as<T>() + rotation.first_head * from.dims[3];
   a.to = static_cast<T*>(rotation.to);
   a.copied = static_cast<const T*>(rotation.copied);
   a.copy_to = static_cast<T*>(rotation.copy_to);
@@ -437,8 +439,9 @@ void launch_rotation(Context& context, const Rotation& rotation) {
   a.slots = rotation.slots;
   a.tokens = static_cast<int>(from.dims[0] * from.dims[1]);
   a.time = static_cast<int>(from.dims[1]);
-  a.heads = static_cast<int>(from.dims[2]);
+  a.heads = static_cast<int>(rotation.heads ? rotation.heads : from.dims[2]);
   a.D = static_cast<int>(from.dims[3]);
+  a.stride = from.dims[2] * from.dims[3];
   a.factor = rotation.factor;
   const bool vector = vectors_fit(from.dtype, a.D, {a.from, a.to, a.copied, a.copy_to, a.cos, a.sin});
   launch({static_cast<unsigned>(ceil_div(a.tokens, kRotateTokens)), kRotateThreads, 0, context.stream},

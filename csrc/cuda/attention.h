@@ -37,14 +37,16 @@ __device__ __forceinline__ void load_tile(T* tile, const T* from, int64_t stride
   constexpr int kChunks = kD / kVector<T>;
   static_assert(kThreads % kChunks == 0 || kChunks % kThreads == 0, "a thread keeps to its columns");
   if (vector) {
-    const int thread = thread_index_anew(), own_row = thread / kChunks, own_chunk = thread % kChunks;
-    const T* own = from + own_chunk * kVector<T>;
+    // A thread's copies go down a column of chunks, kStep rows at a time: one addition for an address.
+    constexpr int kStep = kThreads < kChunks ? 1 : kThreads / kChunks;
+    const int thread = thread_index_anew(), own_row = thread / kChunks;
 #pragma unroll
-    for (int at = 0; at < kRows * kChunks; at += kThreads) {
-      const int row = own_row + at / kChunks, chunk = at % kChunks;
-      const bool valid = row < ((own_chunk + chunk) * kVector<T> < D ? rows : 0);
-      cp_async_16(tile + chunk_at<T, kD>(row, own_chunk + chunk),
-                  own + chunk * kVector<T> + static_cast<int64_t>(valid ? row : 0) * static_cast<int>(stride), valid);
+    for (int chunk = thread % kChunks, i = 0; i < kChunks; chunk += kThreads, i += kThreads) {
+      const T* own = from + own_row * stride + chunk * kVector<T>;
+      const int left = chunk * kVector<T> < D ? rows - own_row : 0;
+#pragma unroll
+      for (int row = 0; row < kRows; row += kStep, own += kStep * stride)
+        cp_async_16(tile + chunk_at<T, kD>(own_row + row, chunk), own, row < left);
     }
     return;
   }
@@ -127,8 +129,13 @@ struct Ever {
 // ---- products
 // ---------------------------------------------------------------------------------------------------------
 
+// In a struct, because nvcc 12.4 ends with an internal error where the alias is the array itself.
 template <int kRowBlocks, int kColumns>
-using Accumulators = float[kRowBlocks][kColumns / 8][4];
+struct AccumulatorsOf {
+  using Type = float[kRowBlocks][kColumns / 8][4];
+};
+template <int kRowBlocks, int kColumns>
+using Accumulators = typename AccumulatorsOf<kRowBlocks, kColumns>::Type;
 
 template <int kRowBlocks, int kBlocks>
 __device__ __forceinline__ void set_zero(float (&c)[kRowBlocks][kBlocks][4]) {
@@ -337,11 +344,13 @@ __device__ __forceinline__ void rotate_pairs(float (&x)[n], float (&y)[n], const
 // ----------------------------------------------------------------------------------------
 
 // to[row] = factor R from[token], rows of heads * D elements, row = token or, with `slot`, that slot of the token's
-// sequence in a cache of S slots; with `copied`, also copy_to[row] = copied[token].
+// sequence in a cache of S slots; with `copied`, also copy_to[row] = copied[token]. With `heads`, only that many of
+// from's heads, those from first_head on.
 struct Rotation {
   const Tensor &from, &cos, &sin, &pos;
   void* to;
   float factor = 1;
+  int64_t first_head = 0, heads = 0;
   const int32_t* slot = nullptr;
   int64_t slots = 0;
   const void* copied = nullptr;

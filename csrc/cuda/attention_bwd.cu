@@ -1,8 +1,9 @@
 // Gradients of attention_fwd. With s = scale R q (R k)^T, p = exp(s - lse), dp = dout v^T, delta = sum_d dout o and ds
 // = p (dp - delta):  dv = p^T dout,  dq = R^T (scale ds R k),  dk = R^T (scale ds^T R q).
 //
-// Shapes: q, o, dout, dq, qr (B,T,H,D); k, v, dk, dv, kr (B,T,K,D), D even, up to 256; lse, delta (B,H,T). f32 or bf16;
-// sums are f32; in bf16 qr, kr, p and ds are rounded to bf16, as operands of the tensor cores.
+// Shapes: q, o, dout, dq (B,T,H,D); k, v, dk, dv (B,T,K,D), D even, up to 256; lse, delta (B,H,T). f32 or bf16; sums
+// are f32; in bf16 qr, kr, p and ds are rounded to bf16, as operands of the tensor cores. qr (B,T,H/groups,D) and kr
+// (B,T,K/groups,D) hold one group of heads after the other, whose kernels follow each other.
 //
 // First, kernels bound by memory: R k and scale log2(e) R q (attention_rotate_kernel), delta (8 threads a row), and the
 // smallest and largest first[t] of each tile of queries, by which tiles are skipped.
@@ -20,10 +21,10 @@
 // work start first. Where a tile that is not seen whole by all rows holds an infinity or a NaN, these are left out of
 // products and make NaN of the gradients of those who see them (clean_own_part, add_not_finite).
 //
-// Grid: (B K, tiles of keys), (B H, tiles of queries). bf16: D 64: 128 rows x 32, 4 warps, 45 KB; D 128: 64 rows x 64,
-// 4 warps, 81 KB; two blocks a multiprocessor. D 256: 64 x 32, dk and dv in launches of their own, for the registers.
-// f32: 64 x 32, D 256: 32 x 16. Traffic: the rows once, the streamed operands once a tile of rows, through the L2.
-// Never stored: s, p, dp, ds.
+// Grid: (K, B, tiles of keys), (H, B, tiles of queries): no division for what a block works on. bf16: D 64: 128 rows x
+// 32, 4 warps, 45 KB; D 128: 64 rows x 64, 4 warps, 81 KB; two blocks a multiprocessor. D 256: 64 x 32, dk and dv in
+// launches of their own, for the registers. f32: 64 x 32, D 256: 32 x 16. Traffic: the rows once, the streamed operands
+// once a tile of rows, through the L2. Never stored: s, p, dp, ds.
 //
 // Papers: FlashAttention-2 2307.08691, RoFormer 2104.09864.
 #include "attention.h"
@@ -41,7 +42,8 @@ struct Backward {
   const int32_t *pos, *first;
   const int2* firsts;  // (B, tiles of columns): the smallest and largest first[t] of a tile
   int T, H, K, D;
-  int64_t q_stride, k_stride;  // from a token to the next
+  int group;                                         // query heads of a kv head
+  int64_t q_stride, k_stride, qr_stride, kr_stride;  // from a token to the next
   Factor factor;
   bool vector;  // 16-byte accesses
 };
@@ -112,13 +114,15 @@ struct Shape {
     REDZONE(after_x);
     T y[kColumns * kD];  // dout, or v
     REDZONE(after_y);
-    float lse[2][kColumns], delta[2][kColumns];  // of columns of queries
-    REDZONE(after_delta);
+    float lse[kColumns], delta[kColumns];  // of columns of queries
+    int32_t first[kColumns];
+    REDZONE(after_first);
     Weights<T, kRows, kColumns> weights;
     REDZONE(after_weights);
     Ever<kWarps> cleaned;  // infinities and NaN have been left out
   };
-  static_assert(sizeof(Smem) <= 163 * 1024 && kRows % kColumns == 0);
+  static constexpr int kBlocks = kHalf && kD <= 128 ? 2 : 1;  // of a multiprocessor, which has 164 KB on sm_80
+  static_assert(kBlocks * (sizeof(Smem) + 1024) <= 164 * 1024 && kRows % kColumns == 0 && kColumns <= kThreads);
 };
 
 // A warp's rows of gradients: c * factor, turned back where `turned`, to rows of a tensor from `to` on.
@@ -162,8 +166,7 @@ __device__ __forceinline__ void store_gradients(float* sums, const float (&c)[kR
 }
 
 template <typename T, int kD, Wanted kWanted>
-__global__ void __launch_bounds__(Shape<T, kD>::kThreads, sizeof(T) == 2 && kD <= 128 ? 2 : 1)
-    attention_bwd_kernel(Backward a) {
+__global__ void __launch_bounds__(Shape<T, kD>::kThreads, Shape<T, kD>::kBlocks) attention_bwd_kernel(Backward a) {
   using S = Shape<T, kD>;
   constexpr bool kKeyRows = kWanted != Wanted::dq, kSlopes = kWanted != Wanted::dv;
   constexpr bool kValues = kWanted == Wanted::dv || kWanted == Wanted::dk_dv;
@@ -171,14 +174,14 @@ __global__ void __launch_bounds__(Shape<T, kD>::kThreads, sizeof(T) == 2 && kD <
   auto& smem = dyn_smem<typename S::Smem>();
   const int g = lane_index() / 4, t = lane_index() % 4, warp_row0 = warp_index() * S::kWarpRows;
 
-  const int heads = kKeyRows ? a.K : a.H, group = a.H / a.K;
-  const int b = blockIdx.x / heads, head = blockIdx.x % heads;
-  const int row0 = (kKeyRows ? blockIdx.y : gridDim.y - 1 - blockIdx.y) * kRows;
+  const int b = blockIdx.y, head = blockIdx.x;
+  const int row0 = (kKeyRows ? blockIdx.z : gridDim.z - 1 - blockIdx.z) * kRows;
   const int64_t token0 = static_cast<int64_t>(b) * a.T;
   const int64_t row_stride = kKeyRows ? a.k_stride : a.q_stride, column_stride = kKeyRows ? a.q_stride : a.k_stride;
+  const int64_t x_stride = kKeyRows ? a.qr_stride : a.kr_stride, row_x_stride = kKeyRows ? a.kr_stride : a.qr_stride;
   const int64_t row_at = (token0 + row0) * row_stride + head * a.D;
-  const int column_head = kKeyRows ? head * group : head / group;
-  const T* x = static_cast<const T*>(kKeyRows ? a.qr : a.kr) + token0 * column_stride + column_head * a.D;
+  const int column_head = kKeyRows ? head * a.group : head / a.group;
+  const T* x = static_cast<const T*>(kKeyRows ? a.qr : a.kr) + token0 * x_stride + column_head * a.D;
   const T* y = static_cast<const T*>(kKeyRows ? a.dout : a.v) + token0 * column_stride + column_head * a.D;
 
   // The tiles of columns begin .. end - 1 that some row has to do with, and the largest first[t] of rows of queries.
@@ -202,15 +205,15 @@ __global__ void __launch_bounds__(Shape<T, kD>::kThreads, sizeof(T) == 2 && kD <
     if constexpr (kKeyRows) return row0 + kRows - 1 > column0 || firsts[tile].y > row0;
     return column0 + kColumns - 1 > row0 || highest_first > column0;
   };
-  const auto sees = [&](int row, int column) {
-    const int query = min(kKeyRows ? column : row, a.T - 1), key = kKeyRows ? row : column;
-    return key <= query && key >= a.first[token0 + query];
+  const auto seen = [&](int query) {  // the first and last key that it sees
+    const int last = min(query, a.T - 1);
+    return make_int2(a.first[token0 + last], last);
   };
   // Steps are pairs (head of the group, tile), in this order.
   struct Step {
     int head, tile;
   };
-  const int steps_heads = kKeyRows ? group : 1;
+  const int steps_heads = kKeyRows ? a.group : 1;
   const auto advance = [&](Step& step) {
     do {
       if (++step.tile == end) {
@@ -221,29 +224,31 @@ __global__ void __launch_bounds__(Shape<T, kD>::kThreads, sizeof(T) == 2 && kD <
   };
   const auto load_x = [&](const Step& step, int stage) {
     const int column0 = step.tile * kColumns;
-    load_tile<kColumns, kD, kThreads>(smem.x[stage], x + column0 * column_stride + step.head * a.D, column_stride,
-                                      a.T - column0, a.D, a.vector);
-    if constexpr (kKeyRows) {
-      const int64_t at = (static_cast<int64_t>(b) * a.H + column_head + step.head) * a.T + column0;
-      for (int i = threadIdx.x; i < kColumns; i += kThreads) {
-        const bool valid = column0 + i < a.T;
-        cp_async_4(&smem.lse[stage][i], a.lse + at + (valid ? i : 0), valid);
-        cp_async_4(&smem.delta[stage][i], a.delta + at + (valid ? i : 0), valid);
-      }
-    }
+    load_tile<kColumns, kD, kThreads>(smem.x[stage], x + column0 * x_stride + step.head * a.D, x_stride, a.T - column0,
+                                      a.D, a.vector);
   };
   const auto load_y = [&](const Step& step) {
     const int column0 = step.tile * kColumns;
     load_tile<kColumns, kD, kThreads>(smem.y, y + column0 * column_stride + step.head * a.D, column_stride,
                                       a.T - column0, a.D, a.vector);
+    if constexpr (kKeyRows) {
+      const int i = thread_index_anew();
+      if (i < kColumns) {
+        const bool valid = column0 + i < a.T;
+        const int64_t at = (static_cast<int64_t>(b) * a.H + column_head + step.head) * a.T + column0 + (valid ? i : 0);
+        cp_async_4(&smem.lse[i], a.lse + at, valid);
+        cp_async_4(&smem.delta[i], a.delta + at, valid);
+        cp_async_4(&smem.first[i], a.first + token0 + min(column0 + i, a.T - 1));
+      }
+    }
   };
 
   Step step = {0, begin - 1};
   advance(step);
-  const T *row_x = static_cast<const T*>(kKeyRows ? a.kr : a.qr),
-          *row_y = static_cast<const T*>(kKeyRows ? a.v : a.dout);
-  load_tile<kRows, kD, kThreads>(smem.rows[0], row_x + row_at, row_stride, a.T - row0, a.D, a.vector);
-  if (kSlopes) load_tile<kRows, kD, kThreads>(smem.rows[1], row_y + row_at, row_stride, a.T - row0, a.D, a.vector);
+  const T* row_x = static_cast<const T*>(kKeyRows ? a.kr : a.qr) + (token0 + row0) * row_x_stride + head * a.D;
+  const T* row_y = static_cast<const T*>(kKeyRows ? a.v : a.dout) + row_at;
+  load_tile<kRows, kD, kThreads>(smem.rows[0], row_x, row_x_stride, a.T - row0, a.D, a.vector);
+  if (kSlopes) load_tile<kRows, kD, kThreads>(smem.rows[1], row_y, row_stride, a.T - row0, a.D, a.vector);
   if (step.head < steps_heads) load_x(step, 0);
   cp_async_commit();
   if (step.head < steps_heads) load_y(step);
@@ -291,7 +296,7 @@ __global__ void __launch_bounds__(Shape<T, kD>::kThreads, sizeof(T) == 2 && kD <
 #pragma unroll
       for (int e = 0; e < 2; e++) {
         const int column = 8 * j + 2 * t + e;
-        const float lse = kKeyRows ? smem.lse[stage][column] : 0, delta = kKeyRows ? smem.delta[stage][column] : 0;
+        const float lse = kKeyRows ? smem.lse[column] : 0, delta = kKeyRows ? smem.delta[column] : 0;
 #pragma unroll
         for (int r = 0; r < 2 * kRowBlocks; r++) {
           float& weight = p[r / 2][j][r % 2 * 2 + e];
@@ -303,16 +308,26 @@ __global__ void __launch_bounds__(Shape<T, kD>::kThreads, sizeof(T) == 2 && kD <
         }
       }
     if (masked) {
+      int2 keys[2 * kRowBlocks];  // what rows of queries see
+      if constexpr (!kKeyRows) {
+#pragma unroll
+        for (int r = 0; r < 2 * kRowBlocks; r++) keys[r] = seen(row0 + warp_row0 + 8 * r + g);
+      }
 #pragma unroll
       for (int j = 0; j < kColumns / 8; j++)
 #pragma unroll
-        for (int e = 0; e < 2; e++)
+        for (int e = 0; e < 2; e++) {
+          const int at = 8 * j + 2 * t + e, column = column0 + at;
+          const int2 column_keys = kKeyRows ? make_int2(smem.first[at], min(column, a.T - 1)) : int2();
 #pragma unroll
-          for (int r = 0; r < 2 * kRowBlocks; r++)
-            if (!sees(row0 + warp_row0 + 8 * r + g, column0 + 8 * j + 2 * t + e)) {
-              p[r / 2][j][r % 2 * 2 + e] = 0;
-              if constexpr (kSlopes) ds[r / 2][j][r % 2 * 2 + e] = 0;
-            }
+          for (int r = 0; r < 2 * kRowBlocks; r++) {
+            const int key = kKeyRows ? row0 + warp_row0 + 8 * r + g : column;
+            const int2 range = kKeyRows ? column_keys : keys[r];
+            if (key >= range.x && key <= range.y) continue;
+            p[r / 2][j][r % 2 * 2 + e] = 0;
+            if constexpr (kSlopes) ds[r / 2][j][r % 2 * 2 + e] = 0;
+          }
+        }
     }
     if constexpr (kValues) multiply_nn<kD>(values, p, smem.y, smem.weights);
     __syncthreads();  // y is free
@@ -328,11 +343,16 @@ __global__ void __launch_bounds__(Shape<T, kD>::kThreads, sizeof(T) == 2 && kD <
     for (step = {0, begin - 1}, advance(step); step.head < steps_heads; advance(step)) {
       if (!is_masked(step.tile)) continue;
       const int column0 = step.tile * kColumns;
-      const int64_t at = column0 * column_stride + step.head * a.D;
-      const auto row_sees = [&](int r, int n) { return sees(row0 + warp_row0 + 8 * r + g, column0 + n); };
+      const T* own_x = x + column0 * x_stride + step.head * a.D;
+      const T* own_y = y + column0 * column_stride + step.head * a.D;
+      const auto row_sees = [&](int r, int n) {
+        const int row = row0 + warp_row0 + 8 * r + g, column = column0 + n, key = kKeyRows ? row : column;
+        const int2 keys = seen(kKeyRows ? column : row);
+        return key >= keys.x && key <= keys.y;
+      };
       const int count = min(kColumns, a.T - column0);
-      if constexpr (kSlopes) add_not_finite<kD>(sum, x + at, column_stride, count, a.D, 0, row_sees);
-      if constexpr (kValues) add_not_finite<kD>(values, y + at, column_stride, count, a.D, 1, row_sees);
+      if constexpr (kSlopes) add_not_finite<kD>(sum, own_x, x_stride, count, a.D, 0, row_sees);
+      if constexpr (kValues) add_not_finite<kD>(values, own_y, column_stride, count, a.D, 1, row_sees);
     }
   }
 
@@ -356,17 +376,33 @@ __global__ void __launch_bounds__(Shape<T, kD>::kThreads, sizeof(T) == 2 && kD <
     store(std::integral_constant<int, 1>());
 }
 
+// `a` begins at kv head `first` of as many as there is a rotated copy of.
+template <typename T>
+Backward from_head(const Backward& a, int64_t first) {
+  const auto at = [](auto* p, int64_t elements) {
+    using To = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(p)>>, const T, T>;
+    return static_cast<To*>(p) + elements;
+  };
+  const int64_t q_head = first * a.group;
+  Backward group = a;
+  group.v = at(a.v, first * a.D), group.dout = at(a.dout, q_head * a.D), group.dq = at(a.dq, q_head * a.D);
+  group.dk = at(a.dk, first * a.D), group.dv = at(a.dv, first * a.D);
+  group.lse += q_head * a.T, group.delta += q_head * a.T;
+  return group;
+}
+
 template <typename T, int kD, Wanted kWanted>
 void launch_bwd(Context& context, const Backward& a, int B) {
   using S = Shape<T, kD>;
-  const int heads = kWanted == Wanted::dq ? a.H : a.K;
-  launch({dim3(B * heads, ceil_div(a.T, S::kRows)), S::kThreads, sizeof(typename S::Smem), context.stream},
+  const int heads = static_cast<int>((kWanted == Wanted::dq ? a.qr_stride : a.kr_stride) / a.D);
+  launch({dim3(heads, B, ceil_div(a.T, S::kRows)), S::kThreads, sizeof(typename S::Smem), context.stream},
          attention_bwd_kernel<T, kD, kWanted>, a);
 }
 
 template <typename T>
 void backward(Context& context, const attention_bwd_args& args) {
   const int B = static_cast<int>(args.q.dims[0]);
+  if (B > 65535) throw std::runtime_error("q has " + std::to_string(B) + " sequences; a grid takes up to 65535");
   Backward a = {args.qr.data,
                 args.kr.data,
                 args.v.data,
@@ -385,14 +421,15 @@ void backward(Context& context, const attention_bwd_args& args) {
                 static_cast<int>(args.q.dims[2]),
                 static_cast<int>(args.k.dims[2]),
                 static_cast<int>(args.q.dims[3]),
+                static_cast<int>(args.q.dims[2] / args.k.dims[2]),
                 args.q.dims[2] * args.q.dims[3],
                 args.k.dims[2] * args.k.dims[3],
+                args.qr.dims[2] * args.qr.dims[3],
+                args.kr.dims[2] * args.kr.dims[3],
                 Factor(args.scale),
                 false};
   a.vector = vectors_fit(args.q.dtype, a.D, {a.qr, a.kr, a.v, a.dout, args.o.data, a.dq, a.dk, a.dv, a.cos, a.sin});
 
-  rotate_rows(context, {args.k, args.cos, args.sin, args.pos, args.kr.data});
-  rotate_rows(context, {args.q, args.cos, args.sin, args.pos, args.qr.data, a.factor.value});
   const int64_t rows = static_cast<int64_t>(B) * a.T * a.H;
   launch(
       {static_cast<unsigned>(ceil_div(rows, int64_t{kDeltaThreads / kRowThreads})), kDeltaThreads, 0, context.stream},
@@ -406,13 +443,20 @@ void backward(Context& context, const attention_bwd_args& args) {
     launch({static_cast<unsigned>(B * tiles), kWarp, 0, context.stream}, attention_firsts_kernel, a.first, firsts, a.T,
            tiles, kColumns);
     a.firsts = firsts;
-    if constexpr (kD == 256) {
-      launch_bwd<T, kD, Wanted::dk>(context, a, B);
-      launch_bwd<T, kD, Wanted::dv>(context, a, B);
-    } else {
-      launch_bwd<T, kD, Wanted::dk_dv>(context, a, B);
+    const int64_t heads = args.kr.dims[2], q_heads = args.qr.dims[2];
+    for (int64_t first = 0; first < args.k.dims[2]; first += heads) {
+      rotate_rows(context, {args.k, args.cos, args.sin, args.pos, args.kr.data, 1, first, heads});
+      rotate_rows(context,
+                  {args.q, args.cos, args.sin, args.pos, args.qr.data, a.factor.value, first * a.group, q_heads});
+      const Backward group = from_head<T>(a, first);
+      if constexpr (kD == 256) {
+        launch_bwd<T, kD, Wanted::dk>(context, group, B);
+        launch_bwd<T, kD, Wanted::dv>(context, group, B);
+      } else {
+        launch_bwd<T, kD, Wanted::dk_dv>(context, group, B);
+      }
+      launch_bwd<T, kD, Wanted::dq>(context, group, B);
     }
-    launch_bwd<T, kD, Wanted::dq>(context, a, B);
   });
 }
 

@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "cublaslt.h"
 #include "device.h"
 #include "gpu.h"
 #include "graph.h"
@@ -40,6 +41,9 @@ const Kernel kernels[] = {
 #undef OP
 #undef FLOPS
 
+// Enough for the parts of one product (matmul.cu) that fill every SM once.
+constexpr size_t kWorkspace = size_t{32} << 20;
+
 // Operations between two looks at `cancel`, and in one graph. At most two segments are on their way at a time.
 constexpr size_t kSegment = 32;
 
@@ -58,6 +62,9 @@ class Device final : public Context {
     sm_count = gpu.multiProcessorCount;
     max_smem = gpu.sharedMemPerBlockOptin;
     check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "creating a stream");
+    check(cudaStreamCreateWithFlags(&copies.stream, cudaStreamNonBlocking), "creating a stream");
+    for (cudaEvent_t* event : {&copies.fork, &copies.join})
+      check(cudaEventCreateWithFlags(event, cudaEventDisableTiming), "creating an event");
     for (cudaEvent_t& event : ended_)
       check(cudaEventCreateWithFlags(&event, cudaEventBlockingSync | cudaEventDisableTiming), "creating an event");
     debug_ = flag_is("ROPEWALK_DEBUG", "1");
@@ -70,10 +77,14 @@ class Device final : public Context {
     cudaSetDevice(index_);
     if (stream) cudaStreamSynchronize(stream);
     recordings_.clear();
+    peer_.reset();
     for (cudaEvent_t event : ended_)
       if (event) cudaEventDestroy(event);
-    if (stream) cudaStreamDestroy(stream);
-    for (const auto& [memory, bytes] : scratch_) cudaFree(memory);
+    for (cudaEvent_t event : {copies.fork, copies.join})
+      if (event) cudaEventDestroy(event);
+    for (cudaStream_t one : {copies.stream, stream})
+      if (one) cudaStreamDestroy(one);
+    cudaFree(workspace);
   }
 
   const char* description() const { return description_.c_str(); }
@@ -103,7 +114,19 @@ class Device final : public Context {
     return lost_.empty() ? message : lost_;
   }
 
+  // The workspace comes first: a device that is only asked what it is takes no memory.
   void* alloc(size_t bytes) {
+    need_workspace();
+    return allocate(bytes);
+  }
+
+  void need_workspace() {
+    if (workspace) return;
+    workspace = static_cast<char*>(allocate(kWorkspace));
+    workspace_bytes = kWorkspace;
+  }
+
+  void* allocate(size_t bytes) {
     void* memory = nullptr;
     const cudaError_t error = cudaMalloc(&memory, bytes);
     if (error == cudaErrorMemoryAllocation) {
@@ -127,20 +150,23 @@ class Device final : public Context {
               ". This device cannot be used any more: restart the process";
   }
 
-  // Grows by new blocks; older ones stay, because what was launched or captured may still use them.
-  void* scratch(size_t bytes) override {
-    if (scratch_.empty() || scratch_.back().second < bytes) {
-      scratch_.reserve(scratch_.size() + 1);
-      scratch_.push_back({alloc(bytes), bytes});
-    }
-    return scratch_.back().first;
-  }
-
   Staging& staging() { return staging_; }
   void forget(const rw_command* commands) { recordings_.forget(commands); }
 
+  const char* open_peer(const char* path) {
+    if (!peer_) peer_ = std::make_unique<Cublaslt>(path);
+    return peer_->description().c_str();
+  }
+
+  void multiply(const rw_product& product, void* const* matrices, size_t sets, size_t repeats) {
+    if (!peer_) throw std::runtime_error("cuBLASLt is not open");
+    peer_->multiply(*this, product, matrices, sets, repeats);
+    wait();
+  }
+
   int run(const char* plan, const rw_command* commands, size_t count, const int32_t* cancel) {
     const auto cancelled = [flag = reinterpret_cast<const volatile int32_t*>(cancel)] { return flag && *flag; };
+    need_workspace();
     size_t done = 0, next = 0;  // operations before `done` have ended, those before `next` were submitted
     try {
       Recording* recording = graphs_ && count > 0 ? &recordings_.of(commands) : nullptr;
@@ -158,6 +184,7 @@ class Device final : public Context {
             kernels[command.op](*this, command.args);
             if (debug_) check(cudaStreamSynchronize(stream), "running it");
           }
+          wait_for_copies();  // a graph ends with all that it began
         };
         if (cancelled()) break;
         if (eager) {
@@ -169,9 +196,7 @@ class Device final : public Context {
         }
         check(cudaEventRecord(ended_[segment % 2], stream), "submitting work");
       }
-      // An event, and not the stream: waiting for it leaves the processor to others.
-      check(cudaEventRecord(ended_[0], stream), "submitting work");
-      check(cudaEventSynchronize(ended_[0]), "waiting for the GPU");
+      wait();
       if (next < count) return RW_CANCELLED;
       if (recording) recording->runs++;
       return RW_OK;
@@ -181,6 +206,12 @@ class Device final : public Context {
   }
 
  private:
+  // For all that was submitted. An event, and not the stream: waiting for it leaves the processor to others.
+  void wait() {
+    check(cudaEventRecord(ended_[0], stream), "submitting work");
+    check(cudaEventSynchronize(ended_[0]), "waiting for the GPU");
+  }
+
   // Which operation failed: the one submitted last; or, when the device is lost, one of those that had not ended.
   std::string place(const char* plan, const rw_command* commands, size_t done, size_t next) {
     const auto name = [&](size_t at) {
@@ -200,7 +231,7 @@ class Device final : public Context {
   cudaEvent_t ended_[2] = {};  // of the last two segments
   Staging staging_;
   Recordings recordings_;
-  std::vector<std::pair<void*, size_t>> scratch_;
+  std::unique_ptr<Cublaslt> peer_;
   std::mutex mutex_;
   std::string lost_;  // why the device is lost
 };
@@ -249,6 +280,17 @@ int alloc(rw_device* device, size_t bytes, void** memory) {
 
 void release(rw_device* device, void* memory) { from(device).release(memory); }
 
+int alloc_host(rw_device* device, size_t bytes, void** memory) {
+  return guarded(from(device), [&] {
+    const cudaError_t error = cudaHostAlloc(memory, bytes, cudaHostAllocDefault);
+    if (error != cudaErrorMemoryAllocation) return check(error, "pinning host memory"), RW_OK;
+    cudaGetLastError();
+    throw CudaError(error, "out of host memory: " + size_text(bytes) + " were to be pinned");
+  });
+}
+
+void release_host(rw_device*, void* memory) { cudaFreeHost(memory); }
+
 int upload(rw_device* device, void* to, const void* data, size_t bytes) {
   return guarded(from(device), [&] {
     from(device).staging().upload(from(device).stream, to, data, bytes);
@@ -283,11 +325,35 @@ void forget(rw_device* device, const rw_command* commands) { from(device).forget
 
 const char* error() { return last_error.c_str(); }
 
-const rw_backend backend_functions = {
-    RW_BACKEND_ABI, table_hash, RW_BACKEND_NAME, open,   close, describe, alloc, release,
-    upload,         download,   host_visible,    memory, run,   forget,   error};
+int peer_open(rw_device* device, const char* path, const char** description) {
+  return guarded(from(device), [&] {
+    *description = from(device).open_peer(path);
+    return RW_OK;
+  });
+}
+
+int peer_multiply(rw_device* device, const rw_product* product, void* const* matrices, size_t sets, size_t repeats) {
+  return guarded(from(device), [&] {
+    from(device).multiply(*product, matrices, sets, repeats);
+    return RW_OK;
+  });
+}
+
+const rw_backend backend_functions = {RW_BACKEND_ABI, table_hash,   RW_BACKEND_NAME, kWorkspace, open,         close,
+                                      describe,       alloc,        release,         alloc_host, release_host, upload,
+                                      download,       host_visible, memory,          run,        forget,       error,
+                                      peer_open,      peer_multiply};
 
 }  // namespace
+
+// From the end on, so that under simt writing beyond it meets the guard behind the allocation.
+void* Context::scratch(size_t bytes) const {
+  if (bytes > workspace_bytes)
+    throw std::runtime_error("it needs " + size_text(bytes) + " of working memory, the limit is " +
+                             size_text(workspace_bytes));
+  return workspace + (workspace_bytes - bytes) / 256 * 256;
+}
+
 }  // namespace rw::cuda
 
 // What the addon looks up in the library.

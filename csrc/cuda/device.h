@@ -242,16 +242,26 @@ __host__ __device__ constexpr T ceil_div(T a, T b) {
 // What an op's host function gets beside its arguments. Everything it launches goes to `stream`, in order; it must not
 // allocate, synchronise or read device memory, because it may be captured into a CUDA graph.
 struct Context {
-  cudaStream_t stream;
-  int sm_count;
-  size_t max_smem;  // bytes of dynamic shared memory that a block may have
+  cudaStream_t stream = nullptr;
+  int sm_count = 0;
+  size_t max_smem = 0;  // bytes of dynamic shared memory that a block may have
 
-  // At least `bytes` of device memory that no other op uses at the same time, 256-byte aligned, content arbitrary. Ask
-  // once an op.
-  virtual void* scratch(size_t bytes) = 0;
+  char* workspace = nullptr;  // of a fixed size, so that no op changes what a plan needs
+  size_t workspace_bytes = 0;
 
- protected:
-  ~Context() = default;
+  // Copies that go on beside the operations on `stream`: see copy.cu.
+  struct {
+    cudaStream_t stream = nullptr;
+    cudaEvent_t fork = nullptr, join = nullptr;
+    bool pending = false;
+  } copies;
+
+  // What is submitted from now on comes after the copies that were started.
+  void wait_for_copies();
+
+  // Device memory that no other op uses at the same time, 256-byte aligned, content arbitrary. Ask once an op, for no
+  // more than workspace_bytes: an op whose need grows with shapes takes a TMP of its row instead.
+  void* scratch(size_t bytes) const;
 };
 
 // A backend's row of kernels, one for each op of the table: a missing one does not link.

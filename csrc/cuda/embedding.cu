@@ -3,12 +3,11 @@
 // ids (N) i32, w, add and dw (V,C), y and dy (N,C), each f32 or bf16. Memory traffic: forward 2 N C elements; backward
 // V C written once (read too, with add; rows without a token are not touched where add is dw itself) and N C read.
 // Forward: a warp copies a row. Grid: N / 8 blocks of 256 threads.
-// Backward: the row numbers n are sorted by id, keeping their order (scratch: V + 1 + N integers), in three kernels:
+// Backward: the row numbers n are sorted by id, keeping their order (V + N integers), in three kernels:
 //   count   an integer atomic per id;
-//   starts  prefix sums of the counts, by one block of 1024 threads;
+//   ends    prefix sums of the counts, by one block of 1024 threads;
 //   order   a warp owns 32 ids, lane l the cursor of the l-th, and walks over all of `ids`, 32 at a time: what is its
-//   own
-//           is placed by rank, so neither the order nor the time depends on how tokens are distributed.
+//           own is placed by rank, so neither the order nor the time depends on how tokens are distributed.
 // Then a warp for each row of dw and each tile of channels sums dy in f32 in the order of n and writes once: a frequent
 // token's row is spread over as many warps as it has tiles.
 // Ids outside of 0 .. V-1 are refused by the host; forward they give a NaN that shows a caller that did not, backward
@@ -56,14 +55,15 @@ __global__ void __launch_bounds__(kThreads)
 
 constexpr int kScanWarps = 32;
 
-// In place: counts of V ids to V + 1 starts. Each thread sums its own stretch, then writes it.
-__global__ void __launch_bounds__(kScanWarps* kWarp) embedding_bwd_starts_kernel(int32_t* start, int64_t vocabulary) {
+// In place: how often each of V ids occurs becomes where its rows end. Each thread sums its own stretch, then writes
+// it.
+__global__ void __launch_bounds__(kScanWarps* kWarp) embedding_bwd_ends_kernel(int32_t* ends, int64_t vocabulary) {
   const int64_t length = ceil_div(vocabulary, int64_t{kScanWarps * kWarp});
   const int64_t begin = threadIdx.x * length;
   const int64_t end = begin + length < vocabulary ? begin + length : vocabulary;
   int32_t own = 0;
 #pragma unroll 8
-  for (int64_t v = begin; v < end; v++) own += start[v];
+  for (int64_t v = begin; v < end; v++) own += ends[v];
   int32_t through = own;  // the sum up to this lane
 #pragma unroll
   for (int step = 1; step < kWarp; step *= 2) {
@@ -80,23 +80,24 @@ __global__ void __launch_bounds__(kScanWarps* kWarp) embedding_bwd_starts_kernel
   for (int warp = 0; warp < warp_index(); warp++) next += totals.warp[warp];
 #pragma unroll 8
   for (int64_t v = begin; v < end; v++) {
-    const int32_t count = start[v];
-    start[v] = next;
-    next += count;
+    next += ends[v];
+    ends[v] = next;
   }
-  if (threadIdx.x == kScanWarps * kWarp - 1) start[vocabulary] = next;
 }
 
-// order[start[v] .. start[v + 1]) becomes the row numbers with id v, ascending.
+// Where the rows with id v start in the order.
+__device__ __forceinline__ int32_t start_of(const int32_t* ends, int64_t v) { return v > 0 ? ends[v - 1] : 0; }
+
+// order[start of v .. ends[v]) becomes the row numbers with id v, ascending.
 __global__ void __launch_bounds__(kThreads)
-    embedding_bwd_order_kernel(const int32_t* ids, int64_t rows, int64_t vocabulary, const int32_t* start,
+    embedding_bwd_order_kernel(const int32_t* ids, int64_t rows, int64_t vocabulary, const int32_t* ends,
                                int32_t* order) {
   constexpr int kAhead = 16;  // loads in flight
   const uint32_t lane = threadIdx.x % kWarp;
   const uint32_t first = (blockIdx.x * kWarps + threadIdx.x / kWarp) * kWarp;
   if (first >= vocabulary) return;
   const uint32_t owned = vocabulary - first < kWarp ? static_cast<uint32_t>(vocabulary - first) : kWarp;
-  int32_t cursor = lane < owned ? start[first + lane] : 0;
+  int32_t cursor = lane < owned ? start_of(ends, first + lane) : 0;
   for (int64_t base = 0; base < rows; base += kAhead * kWarp) {
     uint32_t offset[kAhead];  // of the id among those of this warp; a negative id is far beyond them
 #pragma unroll
@@ -124,11 +125,11 @@ constexpr int kPacks = 4;  // of a lane in a tile of channels
 
 template <int Pack, typename F, typename G>
 __global__ void __launch_bounds__(kThreads)
-    embedding_bwd_kernel(const int32_t* start, const int32_t* order, const F* dy, const G* add, G* dw, int64_t channels,
+    embedding_bwd_kernel(const int32_t* ends, const int32_t* order, const F* dy, const G* add, G* dw, int64_t channels,
                          int64_t vocabulary) {
   const int64_t v = int64_t{blockIdx.x} * kWarps + warp_index();
   if (v >= vocabulary) return;
-  const int32_t begin = start[v], end = start[v + 1];
+  const int32_t begin = start_of(ends, v), end = ends[v];
   if (begin == end && add == dw) return;
   const int64_t own = (int64_t{blockIdx.y} * kPacks * kWarp + lane_index()) * Pack;
   Raw<Pack, G> before[kPacks];
@@ -196,16 +197,13 @@ void embedding_bwd(Context& context, const embedding_bwd_args& args) {
   need_at_most(vocabulary, INT32_MAX, "rows of dw");
   need_at_most(channels, 65535 * kPacks * kWarp, "channels");  // one tile a block in y
   const auto* ids = args.ids.as<int32_t>();
-  const size_t scratch = static_cast<size_t>(vocabulary + 1 + rows) * sizeof(int32_t);
-  auto* start = static_cast<int32_t*>(context.scratch(scratch));
-  int32_t* order = start + vocabulary + 1;
-  check(cudaMemsetAsync(start, 0, static_cast<size_t>(vocabulary) * sizeof(int32_t), context.stream),
-        "clearing counts");
+  auto *ends = args.ends.as<int32_t>(), *order = args.order.as<int32_t>();
+  check(cudaMemsetAsync(ends, 0, static_cast<size_t>(vocabulary) * sizeof(int32_t), context.stream), "clearing counts");
   launch({blocks_of(rows, kThreads), kThreads, 0, context.stream}, embedding_bwd_count_kernel, ids, rows, vocabulary,
-         start);
-  launch({1, kScanWarps * kWarp, 0, context.stream}, embedding_bwd_starts_kernel, start, vocabulary);
+         ends);
+  launch({1, kScanWarps * kWarp, 0, context.stream}, embedding_bwd_ends_kernel, ends, vocabulary);
   launch({blocks_of(vocabulary, kThreads), kThreads, 0, context.stream}, embedding_bwd_order_kernel, ids, rows,
-         vocabulary, start, order);
+         vocabulary, ends, order);
   with_float_type(args.dy.dtype, [&](auto f) {
     with_float_type(args.dw.dtype, [&](auto g) {
       using F = decltype(f);
@@ -214,7 +212,7 @@ void embedding_bwd(Context& context, const embedding_bwd_args& args) {
       const bool vector = all_aligned(args.dy, args.add, args.dw) && channels % P == 0;
       const dim3 grid(blocks_of(vocabulary, kWarps), blocks_of(channels, kPacks * kWarp * (vector ? P : 1)));
       launch({grid, kThreads, 0, context.stream},
-             vector ? embedding_bwd_kernel<P, F, G> : embedding_bwd_kernel<1, F, G>, start, order, args.dy.as<F>(),
+             vector ? embedding_bwd_kernel<P, F, G> : embedding_bwd_kernel<1, F, G>, ends, order, args.dy.as<F>(),
              args.add.as<G>(), args.dw.as<G>(), channels, vocabulary);
     });
   });

@@ -34,6 +34,12 @@ struct Product {
   bool a_wide, b_wide;  // and the operands: gemm_ffma.h
 };
 
+// gate = a b^T, up = a w_up^T and y = silu(gate) up, all in bf16: b is w_gate, c is gate; there is no add.
+struct GatedProduct : Product {
+  const void* w_up;
+  void *up, *y;
+};
+
 // Columns of c that a thread stores at a time, and the elements that it reads at a time.
 constexpr int kMmaPiece = 8, kFfmaPiece = 4;
 

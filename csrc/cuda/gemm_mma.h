@@ -1,7 +1,7 @@
 // The tensor-core kernel of matmul.cu: a, b bf16.
 #pragma once
+#include "elementwise.h"
 #include "gemm.h"
-#include "ptx.h"
 
 namespace rw::cuda {
 
@@ -31,11 +31,13 @@ __device__ __forceinline__ int swizzled(int row, int piece) {
 }
 
 // A thread's share of copying tiles, Rows x Columns as the operand is stored, into shared memory. What lies outside of
-// the matrix becomes 0.
-template <int Rows, int Columns, int Threads, bool Aligned>
+// the matrix becomes 0. Paired: a tile has eight rows of one matrix, then the same rows of a second one, and so on.
+template <int Rows, int Columns, int Threads, bool Aligned, bool Paired = false>
 struct Copier {
   static constexpr int kPieces = Columns / 8, kRowStep = Threads / kPieces, kCopies = Rows / kRowStep;
+  static constexpr int kMatrixStep = Paired ? kRowStep / 2 : kRowStep;
   static_assert(kRowStep % 8 == 0 && Rows % kRowStep == 0, "the swizzle is the same for all rows of a thread");
+  static_assert(!Paired || kRowStep % 16 == 0, "all rows of a thread are of one matrix");
 
   const bf16* matrix;
   const bf16* from;  // this thread's first piece of the next tile
@@ -43,11 +45,14 @@ struct Copier {
   int rows, columns;  // of the matrix, from there on
   int to;             // place of that piece in the tile
 
-  __device__ __forceinline__ Copier(const void* data, int64_t stride, int row, int column, int row_end, int column_end)
-      : matrix(static_cast<const bf16*>(data)), stride(stride) {
+  __device__ __forceinline__ Copier(const void* data, const void* second, int64_t stride, int row, int column,
+                                    int row_end, int column_end)
+      : stride(stride) {
     const int own_row = threadIdx.x / kPieces, piece = threadIdx.x % kPieces;
-    from = matrix + (row + own_row) * stride + column + 8 * piece;
-    rows = row_end - row - own_row;
+    matrix = static_cast<const bf16*>(Paired && own_row / 8 % 2 ? second : data);
+    const int matrix_row = row + (Paired ? own_row / 16 * 8 + own_row % 8 : own_row);
+    from = matrix + matrix_row * stride + column + 8 * piece;
+    rows = row_end - matrix_row;
     columns = column_end - column - 8 * piece;
     to = swizzled<Columns>(own_row, piece);
   }
@@ -55,9 +60,9 @@ struct Copier {
   __device__ __forceinline__ void copy(bf16* tile) const {
     const bf16* p = from;
 #pragma unroll
-    for (int i = 0; i < kCopies; i++, p += kRowStep * stride) {
+    for (int i = 0; i < kCopies; i++, p += kMatrixStep * stride) {
       bf16* place = tile + to + i * kRowStep * Columns;
-      const bool inside = i * kRowStep < rows && columns > 0;
+      const bool inside = i * kMatrixStep < rows && columns > 0;
       if constexpr (Aligned) {
         cp_async_16(place, inside ? p : matrix, inside);  // columns is a multiple of 8
       } else {
@@ -76,12 +81,14 @@ struct Copier {
 
 // An operand of a tile that is Extent wide: rows of a or columns of b. Along: whether it is stored along k, as the
 // extent's rows of 64 elements, or across, as 64 rows of `Extent` elements.
-template <bool IsRows, bool Along, int Extent, typename Tile, bool Aligned>
-struct Operand : Copier<Along ? Extent : Tile::k, Along ? Tile::k : Extent, Tile::threads, Aligned> {
-  using Base = Copier<Along ? Extent : Tile::k, Along ? Tile::k : Extent, Tile::threads, Aligned>;
+template <bool IsRows, bool Along, int Extent, typename Tile, bool Aligned, bool Paired = false>
+struct Operand : Copier<Along ? Extent : Tile::k, Along ? Tile::k : Extent, Tile::threads, Aligned, Paired> {
+  static_assert(Along || !Paired);
+  using Base = Copier<Along ? Extent : Tile::k, Along ? Tile::k : Extent, Tile::threads, Aligned, Paired>;
 
-  __device__ __forceinline__ Operand(const void* data, int64_t stride, int first, int end, int k, int k_end)
-      : Base(data, stride, Along ? first : k, Along ? k : first, Along ? end : k_end, Along ? k_end : end) {}
+  __device__ __forceinline__ Operand(const void* data, const void* second, int64_t stride, int first, int end, int k,
+                                     int k_end)
+      : Base(data, second, stride, Along ? first : k, Along ? k : first, Along ? end : k_end, Along ? k_end : end) {}
 
   __device__ __forceinline__ void advance() {
     if constexpr (Along)
@@ -142,19 +149,40 @@ __device__ __forceinline__ void store_pieces(const Product& p, int row, int colu
   }
 }
 
-template <typename Tile, Layout layout, bool Aligned>
-__global__ void __launch_bounds__(Tile::threads, Tile::blocks_per_sm) mma_kernel(Product p) {
+// The same with gate and up, whose columns take turns in the tile, eight at a time: a thread has the same ones of both.
+// y is made from their rounded values, as a pass of its own would.
+__device__ __forceinline__ void store_gated(const GatedProduct& p, int row, int column, float (&gate)[8],
+                                            float (&up)[8]) {
+  float y[8];
+#pragma unroll
+  for (int i = 0; i < 8; i++) {
+    const float g = to_float(to_bf16(gate[i])), u = to_float(to_bf16(up[i]));
+    y[i] = u * (g * sigmoid(g));
+  }
+  Product to = p;
+  store_pieces(to, row, column, gate);
+  to.c = p.up;
+  store_pieces(to, row, column, up);
+  to.c = p.y;
+  store_pieces(to, row, column, y);
+}
+
+template <typename Tile, Layout layout, bool Aligned, typename P = Product>
+__global__ void __launch_bounds__(Tile::threads, Tile::blocks_per_sm) mma_kernel(P p) {
+  constexpr bool kGated = std::is_same_v<P, GatedProduct>;
   using A = Operand<true, layout != Layout::tn, Tile::m, Tile, Aligned>;
-  using B = Operand<false, layout == Layout::nt, Tile::n, Tile, Aligned>;
+  using B = Operand<false, layout == Layout::nt, Tile::n, Tile, Aligned, kGated>;
   constexpr int kSteps = Tile::k / 16, kRows = Tile::warp_m / 16, kColumns = Tile::warp_n / 16,
                 kAhead = Tile::stages - 1;
 
   auto& smem = dyn_smem<typename Tile::Smem>();
-  const auto [m, n] = tile_of_block<Tile::m, Tile::n>(p);
+  const auto [m, n] = tile_of_block < Tile::m, kGated ? Tile::n / 2 : Tile::n > (p);
   const int k = blockIdx.y * p.k_share, k_end = p.k - k < p.k_share ? p.k : k + p.k_share;
   const int tiles = ceil_div(k_end - k, Tile::k);
-  A a(p.a, p.a_stride, m, p.m, k, k_end);
-  B b(p.b, p.b_stride, n, p.n, k, k_end);
+  const void* second = nullptr;
+  if constexpr (kGated) second = p.w_up;
+  A a(p.a, nullptr, p.a_stride, m, p.m, k, k_end);
+  B b(p.b, second, p.b_stride, n, p.n, k, k_end);
   const int warp_m = warp_index() / Tile::warps_n * Tile::warp_m, warp_n = warp_index() % Tile::warps_n * Tile::warp_n;
 
 #pragma unroll
@@ -207,17 +235,31 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks_per_sm) mma_kernel
 #pragma unroll
   for (int i = 0; i < kRows; i++)
 #pragma unroll
-    for (int half = 0; half < 2; half++)
+    for (int half = 0; half < 2; half++) {
+      const int row = m + warp_m + 16 * i + 8 * half + group;
+      // This thread's columns of every `Step`-th of 8 from the j-th on.
+      const auto columns = [&](int j, int step, float(&x)[8]) {
 #pragma unroll
-      for (int j = 0; j < 2 * kColumns; j += 4) {
-        float x[8];
+        for (int piece = 0; piece < 4; piece++)
 #pragma unroll
-        for (int piece = 0; piece < 4; piece++) {
-          x[2 * piece] = sum[i][j + piece][2 * half];
-          x[2 * piece + 1] = sum[i][j + piece][2 * half + 1];
+          for (int u = 0; u < 2; u++) x[2 * piece + u] = sum[i][j + piece * step][2 * half + u];
+      };
+      float x[8], y[8];
+      if constexpr (kGated) {
+        static_assert(Tile::warp_n % 64 == 0);
+#pragma unroll
+        for (int j = 0; j < 2 * kColumns; j += 8) {
+          columns(j, 2, x), columns(j + 1, 2, y);
+          store_gated(p, row, n + warp_n / 2 + 4 * j, x, y);
         }
-        store_pieces(p, m + warp_m + 16 * i + 8 * half + group, n + warp_n + 8 * j, x);
+      } else {
+#pragma unroll
+        for (int j = 0; j < 2 * kColumns; j += 4) {
+          columns(j, 1, x);
+          store_pieces(p, row, n + warp_n + 8 * j, x);
+        }
       }
+    }
 }
 
 }  // namespace rw::cuda

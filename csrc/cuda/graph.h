@@ -1,5 +1,5 @@
-// CUDA graphs of plans: the kernels of a plan are captured when it runs for the second time (the first may still
-// allocate scratch memory) and replayed from then on, so that the processor no longer has to launch each of them. A
+// CUDA graphs of plans: the kernels of a plan are captured when it runs for the second time (many plans run
+// only once) and replayed from then on, so that the processor no longer has to launch each of them. A
 // plan is captured in segments, so that a run can be ended between them. For backend.cu.
 #pragma once
 #include <mutex>

@@ -158,8 +158,9 @@ void linear_cross_entropy_bwd(Context& context, const linear_cross_entropy_bwd_a
                                             args.nll, first, rows);
     gemm(context, Layout::nn, rows, channels, size, dz, rows_of(args.w), nullptr,
          args.dx.as<char>() + first * channels * dtype_bytes(args.dx.dtype), args.dx.dtype);
-    gemm(context, Layout::tn, size, channels, rows, dz, rows_of(args.x, first),
-         first == 0 ? args.dw_add.data : args.dw.data, args.dw.data, DType::f32);
+    if (args.dw)
+      gemm(context, Layout::tn, size, channels, rows, dz, rows_of(args.x, first),
+           first == 0 ? args.dw_add.data : args.dw.data, args.dw.data, DType::f32);
   }
 }
 

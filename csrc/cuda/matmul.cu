@@ -9,6 +9,8 @@
 //   multiple of 16 bytes are copied element by element, in tiles of 64 x 64.
 // otherwise (gemm_ffma.h): f32 products and sums, two stages of 16 k, elements widened on their way through registers:
 //   128 x 128 with 8 x 8 elements a thread (256, 32 KB, 2), 64 x 64 with 4 x 4 (256, 16 KB, 2).
+// matmul_swiglu: the columns of gate and up take turns in tiles of 128 x 256 or 64 x 128 (128 threads, 72 KB, 2), so
+//   that a thread has both and makes y on the way; otherwise two products and the kernel of swiglu.cu.
 // M <= 4 with b transposed (decoding: y = x w^T): b is read once, straight from memory, two rows of it a warp.
 //
 // The grid is one block a tile, in groups that share rows and columns in the L2; where tiles are too few for the SMs,
@@ -93,20 +95,19 @@ void launch_few_rows(const Context& context, const Product& p) {
 // ---- tiles
 // ------------------------------------------------------------------------------------------------------------
 
-using Kernel = void (*)(Product);
-
-// A kernel and what the choice needs to know of it: `rate` are products a clock of an SM, as far as a large product
-// gets.
+// A kernel and what the choice needs to know of it: the part of c that a block computes; `rate`, products a clock of an
+// SM as far as a large product gets.
+template <typename P>
 struct TileKernel {
   int m, n, threads;
   size_t smem;
   int blocks_per_sm;
   double rate;
-  Kernel kernel;
+  void (*kernel)(P);
 };
 
 template <typename Tile, Layout layout, bool Aligned>
-constexpr TileKernel mma_tile(double rate) {
+constexpr TileKernel<Product> mma_tile(double rate) {
   return {Tile::m,
           Tile::n,
           Tile::threads,
@@ -116,8 +117,20 @@ constexpr TileKernel mma_tile(double rate) {
           mma_kernel<Tile, layout, Aligned>};
 }
 
+// Half of a tile's columns are those of gate, half those of up.
+template <typename Tile>
+constexpr TileKernel<GatedProduct> gated_tile(double rate) {
+  return {Tile::m,
+          Tile::n / 2,
+          Tile::threads,
+          sizeof(typename Tile::Smem),
+          Tile::blocks_per_sm,
+          rate,
+          mma_kernel<Tile, Layout::nt, true, GatedProduct>};
+}
+
 template <typename A, typename B, Layout layout, int Quads>
-constexpr TileKernel ffma_tile(double rate) {
+constexpr TileKernel<Product> ffma_tile(double rate) {
   using Tile = FfmaTile<Quads>;
   return {Tile::m, Tile::n, Tile::threads, sizeof(typename Tile::Smem), 2, rate, ffma_kernel<A, B, layout, Quads>};
 }
@@ -125,33 +138,39 @@ constexpr TileKernel ffma_tile(double rate) {
 using LargeTile = MmaTile<128, 256, 2, 4, 1>;
 using MediumTile = MmaTile<128, 128, 2, 4, 1>;
 using SmallTile = MmaTile<64, 64, 2, 2, 3>;
+using SmallGatedTile = MmaTile<64, 128, 2, 2, 2>;
 
 // Rates relative to the 1024 products a clock of an SM of sm_80, and 64 in f32: estimates, not yet measured.
 template <Layout layout>
-constexpr TileKernel mma_tiles[] = {mma_tile<LargeTile, layout, true>(0.9 * 1024),
-                                    mma_tile<MediumTile, layout, true>(0.75 * 1024),
-                                    mma_tile<SmallTile, layout, true>(0.5 * 1024)};
+constexpr TileKernel<Product> mma_tiles[] = {mma_tile<LargeTile, layout, true>(0.9 * 1024),
+                                             mma_tile<MediumTile, layout, true>(0.75 * 1024),
+                                             mma_tile<SmallTile, layout, true>(0.5 * 1024)};
 template <Layout layout>
-constexpr TileKernel mma_unaligned_tiles[] = {mma_tile<SmallTile, layout, false>(0.2 * 1024)};
+constexpr TileKernel<Product> mma_unaligned_tiles[] = {mma_tile<SmallTile, layout, false>(0.2 * 1024)};
 template <typename B, Layout layout>
-constexpr TileKernel ffma_tiles[] = {ffma_tile<float, B, layout, 2>(0.85 * 64),
-                                     ffma_tile<float, B, layout, 1>(0.5 * 64)};
+constexpr TileKernel<Product> ffma_tiles[] = {ffma_tile<float, B, layout, 2>(0.85 * 64),
+                                              ffma_tile<float, B, layout, 1>(0.5 * 64)};
 // No model multiplies bf16 by f32 weights.
 template <Layout layout>
-constexpr TileKernel ffma_bf16_tiles[] = {ffma_tile<bf16, float, layout, 1>(0.5 * 64)};
+constexpr TileKernel<Product> ffma_bf16_tiles[] = {ffma_tile<bf16, float, layout, 1>(0.5 * 64)};
 
+// A product of gate and up counts double, hence half the rates.
+constexpr TileKernel<GatedProduct> gated_tiles[] = {gated_tile<LargeTile>(0.45 * 1024),
+                                                    gated_tile<SmallGatedTile>(0.3 * 1024)};
+
+template <typename P>
 struct Tiles {
-  const TileKernel* begin;
+  const TileKernel<P>* begin;
   int count;
 };
 
-template <size_t Count>
-Tiles list(const TileKernel (&tiles)[Count]) {
+template <typename P, size_t Count>
+Tiles<P> list(const TileKernel<P> (&tiles)[Count]) {
   return {tiles, static_cast<int>(Count)};
 }
 
 template <Layout layout>
-Tiles tiles_for(DType a, DType b, bool aligned) {
+Tiles<Product> tiles_for(DType a, DType b, bool aligned) {
   if (a == DType::bf16 && b == DType::bf16)
     return aligned ? list(mma_tiles<layout>) : list(mma_unaligned_tiles<layout>);
   if (a == DType::bf16) return list(ffma_bf16_tiles<layout>);
@@ -159,8 +178,9 @@ Tiles tiles_for(DType a, DType b, bool aligned) {
   return list(ffma_tiles<float, layout>);
 }
 
+template <typename P>
 struct Choice {
-  const TileKernel* tile;
+  const TileKernel<P>* tile;
   int shares;  // among how many blocks the sum of a tile is divided
 };
 
@@ -169,13 +189,16 @@ constexpr int kMaxShares = 32, kMinShare = 256;
 // The least time in clocks: that of the SM with the most blocks, each with a start and an end that cost as much as 192
 // steps of k; for a divided sum also its second kernel (3000 clocks, then 1500 bytes a clock). An SM with less than
 // half of the blocks that it could have at a time is not quicker than one with half of them.
-Choice choose(const Tiles& tiles, int64_t m, int64_t n, int64_t k, int sm_count) {
-  Choice best = {};
+template <typename P>
+Choice<P> choose(const Tiles<P>& tiles, int64_t m, int64_t n, int64_t k, const Context& context, int most_shares) {
+  Choice<P> best = {};
+  const int64_t fitting = static_cast<int64_t>(context.workspace_bytes / sizeof(float)) / (m * n);
   double best_time = 0;
-  for (const TileKernel* tile = tiles.begin; tile < tiles.begin + tiles.count; tile++) {
+  for (const TileKernel<P>* tile = tiles.begin; tile < tiles.begin + tiles.count; tile++) {
     const int64_t count = ceil_div<int64_t>(m, tile->m) * ceil_div<int64_t>(n, tile->n);
-    for (int shares = 1; shares <= kMaxShares && (shares == 1 || k >= int64_t{kMinShare} * shares); shares++) {
-      const int64_t most = ceil_div<int64_t>(count * shares, sm_count), least = (tile->blocks_per_sm + 1) / 2;
+    for (int shares = 1;
+         shares <= most_shares && (shares == 1 || (shares <= fitting && k >= int64_t{kMinShare} * shares)); shares++) {
+      const int64_t most = ceil_div<int64_t>(count * shares, context.sm_count), least = (tile->blocks_per_sm + 1) / 2;
       const double block =
           static_cast<double>(tile->m) * tile->n * (static_cast<double>(k) / shares + 192) / tile->rate;
       double time = static_cast<double>(most > least ? most : least) * block;
@@ -194,8 +217,8 @@ bool in_pieces(const Matrix& x, int64_t length, int piece) {
          x.stride % piece == 0 && length % piece == 0;
 }
 
-void launch_tiles(Context& context, const Tiles& tiles, Product p) {
-  const auto [tile, wanted] = choose(tiles, p.m, p.n, p.k, context.sm_count);
+void launch_tiles(Context& context, const Tiles<Product>& tiles, Product p) {
+  const auto [tile, wanted] = choose(tiles, p.m, p.n, p.k, context, kMaxShares);
   p.k_share = static_cast<int>(ceil_div(ceil_div<int64_t>(p.k, wanted), int64_t{64}) * 64);
   const unsigned shares = ceil_div(p.k, p.k_share);  // none of them empty
   const unsigned count = ceil_div(p.m, tile->m) * ceil_div(p.n, tile->n);
@@ -219,13 +242,17 @@ void launch_tiles(Context& context, const Tiles& tiles, Product p) {
 
 constexpr int64_t kLargest = INT32_MAX - 1024;  // dimensions are rounded up to tiles in 32 bits
 
+void need_sizes(int64_t m, int64_t n, int64_t k) {
+  if (m > kLargest || n > kLargest || k > kLargest)
+    throw std::runtime_error("a product of M = " + std::to_string(m) + ", N = " + std::to_string(n) +
+                             ", K = " + std::to_string(k) + ": no dimension may exceed " + std::to_string(kLargest));
+}
+
 }  // namespace
 
 void gemm(Context& context, Layout layout, int64_t m, int64_t n, int64_t k, const Matrix& a, const Matrix& b,
           const void* add, void* c, DType dtype) {
-  if (m > kLargest || n > kLargest || k > kLargest)
-    throw std::runtime_error("a product of M = " + std::to_string(m) + ", N = " + std::to_string(n) +
-                             ", K = " + std::to_string(k) + ": no dimension may exceed " + std::to_string(kLargest));
+  need_sizes(m, n, k);
   const int64_t a_row = layout == Layout::tn ? m : k, b_row = layout == Layout::nt ? k : n;
   const bool mma = a.dtype == DType::bf16 && b.dtype == DType::bf16;
   const int piece = mma ? kMmaPiece : kFfmaPiece;
@@ -272,10 +299,40 @@ void matmul(Context& context, Layout layout, int64_t k, const Args& args) {
        args.c.dtype);
 }
 
+// Whether gate, up and y come from one kernel: bf16 on tensor cores, whole pieces everywhere, more than a few rows.
+bool gated_product(const Context& context, const matmul_swiglu_args& args) {
+  const int64_t m = args.y.dims[0], n = args.y.dims[1], k = args.a.dims[1];
+  if (args.a.dtype != DType::bf16 || args.w_gate.dtype != DType::bf16 || m <= 4) return false;
+  for (const Tensor* x : {&args.a, &args.w_gate, &args.w_up, &args.gate, &args.up, &args.y})
+    if (!in_pieces({x->data, x->dtype, x->dims[1]}, x->dims[1], kMmaPiece)) return false;
+  GatedProduct p = {};
+  p.a = args.a.data, p.b = args.w_gate.data, p.w_up = args.w_up.data;
+  p.c = args.gate.data, p.up = args.up.data, p.y = args.y.data;
+  p.a_stride = p.b_stride = k;
+  p.m = static_cast<int>(m), p.n = static_cast<int>(n), p.k = static_cast<int>(k);
+  p.k_share = ceil_div(p.k, 64) * 64;
+  p.dtype = DType::bf16;
+  p.wide = p.a_wide = p.b_wide = true;
+  const TileKernel<GatedProduct>& tile = *choose(list(gated_tiles), m, n, k, context, 1).tile;
+  const unsigned count = ceil_div(p.m, tile.m) * ceil_div(p.n, tile.n);
+  const Launch at(count, tile.threads, tile.smem, context.stream);
+  launch(at, tile.kernel, p);
+  return true;
+}
+
 }  // namespace
 
 void matmul_nn(Context& context, const matmul_nn_args& args) { matmul(context, Layout::nn, args.a.dims[1], args); }
 void matmul_nt(Context& context, const matmul_nt_args& args) { matmul(context, Layout::nt, args.a.dims[1], args); }
 void matmul_tn(Context& context, const matmul_tn_args& args) { matmul(context, Layout::tn, args.a.dims[0], args); }
+
+void matmul_swiglu(Context& context, const matmul_swiglu_args& args) {
+  const int64_t m = args.y.dims[0], n = args.y.dims[1], k = args.a.dims[1];
+  need_sizes(m, n, k);
+  if (gated_product(context, args)) return;
+  matmul_nt(context, {args.a, args.w_gate, {}, args.gate});
+  matmul_nt(context, {args.a, args.w_up, {}, args.up});
+  swiglu_fwd(context, {args.gate, args.up, args.y});
+}
 
 }  // namespace rw::cuda

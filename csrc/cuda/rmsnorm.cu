@@ -242,10 +242,12 @@ void backward(Context& context, const rmsnorm_bwd_args& args) {
   constexpr int P = kRowPack<F>;
   constexpr int64_t kLeastRows = 4;
   const int channels = channels_of(args.x), packs = ceil_div(channels, P);
-  const int64_t rows = args.x.dims[0], most = packs <= kHeld * kWarp ? 2048 : 512;
+  const int64_t rows = args.x.dims[0], wanted = packs <= kHeld * kWarp ? 2048 : 512;
+  const size_t row_bytes = static_cast<size_t>(packs) * P * sizeof(float);
+  const auto fitting = static_cast<int64_t>(context.workspace_bytes / row_bytes);
+  const int64_t most = fitting < 1 ? 1 : fitting < wanted ? fitting : wanted;
   const int64_t share = ceil_div(rows, most), rows_per_block = share < kLeastRows ? kLeastRows : share;
   const int64_t blocks = ceil_div(rows, rows_per_block);
-  const size_t row_bytes = static_cast<size_t>(packs) * P * sizeof(float);
   auto* partial = static_cast<float*>(context.scratch(static_cast<size_t>(blocks) * row_bytes));
   const bool shared = row_bytes + 1024 <= context.max_smem;  // the sums over the block need some as well
   with_warps(packs, [&](auto warps) {

@@ -13,11 +13,6 @@ namespace {
 // Blocks of an SM: 40 and 48 registers a thread.
 constexpr int kForward = 6, kBackward = 5;
 
-// e^-g is infinite for g < -88.7, which gives 0: the right limit. Neither step is wrong by more than a unit in the last
-// place (so no __expf); a division rounded to nearest would make the arithmetic, not the memory, the limit on Hopper. A
-// quarter of the sum, so that its reciprocal is not denormal before the sum is infinite.
-__device__ __forceinline__ float sigmoid(float g) { return 0.25f * reciprocal_approx(0.25f * expf(-g) + 0.25f); }
-
 template <int Pack, typename F>
 __global__ void __launch_bounds__(kFlatThreads, kForward)
     swiglu_fwd_kernel(const F* gate, const F* up, F* y, int64_t size) {

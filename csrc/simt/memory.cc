@@ -105,6 +105,11 @@ cudaError_t cudaFree(void* memory) {
 
 // Pageable memory is copied at once, as on a GPU, where the call returns when it has been read.
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
+  if (kind == cudaMemcpyDefault) {  // by where the two are
+    const bool to_device = device_range(to, bytes).begin, from_device = device_range(from, bytes).begin;
+    if (!to_device && !from_device) return failed(cudaErrorInvalidValue);
+    kind = !to_device ? cudaMemcpyDeviceToHost : from_device ? cudaMemcpyDeviceToDevice : cudaMemcpyHostToDevice;
+  }
   const bool late = kind != cudaMemcpyDeviceToDevice && simt::pinned(kind == cudaMemcpyHostToDevice ? from : to);
   simt::Region target = {}, source = {};
   if (kind != cudaMemcpyDeviceToHost && !(target = device_range(to, bytes)).begin) return failed(cudaErrorInvalidValue);

@@ -26,10 +26,12 @@ struct simt_stream {
   std::deque<std::function<void()>> late;
   size_t done = 0;  // pieces of late work that have been done
   simt_graph* capture = nullptr;
+  bool unjoined = false;  // has work in a capture that began on another stream, which has not waited for it yet
 };
 struct simt_event {
   simt_stream* stream = nullptr;
-  size_t at = 0;  // `done` of the stream when the event has happened
+  size_t at = 0;                  // `done` of the stream when the event has happened
+  simt_graph* capture = nullptr;  // in which it was recorded
 };
 struct simt_graph {
   std::vector<std::function<void()>> nodes;
@@ -114,7 +116,12 @@ bool pinned(const void* memory) {
 void enqueue(cudaStream_t stream, bool late, std::function<void()> work) {
   if (faulted) return;
   if (stream && stream->capture) {
-    stream->capture->nodes.push_back(std::move(work));
+    if (stream == captured) return stream->capture->nodes.push_back(std::move(work));
+    stream->unjoined = true;
+    stream->capture->nodes.push_back([=, work = std::move(work)] {
+      const std::lock_guard<std::mutex> lock(mutex);
+      stream->late.push_back(work);
+    });
   } else if (stream && late) {
     const std::lock_guard<std::mutex> lock(mutex);
     stream->late.push_back(std::move(work));
@@ -162,6 +169,10 @@ const char* cudaGetErrorName(cudaError_t error) {
       return "cudaErrorIllegalAddress";
     case cudaErrorStreamCaptureUnsupported:
       return "cudaErrorStreamCaptureUnsupported";
+    case cudaErrorStreamCaptureUnjoined:
+      return "cudaErrorStreamCaptureUnjoined";
+    case cudaErrorStreamCaptureIsolation:
+      return "cudaErrorStreamCaptureIsolation";
   }
   return "unrecognized error code";
 }
@@ -184,6 +195,10 @@ const char* cudaGetErrorString(cudaError_t error) {
       return "an illegal memory access was encountered";
     case cudaErrorStreamCaptureUnsupported:
       return "operation not permitted when stream is capturing";
+    case cudaErrorStreamCaptureUnjoined:
+      return "capturing stream has unjoined work";
+    case cudaErrorStreamCaptureIsolation:
+      return "dependency created on uncaptured work in another stream";
   }
   return "unrecognized error code";
 }
@@ -296,7 +311,26 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
 
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   const std::lock_guard<std::mutex> lock(mutex);
-  *event = {stream, stream->done + stream->late.size()};
+  *event = {stream, stream->done + stream->late.size(), stream->capture};
+  return state();
+}
+
+// Work that is not late has been done when an event is recorded, so that only late work is waited for.
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+  simt_stream* const other = event->stream;
+  if (!event->capture && !stream->capture) {
+    if (other && other != stream) do_late_work(other, event->at);
+    return state();
+  }
+  // A second stream becomes part of a capture by waiting for it, and has to be waited for by the first one.
+  if (!event->capture || (stream->capture && stream->capture != event->capture))
+    return failed(cudaErrorStreamCaptureIsolation);
+  if (!stream->capture) {
+    stream->capture = event->capture;
+  } else if (other != stream && other->capture) {
+    other->unjoined = false;
+    stream->capture->nodes.push_back([=] { do_late_work(other, SIZE_MAX); });
+  }
   return state();
 }
 
@@ -319,8 +353,15 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
   if (captured != stream) return failed(cudaErrorInvalidValue);
   captured = nullptr;
   *graph = stream->capture;
-  stream->capture = nullptr;
-  return state();
+  bool joined = true;
+  const std::lock_guard<std::mutex> lock(mutex);
+  for (simt_stream* one : streams) {
+    if (one->capture != *graph) continue;
+    one->capture = nullptr;
+    joined &= !one->unjoined;
+    one->unjoined = false;
+  }
+  return joined ? state() : failed(cudaErrorStreamCaptureUnjoined);
 }
 
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsigned long long) {

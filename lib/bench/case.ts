@@ -69,7 +69,7 @@ export const targetOf = ({ device }: Setting, threads: number): Target => ({ dev
 
 /**
  * What the machine can do: a large matrix product, or a plain copy. On the CPU our own product and the C library's copy,
- * at the same number of threads; on a GPU cuBLAS's and PyTorch's where they are there, else our own.
+ * at the same number of threads; on a GPU cuBLASLt's and PyTorch's where they are there, else our own.
  */
 export async function rooflineSide(
   kind: 'matmul' | 'copy',

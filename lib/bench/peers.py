@@ -2,7 +2,7 @@
 
 One JSON request a line on stdin, one JSON answer a line on stdout:
 
-    {"do": "hello", "device"}                                  -> {"python", "torch", "transformers", "cuda"}
+    {"do": "hello", "device"}                                  -> {"python", "torch", "transformers", "cuda", "cublaslt"}
     {"do": "setup", "case": {"op": ...}, "device", "threads"}  -> {"id": n, "variants": [...], "failed": [...]}
     {"do": "run", "id": n, "variant": ..., "repeats": n}       -> {"seconds": ...}
     {"do": "drop", "id": n}                                    -> {}
@@ -14,6 +14,7 @@ may be {"error": ...} instead. The process ends with its stdin.
 
 import contextlib
 import gc
+import glob
 import importlib.metadata
 import importlib.util
 import json
@@ -47,7 +48,15 @@ def hello(request):
         "torch": version("torch"),
         "transformers": version("transformers"),
         "cuda": cuda,
+        "cublaslt": cublaslt(),
     }
+
+
+def cublaslt():
+    """Files of cuBLASLt that PyTorch's packages brought along."""
+    found = importlib.util.find_spec("nvidia")
+    folders = found.submodule_search_locations if found else []
+    return sorted(path for folder in folders for path in glob.glob(f"{folder}/*/lib/libcublasLt.so.*"))
 
 
 def load(name, threads=1):

@@ -1,8 +1,12 @@
-// The peers, each where it is installed: OpenBLAS inside this process, PyTorch and transformers in a Python one.
+// The peers, each where it is installed: OpenBLAS and cuBLASLt inside this process, PyTorch and transformers in a Python
+// one.
 import { type ChildProcessWithoutNullStreams, spawn } from 'node:child_process'
 import { join } from 'node:path'
 import { createInterface } from 'node:readline'
+import { Device } from '../runtime/device.js'
 import { native, PACKAGE_ROOT } from '../runtime/native.js'
+import type { DType } from '../runtime/tensor.js'
+import { cublasltSide, openCublaslt } from './cublaslt.js'
 import type { Side } from './measure.js'
 
 /** What csrc/addon.cc exports for this command alone; each call blocks until it is done. */
@@ -40,6 +44,8 @@ export class Peers {
   readonly found: string[] = []
   readonly missing: string[] = []
   private blas = false
+  /** Where else cuBLASLt may be; undefined where it is not there. */
+  private cublaslt: readonly string[] | undefined
   private python: Python | undefined
 
   private constructor(private readonly device: string) {}
@@ -52,11 +58,13 @@ export class Peers {
   static async open(isa: string, device: string): Promise<Peers> {
     const peers = new Peers(device)
     if (device === 'simt') {
+      if (process.env.ROPEWALK_CUBLASLT) peers.openCublaslt([])
       peers.missing.push('on simt: it executes kernels for tests, at no speed that could be compared')
       return peers
     }
     if (device === 'cpu') peers.openBlas(isa)
-    await peers.openPython(process.env.ROPEWALK_PYTHON || 'python3')
+    const libraries = await peers.openPython(process.env.ROPEWALK_PYTHON || 'python3')
+    if (device !== 'cpu') peers.openCublaslt(libraries)
     return peers
   }
 
@@ -69,12 +77,33 @@ export class Peers {
         addon().blasSgemm(layout === 'tn', layout === 'nt', m, n, k, repeats, threads)
       sides.push({ name: 'openblas', work, run })
     }
+    if (this.cublaslt && peer.op === 'matmul') {
+      const { layout, m, n, k, dtype, sets } = peer as MatmulCase & { dtype: DType; sets: number }
+      const product = { layout, m, n, k, dtype }
+      sides.push(await cublasltSide(this.device, this.cublaslt, product, sets, work, repeats))
+    }
+    try {
+      return [...sides, ...(await this.pythonSides(peer, work, repeats, threads))]
+    } catch (error) {
+      for (const side of sides) await side.dispose?.()
+      throw error
+    }
+  }
+
+  close(): void {
+    this.python?.close()
+  }
+
+  private async pythonSides(peer: PeerCase, work: number, repeats: number, threads: number): Promise<Side[]> {
+    const sides: Side[] = []
     const { python } = this
     if (!python) return sides
     const setup = { do: 'setup', case: peer, device: this.device, threads: threads || 1 }
     const { id, variants, failed } = await python.ask<{ id: number; variants: string[]; failed: string[] }>(setup)
     if (variants.length === 0 && failed.length > 0) throw new Error(failed.join('; '))
     for (const variant of variants) {
+      // the same library is a peer without PyTorch around it
+      if (variant === 'cublaslt' && this.cublaslt) continue
       const run = async (): Promise<number> =>
         (await python.ask<{ seconds: number }>({ do: 'run', id, variant, repeats })).seconds
       sides.push({ name: variant, work, run, dispose: () => python.ask({ do: 'drop', id }) })
@@ -82,8 +111,14 @@ export class Peers {
     return sides
   }
 
-  close(): void {
-    this.python?.close()
+  private openCublaslt(more: readonly string[]): void {
+    try {
+      using device = Device.open(this.device)
+      this.found.push(openCublaslt(device, more))
+      this.cublaslt = more
+    } catch (error) {
+      this.missing.push(`cuBLASLt: ${(error as Error).message}; ROPEWALK_CUBLASLT names its file`)
+    }
   }
 
   private openBlas(isa: string): void {
@@ -101,19 +136,23 @@ export class Peers {
     }
   }
 
-  private async openPython(command: string): Promise<void> {
+  /** Gives the files of cuBLASLt that its packages brought along. */
+  private async openPython(command: string): Promise<string[]> {
     const python = new Python(command)
     try {
       const hello = { do: 'hello', device: this.device }
-      const versions = await python.ask<Record<'python' | 'torch' | 'transformers' | 'cuda', string | null>>(hello)
+      type Versions = Record<'python' | 'torch' | 'transformers' | 'cuda', string | null>
+      const { cublaslt, ...versions } = await python.ask<Versions & { cublaslt: string[] }>(hello)
       if (versions.torch === null) throw new Error(`Python ${versions.python} has no torch`)
       const transformers = versions.transformers === null ? '' : `, transformers ${versions.transformers}`
       const cuda = versions.cuda === null ? '' : `, ${versions.cuda}`
       this.found.push(`PyTorch ${versions.torch}${cuda}${transformers}`)
       this.python = python
+      return cublaslt
     } catch (error) {
       python.close()
       this.missing.push(`PyTorch: ${(error as Error).message}; ROPEWALK_PYTHON names another Python`)
+      return []
     }
   }
 }

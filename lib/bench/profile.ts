@@ -49,9 +49,8 @@ export async function profileStep(
   await randomWeights(weights)
   const optimizer = new AdamW(weights, { betas: [0.9, 0.95], eps: 1e-8, weightDecay: 0, maxGradNorm: 0 })
   await optimizer.reset()
-  await device.upload(optimizer.loss, new Float32Array(1)) // no step leaves one here; the update asks whether it is finite
-  weights.setGradients(optimizer.gradients)
-  const pass = recordPass(device, config, weights, 'gradients', 1, time)
+  const { gradients } = optimizer
+  const pass = recordPass(device, config, weights, 'gradients', 1, time, { gradients })
   const batch = readBatch(randomTokens(1, time, config.vocabSize), config, {})
   const weight = new Float32Array(time).fill(1 / time)
   await runPass(device, config, pass, batch, weight)
@@ -78,12 +77,12 @@ export async function profileStep(
       const taken = await seconds(() => plan.run())
       if (sweep >= 0) add(label(command), command.flops, command.traffic, sweep, taken)
     }
-    const taken = await seconds(() => optimizer.update(1e-5))
+    await optimizer.begin(1e-5)
+    const taken = await seconds(() => optimizer.end())
     // p, m, v read and written, g read; and g once more for its norm
     if (sweep >= 0) add('update (norm, adamw)', optimizer.flops, 32 * weights.elements, sweep, taken)
   }
   for (const { plan } of steps) plan.dispose()
-  weights.setGradients(undefined)
   disposePass(pass)
   optimizer.dispose()
   return Array.from(rows.values(), ({ sums, ...row }) => ({ ...row, seconds: summarize(sums).median })).sort(

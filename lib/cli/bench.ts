@@ -47,8 +47,9 @@ export const bench: Command<typeof options> = {
     'Every side of a case runs in turn, so that other work on the machine meets all alike; given are medians, and\n' +
     'ratios within rounds. Operations are timed by the host, many in one plan. Peers are used where they are: PyTorch\n' +
     'and transformers (of the Python that ROPEWALK_PYTHON names, else python3), on the CPU also OpenBLAS\n' +
-    '(ROPEWALK_OPENBLAS names its file), on a GPU cuBLAS, cuBLASLt, FlashAttention and cuDNN through PyTorch. There the\n' +
-    'weights are bf16, and the roofline is the matrix product of cuBLAS and the copy of PyTorch, else our own.\n' +
+    '(ROPEWALK_OPENBLAS names its file), on a GPU cuBLASLt (ROPEWALK_CUBLASLT names its file) and, through PyTorch,\n' +
+    'cuBLAS, FlashAttention and cuDNN. There the weights are bf16, and the roofline is the matrix product of cuBLASLt and\n' +
+    'the copy of PyTorch, else our own.\n' +
     'The device simt executes the CUDA kernels on the CPU, for tests; with --quick only.',
   examples: [
     'ropewalk bench --quick',

@@ -1,5 +1,5 @@
 import { Llama, passkey, type PasskeyResult, perplexity, type PerplexityResult, readTokenDocuments } from '../index.js'
-import { type Command, commonOptions, defined, modelOptions } from './options.js'
+import { type Command, commonOptions, defined, modelOptions, noteModel } from './options.js'
 import { formatNumber, type Output } from './output.js'
 
 const baseline = {
@@ -70,7 +70,7 @@ async function evaluate<T>(
     using model = await Llama.load(path, { ...options, ...(rope ? { rope } : {}) })
     if (!rope) {
       window = model.contextWindow
-      for (const warning of model.warnings) output.note(`warning: ${warning}`)
+      noteModel(model, output)
       if (baseline && model.config.rope.type === 'default') {
         output.note(
           `warning: ${path} has no scaling to leave out (NTK is in its rope_theta): the baseline is the same model`,

@@ -1,7 +1,16 @@
 import { RopewalkError } from '../errors.js'
 import { isTaken } from '../files/durable.js'
 import { Llama, type RopeExtension, Trainer, type TrainerProgress } from '../index.js'
-import { type Command, commandLine, commonOptions, defined, modelOptions, UsageError, type Values } from './options.js'
+import {
+  type Command,
+  commandLine,
+  commonOptions,
+  defined,
+  modelOptions,
+  noteModel,
+  UsageError,
+  type Values,
+} from './options.js'
 import { formatDuration, formatNumber, type Output } from './output.js'
 
 const whole = { kind: 'number', value: 'n', min: 1, whole: true } as const
@@ -77,7 +86,7 @@ export const extend: Command<typeof options> = {
     }
     const rope = await extension(path!, values)
     using model = await Llama.load(path!, { rope, ...defined({ device, dtype, threads }) })
-    for (const warning of model.warnings) output.note(`warning: ${warning}`)
+    noteModel(model, output)
     output.note(
       `${path}: ${rope.type} by ${rope.factor} to ${model.contextWindow} tokens, on ${model.device.description}`,
     )

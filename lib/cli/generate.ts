@@ -1,5 +1,5 @@
 import { Llama } from '../index.js'
-import { type Command, commonOptions, defined, modelOptions } from './options.js'
+import { type Command, commonOptions, defined, modelOptions, noteModel } from './options.js'
 
 const options = {
   prompt: { kind: 'text', value: 'text', required: true, help: 'the text to continue' },
@@ -28,7 +28,7 @@ export const generate: Command<typeof options> = {
   async run({ operands: [path], values }, output) {
     const { device, dtype, threads, prompt, temperature, seed } = values
     using model = await Llama.load(path!, defined({ device, dtype: dtype as 'float32' | 'bfloat16', threads }))
-    for (const warning of model.warnings) output.note(`warning: ${warning}`)
+    noteModel(model, output)
     const sampling = {
       temperature,
       seed,

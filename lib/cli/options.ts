@@ -1,5 +1,6 @@
 import { parseArgs } from 'node:util'
 import { didYouMean, quote } from '../errors.js'
+import type { Llama } from '../index.js'
 import type { Output } from './output.js'
 
 /** One option of a command. `value` is what --help calls its value. */
@@ -69,6 +70,12 @@ export const modelOptions = {
   },
   threads: { kind: 'number', value: 'n', min: 1, max: 1024, whole: true, help: 'CPU threads', default: 'one a core' },
 } as const satisfies OptionTable
+
+/** What is to be known before a model works: what is unusual about it, and why `auto` is not a GPU. */
+export function noteModel({ warnings, device }: Pick<Llama, 'warnings' | 'device'>, output: Output): void {
+  for (const warning of warnings) output.note(`warning: ${warning}`)
+  if (device.fallback !== undefined) output.note(`on the CPU: ${device.fallback}`)
+}
 
 /** The options that are set, under the library's names; --no options stay out, so that its defaults hold. */
 export function defined<T extends object>(values: T): { [K in keyof T]: Exclude<T[K], undefined> } {

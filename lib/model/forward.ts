@@ -2,18 +2,9 @@
 import { embeddingFwd, matmulNt } from '../runtime/ops.gen.js'
 import type { Tensor } from '../runtime/tensor.js'
 import type { LlamaConfig } from './config.js'
-import {
-  attention,
-  crossEntropy,
-  embedding,
-  linear,
-  type Positions,
-  rmsnorm,
-  swiglu,
-  type Tape,
-  view,
-} from './layers.js'
+import { attention, crossEntropy, embedding, gatedLinear, linear, type Positions, rmsnorm, view } from './layers.js'
 import type { Parameter, Parameters } from './parameters.js'
+import { InputStore, type Tape } from './tape.js'
 
 /** Device tensors of one batch of B rows of T tokens, N = B T. */
 export interface BatchTensors extends Positions {
@@ -25,20 +16,23 @@ export interface BatchTensors extends Positions {
   weight: Tensor
 }
 
-interface BlockWeights {
-  inputNorm: Parameter
-  q: Parameter
-  k: Parameter
-  v: Parameter
-  o: Parameter
-  postNorm: Parameter
-  gate: Parameter
-  up: Parameter
-  down: Parameter
-}
-
 /** How a block's attention is computed: over the batch itself, or over a cache of keys and values. */
-export type Attend = (layer: number, q: Tensor, k: Tensor, v: Tensor) => Tensor
+export type Attend = (tape: Tape, layer: number, q: Tensor, k: Tensor, v: Tensor) => Tensor
+
+/** Names of a block's weights, in the order of their use. */
+const BLOCK = {
+  inputNorm: 'input_layernorm',
+  q: 'self_attn.q_proj',
+  k: 'self_attn.k_proj',
+  v: 'self_attn.v_proj',
+  o: 'self_attn.o_proj',
+  postNorm: 'post_attention_layernorm',
+  gate: 'mlp.gate_proj',
+  up: 'mlp.up_proj',
+  down: 'mlp.down_proj',
+} as const
+
+type BlockWeights = Record<keyof typeof BLOCK, Parameter>
 
 /** x (N,C) -> (N,C): x + attention(norm(x)), then y + mlp(norm(y)). */
 function block(
@@ -49,20 +43,32 @@ function block(
   x: Tensor,
   batch: number,
   attend: Attend,
-) {
+): Tensor {
   const { heads, kvHeads, headDim, rmsNormEps } = config
-  const time = x.dims[0]! / batch
+  const { checkpointLayers, mlpRows } = tape.options
+  const rows = x.dims[0]!
+  const time = rows / batch
 
-  const h = rmsnorm(tape, x, w.inputNorm, rmsNormEps)
-  const q = view(tape, linear(tape, h, w.q), batch, time, heads, headDim)
-  const k = view(tape, linear(tape, h, w.k), batch, time, kvHeads, headDim)
-  const v = view(tape, linear(tape, h, w.v), batch, time, kvHeads, headDim)
-  const o = view(tape, attend(layer, q, k, v), batch * time, heads * headDim)
-  const y = linear(tape, o, w.o, x)
+  const project = (tape: Tape, x: Tensor): [Tensor, Tensor, Tensor] => {
+    const h = rmsnorm(tape, x, w.inputNorm, rmsNormEps)
+    return [linear(tape, h, w.q), linear(tape, h, w.k), linear(tape, h, w.v)]
+  }
+  // Where memory counts, the norm is computed once more rather than kept through the backward pass of attention.
+  const [q, k, v] = checkpointLayers > 0 ? tape.checkpoint(x, project) : project(tape, x)
+  const o = attend(
+    tape,
+    layer,
+    view(tape, q, batch, time, heads, headDim),
+    view(tape, k, batch, time, kvHeads, headDim),
+    view(tape, v, batch, time, kvHeads, headDim),
+  )
+  const y = linear(tape, view(tape, o, rows, heads * headDim), w.o, x)
 
-  const m = rmsnorm(tape, y, w.postNorm, rmsNormEps)
-  const mlp = swiglu(tape, linear(tape, m, w.gate), linear(tape, m, w.up))
-  return linear(tape, mlp, w.down, y)
+  const mlp = (tape: Tape, y: Tensor, out?: Tensor): Tensor => {
+    const m = rmsnorm(tape, y, w.postNorm, rmsNormEps)
+    return linear(tape, gatedLinear(tape, m, w.gate, w.up), w.down, y, out)
+  }
+  return mlpRows > 0 && mlpRows < rows ? tape.tiled(y, mlpRows, mlp) : mlp(tape, y)
 }
 
 /** ids (N) -> the last block's output (N,C), before the final norm. */
@@ -74,22 +80,32 @@ export function trunk(
   batch: number,
   attend: Attend,
 ): Tensor {
-  let x = embedding(tape, ids, parameters.get('model.embed_tokens.weight'))
-  for (let layer = 0; layer < config.layers; layer++) {
-    const of = (name: string): Parameter => parameters.get(`model.layers.${layer}.${name}.weight`)
-    const weights: BlockWeights = {
-      inputNorm: of('input_layernorm'),
-      q: of('self_attn.q_proj'),
-      k: of('self_attn.k_proj'),
-      v: of('self_attn.v_proj'),
-      o: of('self_attn.o_proj'),
-      postNorm: of('post_attention_layernorm'),
-      gate: of('mlp.gate_proj'),
-      up: of('mlp.up_proj'),
-      down: of('mlp.down_proj'),
+  const { checkpointLayers, offload } = tape.options
+  const store = offload && tape.training ? new InputStore(tape.recorder) : undefined
+  const embed = parameters.get('model.embed_tokens.weight')
+  tape.completes([embed])
+  let x = embedding(tape, ids, embed)
+  const blocks = (first: number, count: number) => (tape: Tape, x: Tensor) => {
+    for (let layer = first; layer < first + count; layer++) {
+      const of = (name: string): Parameter => parameters.get(`model.layers.${layer}.${name}.weight`)
+      const weights = Object.fromEntries(Object.entries(BLOCK).map(([key, name]) => [key, of(name)])) as BlockWeights
+      tape.completes(Object.values(weights))
+      const one = (tape: Tape, x: Tensor) => [block(tape, config, layer, weights, x, batch, attend)] as const
+      // Of several layers that are computed again, the inputs are kept then; and each is computed once more on its turn.
+      if (checkpointLayers > 1 && count > 1) [x] = tape.checkpoint(x, one)
+      else [x] = one(tape, x)
     }
-    x = block(tape, config, layer, weights, x, batch, attend)
+    return [x] as const
   }
+  const step = checkpointLayers || config.layers
+  for (let layer = 0; layer < config.layers; layer += step) {
+    const count = Math.min(step, config.layers - layer)
+    const last = layer + count === config.layers
+    // The last one's input is needed again at once.
+    if (checkpointLayers > 0) [x] = tape.checkpoint(x, blocks(layer, count), last ? undefined : store)
+    else [x] = blocks(layer, count)(tape, x)
+  }
+  store?.settle()
   return x
 }
 
@@ -115,8 +131,12 @@ export function losses(
   tensors: BatchTensors,
   batch: number,
 ): Tensor {
-  const attend: Attend = (_, q, k, v) => attention(tape, q, k, v, tensors)
+  const attend: Attend = (tape, _, q, k, v) => attention(tape, q, k, v, tensors)
   const x = trunk(tape, config, parameters, tensors.ids, batch, attend)
-  const h = rmsnorm(tape, x, parameters.get('model.norm.weight'), config.rmsNormEps)
-  return crossEntropy(tape, h, head(config, parameters), tensors.labels, tensors.weight)
+  const norm = parameters.get('model.norm.weight')
+  tape.completes([norm])
+  const h = rmsnorm(tape, x, norm, config.rmsNormEps)
+  const out = head(config, parameters)
+  if (!config.tied) tape.completes([out])
+  return crossEntropy(tape, h, out, tensors.labels, tensors.weight)
 }

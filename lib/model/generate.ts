@@ -7,8 +7,8 @@ import type { DType, Tensor } from '../runtime/tensor.js'
 import { rotationRows } from './batch.js'
 import type { LlamaConfig } from './config.js'
 import { type Attend, logits as recordLogits, trunk } from './forward.js'
-import { Tape } from './layers.js'
 import type { Parameters } from './parameters.js'
+import { Tape } from './tape.js'
 
 /** Prompt tokens in one pass: enough for full-speed matrix products, little enough for small activations. */
 const PREFILL = 256
@@ -114,7 +114,7 @@ export class Continuation {
   private record(time: number): Pass {
     const { device, config, parameters } = this
     const recorder = new Recorder(device, `continue by ${time}`, this.activations)
-    const tape = new Tape(recorder, false)
+    const tape = Tape.forward(recorder)
     const integers = (dims: number[], name: string): Tensor => this.own(device.tensor('i32', dims, name))
     const half = config.headDim / 2
     const inputs: Pass['inputs'] = {
@@ -128,7 +128,7 @@ export class Continuation {
       sin: this.own(device.tensor('f32', [time, half], 'rotation table (sin)')),
     }
     const scale = 1 / Math.sqrt(config.headDim)
-    const attend: Attend = (layer, q, k, v) => {
+    const attend: Attend = (_, layer, q, k, v) => {
       const { k: k_cache, v: v_cache } = this.cache[layer]!
       kvAppend(recorder, { k, v, ...pick(inputs, 'cos', 'sin', 'pos', 'slot'), k_cache, v_cache })
       const where = pick(inputs, 'cos', 'sin', 'pos', 'first', 'last')

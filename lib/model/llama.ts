@@ -6,7 +6,7 @@ import { saveModelFolder } from '../files/save.js'
 import { loadTokenizer, type Tokenizer } from '../files/tokenizer.js'
 import { fromBfloat16, toBfloat16 } from '../runtime/bfloat16.js'
 import { Device } from '../runtime/device.js'
-import type { DType } from '../runtime/tensor.js'
+import type { DType, Tensor } from '../runtime/tensor.js'
 import { type Batch, type BatchOptions, type HostTensor, readBatch, type Tokens } from './batch.js'
 import {
   contextWindow,
@@ -21,7 +21,7 @@ import { requireFinite } from './finite.js'
 import { initialize } from './initialize.js'
 import { Continuation, sampler, type SamplingOptions } from './generate.js'
 import { checkLoadOptions, checkpointDtype, checkTensors, type LoadOptions, loadWeights } from './load.js'
-import { Parameters } from './parameters.js'
+import { type Parameter, Parameters } from './parameters.js'
 import { disposePass, type Pass, PassCache, type PassKind, recordPass, runPass } from './passes.js'
 
 /**
@@ -235,16 +235,19 @@ export class Llama {
       const buffer = this.device.alloc(this.weights.elements * 4, 'gradients (f32)')
       let pass: Pass | undefined
       try {
-        this.weights.setGradients(buffer)
-        pass = recordPass(this.device, this.config, this.weights, 'gradients', batch.rows, batch.time)
+        const of = ({ name }: Parameter): Tensor => this.weights.in(buffer, 'f32', name)
+        pass = recordPass(this.device, this.config, this.weights, 'gradients', batch.rows, batch.time, {
+          gradients: { of },
+        })
         await runPass(this.device, this.config, pass, batch)
         const result = new Map<string, HostTensor<Float32Array>>()
-        for (const { name, grad } of this.weights) {
-          result.set(name, { type: 'float32', dims: grad!.dims, data: await this.device.downloadFloats(grad!) })
+        for (const parameter of this.weights) {
+          const gradient = of(parameter)
+          const data = await this.device.downloadFloats(gradient)
+          result.set(parameter.name, { type: 'float32', dims: gradient.dims, data })
         }
         return result
       } finally {
-        this.weights.setGradients(undefined)
         if (pass) disposePass(pass)
         buffer.dispose()
       }

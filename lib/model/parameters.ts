@@ -3,22 +3,29 @@ import { cast } from '../runtime/ops.gen.js'
 import { Recorder } from '../runtime/recorder.js'
 import { DTYPE_BYTES, type DType, Tensor } from '../runtime/tensor.js'
 
-/** Elements to which every parameter is padded: 256 bytes in bf16, so that tensors of all dtypes can share a layout. */
-const PADDING = 128
+/** Elements to which every parameter is padded: a block of 8-bit moments, and whole cache lines in all dtypes. */
+export const PADDING = 256
 
-/** A weight and, while training, its gradient. */
 export interface Parameter {
   readonly name: string
   /** Another one after Parameters.own. */
   value: Tensor
-  /** f32, where the backward pass writes; absent where none is wanted. */
-  grad: Tensor | undefined
+}
+
+/** Parameters that are updated together: a stretch of the layout. */
+export interface Segment {
+  /** 'vectors', or what the names of matrices have in common: 'model.layers.3'. */
+  readonly name: string
+  /** First element in the layout, and how many, padding included. */
+  readonly first: number
+  readonly elements: number
+  readonly parameters: readonly Parameter[]
 }
 
 /**
- * All parameters of a model, one after the other in one buffer, padded with zeros. Gradients, optimizer states and
- * masters use the same layout in buffers of their own, so that one operation updates the whole model. Until they are to
- * be changed, the weights may instead lie in the model's files, used in place.
+ * All parameters of a model, one after the other in one buffer, padded with zeros: first the matrices, then the vectors.
+ * Gradients and optimizer states use the same layout, so that one operation updates all of a layer. Until they are to be
+ * changed, the weights may instead lie in the model's files, used in place.
  */
 export class Parameters {
   readonly elements: number
@@ -34,7 +41,7 @@ export class Parameters {
     files?: ReadonlyMap<string, Tensor>,
   ) {
     let at = 0
-    for (const { name, dims } of shapes) {
+    for (const { name, dims } of [...shapes].sort((a, b) => Number(a.dims.length < 2) - Number(b.dims.length < 2))) {
       this.offsets.set(name, at)
       const size = dims.reduce((product, dim) => product * dim, 1)
       at += Math.ceil(size / PADDING) * PADDING
@@ -43,7 +50,7 @@ export class Parameters {
     if (!files) this.memory = this.alloc()
     for (const { name, dims } of shapes) {
       const value = files?.get(name) ?? this.at(this.buffer, dtype, name, dims)
-      this.byName.set(name, { name, value, grad: undefined })
+      this.byName.set(name, { name, value })
     }
   }
 
@@ -113,9 +120,30 @@ export class Parameters {
     return this.at(buffer, dtype, name, this.get(name).value.dims)
   }
 
-  /** Where the gradients are to be written; undefined ends training. */
-  setGradients(buffer: Buffer | undefined): void {
-    for (const parameter of this) parameter.grad = buffer && this.in(buffer, 'f32', parameter.name)
+  /** The first element of a parameter in the layout. */
+  offset(name: string): number {
+    return this.offsets.get(this.get(name).name)!
+  }
+
+  /** The layout, in order: embedding, layers, output matrix, and all vectors together. */
+  segments(): Segment[] {
+    const groups = new Map<string, Parameter[]>()
+    for (const parameter of [...this].sort((a, b) => this.offset(a.name) - this.offset(b.name))) {
+      const { name, value } = parameter
+      const group = value.dims.length < 2 ? 'vectors' : (/^.*?layers\.\d+/.exec(name)?.[0] ?? name)
+      groups.set(group, [...(groups.get(group) ?? []), parameter])
+    }
+    const all = Array.from(groups, ([name, parameters]) => ({
+      name,
+      parameters,
+      first: this.offset(parameters[0]!.name),
+    }))
+    return all.map((group, i) => ({ ...group, elements: (all[i + 1]?.first ?? this.elements) - group.first }))
+  }
+
+  /** The part of a buffer in this layout that belongs to a segment. */
+  part(buffer: Buffer, dtype: DType, { first, elements }: Segment): Tensor {
+    return new Tensor(buffer, first * DTYPE_BYTES[dtype], dtype, [elements])
   }
 
   /** Zeros between the parameters, so that norms and updates over the flat buffer see nothing else. */

@@ -4,9 +4,10 @@ import { Recorder } from '../runtime/recorder.js'
 import type { Tensor } from '../runtime/tensor.js'
 import { allocBatch, type Batch, freeBatch, uploadBatch } from './batch.js'
 import type { LlamaConfig } from './config.js'
-import { type BatchTensors, logits, losses, trunk } from './forward.js'
-import { attention, Tape } from './layers.js'
+import { type Attend, type BatchTensors, logits, losses, trunk } from './forward.js'
+import { attention } from './layers.js'
 import type { Parameters } from './parameters.js'
+import { type ActivationOptions, type Gradients, Tape } from './tape.js'
 
 export type PassKind = 'logits' | 'loss' | 'gradients' | 'accumulate'
 
@@ -28,8 +29,14 @@ export interface PassOptions {
   share?: Pick<Pass, 'tensors' | 'tables'>
   /** Memory of other passes that never run at the same time; at least the plan's `peakBytes`. */
   arena?: Buffer
-  /** Records what is to follow in the same run, such as a sum over the output. */
-  finish?: (recorder: Recorder, output: Tensor, tensors: BatchTensors) => void
+  /** Where the gradients of `gradients` and `accumulate` go. */
+  gradients?: Gradients
+  /** What is kept for the backward pass; default: everything. */
+  activations?: ActivationOptions
+  /** Called once the forward pass is recorded, before the backward one. */
+  onLosses?: (recorder: Recorder, losses: Tensor, tensors: BatchTensors) => void
+  hostArena?: Buffer
+  onRefused?: (message: string) => void
 }
 
 /**
@@ -43,22 +50,26 @@ export function recordPass(
   kind: PassKind,
   rows: number,
   time: number,
-  { share, arena, finish }: PassOptions = {},
+  { share, gradients, activations, onLosses, ...memory }: PassOptions = {},
 ): Pass {
   const tensors = share?.tensors ?? allocBatch(device, config, rows, time)
   const recorder = new Recorder(device, `${kind} of ${rows} x ${time} tokens`, device.activationsFor(parameters.dtype))
   const training = kind === 'gradients' || kind === 'accumulate'
-  const tape = new Tape(recorder, training, kind === 'accumulate')
+  const tape = training
+    ? Tape.training(recorder, gradients ?? { of: () => undefined }, kind === 'accumulate', activations)
+    : Tape.forward(recorder, activations)
   let output: Tensor
   if (kind === 'logits') {
-    const attend = (_: number, q: Tensor, k: Tensor, v: Tensor): Tensor => attention(tape, q, k, v, tensors)
+    const attend: Attend = (tape, _, q, k, v) => attention(tape, q, k, v, tensors)
     output = logits(tape, config, parameters, trunk(tape, config, parameters, tensors.ids, rows, attend))
   } else {
+    if (training) gradients?.begin?.(recorder)
     output = losses(tape, config, parameters, tensors, rows)
+    onLosses?.(recorder, output, tensors)
     tape.rewind()
+    if (training) gradients?.end?.(recorder)
   }
-  finish?.(recorder, output, tensors)
-  const plan = recorder.plan({ keep: [output], arena })
+  const plan = recorder.plan({ keep: [output], prune: true, ...memory })
   return { kind, rows, time, plan, tensors, output, tables: share?.tables ?? {} }
 }
 

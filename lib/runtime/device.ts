@@ -3,8 +3,11 @@ import { type DeviceMemory, native } from './native.js'
 import { DTYPE_BYTES, DTYPE_CODE, type DType, type Storage, Tensor } from './tensor.js'
 
 /** Element types of files; integers stay integers, the others are converted to what the tensor holds. */
-export type FileDType = 'F32' | 'BF16' | 'I32' | 'F16' | 'F64'
-const FILE_DTYPE_CODE: Readonly<Record<FileDType, number>> = { F32: 0, BF16: 1, I32: 2, F16: 3, F64: 4 }
+export type FileDType = 'F32' | 'BF16' | 'I32' | 'U8' | 'U16' | 'F16' | 'F64'
+const FILE_DTYPE_CODE: Readonly<Record<FileDType, number>> = { F32: 0, BF16: 1, I32: 2, U8: 3, U16: 4, F16: 5, F64: 6 }
+
+/** As in csrc/cuda/backend.cu: planning needs it where no GPU's library is. */
+const CUDA_WORKSPACE = 32 << 20
 
 /** Bytes in one call across the boundary: bounds the copy that is made on the way. */
 const CHUNK = 16 << 20
@@ -31,6 +34,8 @@ export class Buffer implements Storage {
     id: number | undefined,
     /** Whether this is a file, which is only read. */
     readonly mapped = false,
+    /** Whether it is in the host's memory, not the device's own. */
+    readonly host = false,
   ) {
     this.id = id
   }
@@ -56,10 +61,12 @@ export class Buffer implements Storage {
  * @category Devices and errors
  */
 export class Device {
-  /** Sum of the bytes allocated now; on `dry`, of those that would be. */
-  allocatedBytes = 0
+  /** Sum of the bytes allocated now, `workspaceBytes` included; on `dry`, of those that would be. */
+  allocatedBytes: number
   /** The largest that `allocatedBytes` has been. */
-  peakAllocatedBytes = 0
+  peakAllocatedBytes: number
+  /** Sum of the bytes of pinned host memory allocated now; on `cpu` too, whose own memory is no other. */
+  hostBytes = 0
   /** Bytes of files that are used in place: they are in the system's page cache, and not in `allocatedBytes`. */
   mappedBytes = 0
   private disposed = false
@@ -74,19 +81,28 @@ export class Device {
     readonly threads = 0,
     /** Why `auto` is not a GPU. */
     readonly fallback?: string,
-  ) {}
+    /** Bytes that a GPU's operations share for what they need meanwhile; allocated as long as the device is open. */
+    readonly workspaceBytes = 0,
+  ) {
+    this.allocatedBytes = this.peakAllocatedBytes = workspaceBytes
+  }
 
   /**
    * @internal Dtype in which activations of a model with such weights are kept: on a GPU theirs, so that bf16 runs on
    * tensor cores; the CPU computes in f32 and stores them so.
    */
   activationsFor(weights: DType): DType {
-    return /^(dry:)?(cuda|simt)/.test(this.name) ? weights : 'f32'
+    return this.gpu ? weights : 'f32'
   }
 
   /** @internal A device that plans what this one would do. */
   planner(): Device {
-    return Device.open(this.activationsFor('bf16') === 'bf16' ? 'dry:cuda' : 'dry')
+    return Device.open(this.gpu ? 'dry:cuda' : 'dry')
+  }
+
+  /** @internal Whether it is, or plans for, a GPU. */
+  get gpu(): boolean {
+    return /^(dry:)?(cuda|simt)/.test(this.name)
   }
 
   /** Whether it only plans. */
@@ -107,7 +123,10 @@ export class Device {
     if (!Number.isInteger(threads) || threads < 0 || threads > 1024) {
       throw new RangeError(`threads is ${String(threads)}, but must be a whole number from 1 to 1024`)
     }
-    if (/^dry(:cuda)?$/.test(name)) return new Device(name, 'records and plans, allocates nothing', undefined)
+    if (/^dry(:cuda)?$/.test(name)) {
+      const workspace = name === 'dry' ? 0 : CUDA_WORKSPACE
+      return new Device(name, 'records and plans, allocates nothing', undefined, 0, undefined, workspace)
+    }
     const [, backend, index = '0'] = /^(auto|cpu|cuda|simt)(?::(\d{1,3}))?$/.exec(name) ?? []
     if (!backend || (backend === 'auto' && name !== 'auto')) {
       const known = ['auto', 'cpu', 'cuda', 'cuda:1', 'simt', 'dry', 'dry:cuda']
@@ -116,7 +135,9 @@ export class Device {
     const addon = native()
     const open = (chosen: string, fallback?: string): Device => {
       const id = addon.openDevice(chosen, Number(index), threads)
-      return new Device(Number(index) > 0 ? name : chosen, addon.describe(id), id, threads, fallback)
+      const own = Number(index) > 0 ? name : chosen
+      const { description, workspaceBytes } = addon.describe(id)
+      return new Device(own, description, id, threads, fallback, workspaceBytes)
     }
     try {
       if (backend !== 'auto') return open(backend)
@@ -138,6 +159,27 @@ export class Device {
     return this.id === undefined ? undefined : native().memory(this.id)
   }
 
+  /**
+   * @internal Pinned memory of the host, which operations can use as they use the device's, but slowly. Where the system
+   * does not give it, memory of the device, and `onRefused` is told.
+   */
+  allocHost(bytes: number, name: string, onRefused: (message: string) => void): Buffer {
+    this.check()
+    let id: number | undefined
+    if (this.id !== undefined) {
+      try {
+        id = native().alloc(this.id, bytes, true)
+      } catch (error) {
+        onRefused(
+          `${name}: ${(error as Error).message}: they stay on the device, which needs ${formatBytes(bytes)} more`,
+        )
+        return this.alloc(bytes, name)
+      }
+    }
+    this.hostBytes += bytes
+    return new Buffer(this, bytes, name, id, false, true)
+  }
+
   /** @internal A block of memory; throws ERR_OUT_OF_MEMORY. */
   alloc(bytes: number, name: string): Buffer {
     this.check()
@@ -145,7 +187,7 @@ export class Device {
     let id: number | undefined
     if (this.id !== undefined) {
       try {
-        id = native().alloc(this.id, bytes)
+        id = native().alloc(this.id, bytes, false)
       } catch (error) {
         throw new RopewalkError(
           'ERR_OUT_OF_MEMORY',
@@ -260,6 +302,13 @@ export class Device {
     return native().loadPlan(this.id, name, words, buffers)
   }
 
+  /** @internal What the addon knows it by. */
+  get handle(): number {
+    this.check()
+    if (this.id === undefined) throw new Error('the dry device plans, it does not run')
+    return this.id
+  }
+
   /** @internal */
   async runPlan(handle: number): Promise<void> {
     this.check()
@@ -274,6 +323,7 @@ export class Device {
   /** @internal */
   freed(buffer: Buffer, id: number | undefined): void {
     if (buffer.mapped) this.mappedBytes -= buffer.bytes
+    else if (buffer.host) this.hostBytes -= buffer.bytes
     else this.allocatedBytes -= buffer.bytes
     if (id !== undefined && !this.disposed) native().free(id)
   }

@@ -21,13 +21,14 @@ export interface DeviceMemory {
 /** What csrc/addon.cc exports. Handles are numbers; offsets and sizes are bytes. */
 export interface Native {
   tableHash: string
+  useCudaLibrary(path: string, fault: string): void
   backends(): { name: string; available: boolean; detail: string; memory?: DeviceMemory }[]
   openDevice(backend: string, index: number, threads: number): number
   closeDevice(device: number): void
-  describe(device: number): string
+  describe(device: number): { description: string; workspaceBytes: number }
   memory(device: number): DeviceMemory | undefined
   cancel(device: number): void
-  alloc(device: number, bytes: number): number
+  alloc(device: number, bytes: number, host: boolean): number
   mapFile(device: number, fd: number, path: string): { buffer: number; bytes: number } | undefined
   free(buffer: number): void
   upload(buffer: number, offset: number, bytes: Uint8Array): Promise<void>
@@ -59,7 +60,21 @@ let loaded: Native | undefined
 
 /** Loads the addon: build/Release if it was built here, else the prebuilt one for this platform. */
 export function native(): Native {
-  return (loaded ??= loadAddon(addonPath()))
+  if (loaded) return loaded
+  const addon = loadAddon(addonPath())
+  const library = cudaLibraryPath()
+  const file = join(PACKAGE_ROOT, library)
+  const fault = existsSync(file) ? findFault(library) : undefined
+  addon.useCudaLibrary(file, fault ? `${fault}; reinstall ropewalk, or build it here: ${REBUILD}` : '')
+  return (loaded = addon)
+}
+
+/** The CUDA library's file, relative to PACKAGE_ROOT: the one built here, else the prebuilt one, which may be missing. */
+function cudaLibraryPath(): string {
+  const name = 'libropewalk_cuda.so'
+  const built = join(dirname(BUILT_ADDON), name)
+  if (existsSync(join(PACKAGE_ROOT, built)) && process.env.PREBUILDS_ONLY !== '1') return built
+  return join('prebuilds', `${process.platform}-${process.arch}`, name)
 }
 
 /**
@@ -128,7 +143,7 @@ function findFault(path: string): string | undefined {
     const end = Number(bytes.readBigUInt64LE(40)) + bytes.readUInt16LE(58) * bytes.readUInt16LE(60)
     if (bytes.length < end) return `is damaged: it has ${bytes.length} of ${end} bytes`
   }
-  if (path === BUILT_ADDON) return
+  if (dirname(path) === dirname(BUILT_ADDON)) return
   const sums = join(PACKAGE_ROOT, 'prebuilds', 'SHA256SUMS')
   const hash = createHash('sha256').update(bytes).digest('hex')
   const listed = existsSync(sums) && readFileSync(sums, 'utf8').includes(`${hash}  `)

@@ -21,6 +21,8 @@ export const OPS = [
       { kind: 'IN', name: 'dy', dtype: 'F', dims: ['N', 'C'] },
       { kind: 'OPT', name: 'add', dtype: 'G', dims: ['V', 'C'] },
       { kind: 'OUT', name: 'dw', dtype: 'G', dims: ['V', 'C'] },
+      { kind: 'TMP', name: 'ends', dtype: 'i32', dims: ['V'] },
+      { kind: 'TMP', name: 'order', dtype: 'i32', dims: ['N'] },
     ],
     flops: ({ N, C }) => N * C,
   },
@@ -86,8 +88,21 @@ export const OPS = [
     flops: ({ M, N, K }) => 2 * M * N * K,
   },
   {
-    name: 'attention_fwd',
+    name: 'matmul_swiglu',
     opcode: 7,
+    fields: [
+      { kind: 'IN', name: 'a', dtype: 'F', dims: ['M', 'K'] },
+      { kind: 'IN', name: 'w_gate', dtype: 'W', dims: ['N', 'K'] },
+      { kind: 'IN', name: 'w_up', dtype: 'W', dims: ['N', 'K'] },
+      { kind: 'OUT', name: 'gate', dtype: 'F', dims: ['M', 'N'] },
+      { kind: 'OUT', name: 'up', dtype: 'F', dims: ['M', 'N'] },
+      { kind: 'OUT', name: 'y', dtype: 'F', dims: ['M', 'N'] },
+    ],
+    flops: ({ M, N, K }) => 4 * M * N * K + 5 * M * N,
+  },
+  {
+    name: 'attention_fwd',
+    opcode: 8,
     fields: [
       { kind: 'IN', name: 'q', dtype: 'F', dims: ['B', 'T', 'H', 'D'] },
       { kind: 'IN', name: 'k', dtype: 'F', dims: ['B', 'T', 'K', 'D'] },
@@ -105,7 +120,7 @@ export const OPS = [
   },
   {
     name: 'attention_bwd',
-    opcode: 8,
+    opcode: 9,
     fields: [
       { kind: 'IN', name: 'q', dtype: 'F', dims: ['B', 'T', 'H', 'D'] },
       { kind: 'IN', name: 'k', dtype: 'F', dims: ['B', 'T', 'K', 'D'] },
@@ -120,16 +135,17 @@ export const OPS = [
       { kind: 'OUT', name: 'dq', dtype: 'F', dims: ['B', 'T', 'H', 'D'] },
       { kind: 'OUT', name: 'dk', dtype: 'F', dims: ['B', 'T', 'K', 'D'] },
       { kind: 'OUT', name: 'dv', dtype: 'F', dims: ['B', 'T', 'K', 'D'] },
-      { kind: 'TMP', name: 'qr', dtype: 'F', dims: ['B', 'T', 'H', 'D'] },
-      { kind: 'TMP', name: 'kr', dtype: 'F', dims: ['B', 'T', 'K', 'D'] },
+      { kind: 'TMP', name: 'qr', dtype: 'F', dims: ['B', 'T', 'H/groups', 'D'] },
+      { kind: 'TMP', name: 'kr', dtype: 'F', dims: ['B', 'T', 'K/groups', 'D'] },
       { kind: 'TMP', name: 'delta', dtype: 'f32', dims: ['B', 'H', 'T'] },
+      { kind: 'INT', name: 'groups' },
       { kind: 'FLT', name: 'scale' },
     ],
     flops: ({ B, H, D, T }) => 5 * B * H * D * T * (T + 1),
   },
   {
     name: 'kv_append',
-    opcode: 9,
+    opcode: 10,
     fields: [
       { kind: 'IN', name: 'k', dtype: 'F', dims: ['B', 'T', 'K', 'D'] },
       { kind: 'IN', name: 'v', dtype: 'F', dims: ['B', 'T', 'K', 'D'] },
@@ -144,7 +160,7 @@ export const OPS = [
   },
   {
     name: 'attention_cached',
-    opcode: 10,
+    opcode: 11,
     fields: [
       { kind: 'IN', name: 'q', dtype: 'F', dims: ['B', 'T', 'H', 'D'] },
       { kind: 'IN', name: 'k_cache', dtype: 'F', dims: ['B', 'S', 'K', 'D'] },
@@ -161,7 +177,7 @@ export const OPS = [
   },
   {
     name: 'swiglu_fwd',
-    opcode: 11,
+    opcode: 12,
     fields: [
       { kind: 'IN', name: 'gate', dtype: 'F', dims: ['N'] },
       { kind: 'IN', name: 'up', dtype: 'F', dims: ['N'] },
@@ -171,7 +187,7 @@ export const OPS = [
   },
   {
     name: 'swiglu_bwd',
-    opcode: 12,
+    opcode: 13,
     fields: [
       { kind: 'IN', name: 'gate', dtype: 'F', dims: ['N'] },
       { kind: 'IN', name: 'up', dtype: 'F', dims: ['N'] },
@@ -183,7 +199,7 @@ export const OPS = [
   },
   {
     name: 'linear_cross_entropy_fwd',
-    opcode: 13,
+    opcode: 14,
     fields: [
       { kind: 'IN', name: 'x', dtype: 'F', dims: ['N', 'C'] },
       { kind: 'IN', name: 'w', dtype: 'W', dims: ['V', 'C'] },
@@ -196,7 +212,7 @@ export const OPS = [
   },
   {
     name: 'linear_cross_entropy_bwd',
-    opcode: 14,
+    opcode: 15,
     fields: [
       { kind: 'IN', name: 'x', dtype: 'F', dims: ['N', 'C'] },
       { kind: 'IN', name: 'w', dtype: 'W', dims: ['V', 'C'] },
@@ -205,7 +221,7 @@ export const OPS = [
       { kind: 'OPT', name: 'dw_add', dtype: 'f32', dims: ['V', 'C'] },
       { kind: 'OUT', name: 'nll', dtype: 'f32', dims: ['N'] },
       { kind: 'OUT', name: 'dx', dtype: 'F', dims: ['N', 'C'] },
-      { kind: 'OUT', name: 'dw', dtype: 'f32', dims: ['V', 'C'] },
+      { kind: 'OPT_OUT', name: 'dw', dtype: 'f32', dims: ['V', 'C'] },
       { kind: 'TMP', name: 'logits', dtype: 'f32', dims: ['chunk', 'V'] },
       { kind: 'INT', name: 'chunk' },
     ],
@@ -213,7 +229,7 @@ export const OPS = [
   },
   {
     name: 'dot',
-    opcode: 15,
+    opcode: 16,
     fields: [
       { kind: 'IN', name: 'a', dtype: 'f32', dims: ['N'] },
       { kind: 'IN', name: 'b', dtype: 'f32', dims: ['N'] },
@@ -224,7 +240,7 @@ export const OPS = [
   },
   {
     name: 'sum_squares',
-    opcode: 16,
+    opcode: 17,
     fields: [
       { kind: 'IN', name: 'x', dtype: 'G', dims: ['N'] },
       { kind: 'OPT', name: 'add', dtype: 'f32', dims: ['1'] },
@@ -234,7 +250,7 @@ export const OPS = [
   },
   {
     name: 'clip',
-    opcode: 17,
+    opcode: 18,
     fields: [
       { kind: 'IN', name: 'sum_squares', dtype: 'f32', dims: ['1'] },
       { kind: 'IN', name: 'loss', dtype: 'f32', dims: ['1'] },
@@ -244,24 +260,67 @@ export const OPS = [
   },
   {
     name: 'adamw',
-    opcode: 18,
+    opcode: 19,
     fields: [
       { kind: 'INOUT', name: 'p', dtype: 'W', dims: ['N'] },
       { kind: 'OPT_INOUT', name: 'master', dtype: 'f32', dims: ['N'] },
+      { kind: 'OPT_INOUT', name: 'low', dtype: 'u16', dims: ['N'] },
       { kind: 'IN', name: 'g', dtype: 'G', dims: ['N'] },
-      { kind: 'INOUT', name: 'm', dtype: 'f32', dims: ['N'] },
-      { kind: 'INOUT', name: 'v', dtype: 'f32', dims: ['N'] },
+      { kind: 'INOUT', name: 'm', dtype: 'S', dims: ['N'] },
+      { kind: 'INOUT', name: 'v', dtype: 'S', dims: ['N'] },
       { kind: 'IN', name: 'hyper', dtype: 'f32', dims: ['8'] },
       { kind: 'FLT', name: 'beta1' },
       { kind: 'FLT', name: 'beta2' },
       { kind: 'FLT', name: 'eps' },
       { kind: 'FLT', name: 'weight_decay' },
+      { kind: 'FLT', name: 'seed' },
+      { kind: 'FLT', name: 'first' },
     ],
     flops: ({ N }) => 14 * N,
   },
   {
+    name: 'adamw_8bit',
+    opcode: 20,
+    fields: [
+      { kind: 'INOUT', name: 'p', dtype: 'W', dims: ['N'] },
+      { kind: 'OPT_INOUT', name: 'master', dtype: 'f32', dims: ['N'] },
+      { kind: 'OPT_INOUT', name: 'low', dtype: 'u16', dims: ['N'] },
+      { kind: 'IN', name: 'g', dtype: 'G', dims: ['N'] },
+      { kind: 'INOUT', name: 'm', dtype: 'u8', dims: ['N'] },
+      { kind: 'INOUT', name: 'm_scale', dtype: 'f32', dims: ['N/256'] },
+      { kind: 'INOUT', name: 'v', dtype: 'u8', dims: ['N'] },
+      { kind: 'INOUT', name: 'v_scale', dtype: 'f32', dims: ['N/256'] },
+      { kind: 'IN', name: 'hyper', dtype: 'f32', dims: ['8'] },
+      { kind: 'FLT', name: 'beta1' },
+      { kind: 'FLT', name: 'beta2' },
+      { kind: 'FLT', name: 'eps' },
+      { kind: 'FLT', name: 'weight_decay' },
+      { kind: 'FLT', name: 'seed' },
+      { kind: 'FLT', name: 'first' },
+    ],
+    flops: ({ N }) => 30 * N,
+  },
+  {
+    name: 'copy_start',
+    opcode: 21,
+    fields: [
+      { kind: 'IN', name: 'x', dtype: 'F', dims: ['N'] },
+      { kind: 'OUT', name: 'y', dtype: 'F', dims: ['N'] },
+    ],
+    flops: () => 0,
+  },
+  {
+    name: 'copy_wait',
+    opcode: 22,
+    fields: [
+      { kind: 'IN', name: 'x', dtype: 'F', dims: ['N'] },
+      { kind: 'INOUT', name: 'y', dtype: 'F', dims: ['N'] },
+    ],
+    flops: () => 0,
+  },
+  {
     name: 'add',
-    opcode: 19,
+    opcode: 23,
     fields: [
       { kind: 'IN', name: 'a', dtype: 'F', dims: ['N'] },
       { kind: 'IN', name: 'b', dtype: 'F', dims: ['N'] },
@@ -271,7 +330,7 @@ export const OPS = [
   },
   {
     name: 'cast',
-    opcode: 20,
+    opcode: 24,
     fields: [
       { kind: 'IN', name: 'x', dtype: 'F', dims: ['N'] },
       { kind: 'OUT', name: 'y', dtype: 'G', dims: ['N'] },
@@ -280,7 +339,7 @@ export const OPS = [
   },
   {
     name: 'fill',
-    opcode: 21,
+    opcode: 25,
     fields: [
       { kind: 'OUT', name: 'y', dtype: 'F', dims: ['N'] },
       { kind: 'FLT', name: 'value' },
@@ -375,6 +434,20 @@ export function matmulTn(recorder: Recorder, args: MatmulTn): { c: Tensor } {
   return recorder.emit(OPS[6], args) as { c: Tensor }
 }
 
+export interface MatmulSwiglu {
+  a: Tensor // F (M,K)
+  w_gate: Tensor // W (N,K)
+  w_up: Tensor // W (N,K)
+  gate?: Tensor | undefined // F (M,N)
+  up?: Tensor | undefined // F (M,N)
+  y?: Tensor | undefined // F (M,N)
+}
+
+/** gate = a w_gate^T, up = a w_up^T, y = silu(gate) * up: the first half of an MLP without a second pass over gate and up. */
+export function matmulSwiglu(recorder: Recorder, args: MatmulSwiglu): { gate: Tensor; up: Tensor; y: Tensor } {
+  return recorder.emit(OPS[7], args) as { gate: Tensor; up: Tensor; y: Tensor }
+}
+
 export interface AttentionFwd {
   q: Tensor // F (B,T,H,D)
   k: Tensor // F (B,T,K,D)
@@ -394,7 +467,7 @@ export interface AttentionFwd {
  * q head h reads kv head h / (H / K). arXiv 2104.09864, 2205.14135.
  */
 export function attentionFwd(recorder: Recorder, args: AttentionFwd): { o: Tensor; lse: Tensor } {
-  return recorder.emit(OPS[7], args) as { o: Tensor; lse: Tensor }
+  return recorder.emit(OPS[8], args) as { o: Tensor; lse: Tensor }
 }
 
 export interface AttentionBwd {
@@ -411,12 +484,16 @@ export interface AttentionBwd {
   dq?: Tensor | undefined // F (B,T,H,D)
   dk?: Tensor | undefined // F (B,T,K,D)
   dv?: Tensor | undefined // F (B,T,K,D)
+  groups: number
   scale: number
 }
 
-/** Gradients with respect to the unrotated q and k. Nothing rotated is kept from the forward pass. */
+/**
+ * Gradients with respect to the unrotated q and k. Nothing rotated is kept from the forward pass: q and k are rotated
+ * again, those of one of `groups` groups of heads at a time. Results do not depend on the number of groups.
+ */
 export function attentionBwd(recorder: Recorder, args: AttentionBwd): { dq: Tensor; dk: Tensor; dv: Tensor } {
-  return recorder.emit(OPS[8], args) as { dq: Tensor; dk: Tensor; dv: Tensor }
+  return recorder.emit(OPS[9], args) as { dq: Tensor; dk: Tensor; dv: Tensor }
 }
 
 export interface KvAppend {
@@ -432,7 +509,7 @@ export interface KvAppend {
 
 /** Rotates k and stores it with v at slot[t] of the cache. */
 export function kvAppend(recorder: Recorder, args: KvAppend): void {
-  recorder.emit(OPS[9], args)
+  recorder.emit(OPS[10], args)
 }
 
 export interface AttentionCached {
@@ -450,7 +527,7 @@ export interface AttentionCached {
 
 /** As attention_fwd, over the slots first[t] .. last[t] of a cache of rotated keys. */
 export function attentionCached(recorder: Recorder, args: AttentionCached): { o: Tensor } {
-  return recorder.emit(OPS[10], args) as { o: Tensor }
+  return recorder.emit(OPS[11], args) as { o: Tensor }
 }
 
 export interface SwigluFwd {
@@ -461,7 +538,7 @@ export interface SwigluFwd {
 
 /** y = silu(gate) * up. arXiv 2002.05202. */
 export function swigluFwd(recorder: Recorder, args: SwigluFwd): { y: Tensor } {
-  return recorder.emit(OPS[11], args) as { y: Tensor }
+  return recorder.emit(OPS[12], args) as { y: Tensor }
 }
 
 export interface SwigluBwd {
@@ -473,7 +550,7 @@ export interface SwigluBwd {
 }
 
 export function swigluBwd(recorder: Recorder, args: SwigluBwd): { dgate: Tensor; dup: Tensor } {
-  return recorder.emit(OPS[12], args) as { dgate: Tensor; dup: Tensor }
+  return recorder.emit(OPS[13], args) as { dgate: Tensor; dup: Tensor }
 }
 
 export interface LinearCrossEntropyFwd {
@@ -486,7 +563,7 @@ export interface LinearCrossEntropyFwd {
 
 /** nll[n] = -log softmax(x w^T)[labels[n]], 0 where labels[n] < 0; logits exist for `chunk` rows at a time. */
 export function linearCrossEntropyFwd(recorder: Recorder, args: LinearCrossEntropyFwd): { nll: Tensor } {
-  return recorder.emit(OPS[13], args) as { nll: Tensor }
+  return recorder.emit(OPS[14], args) as { nll: Tensor }
 }
 
 export interface LinearCrossEntropyBwd {
@@ -502,8 +579,8 @@ export interface LinearCrossEntropyBwd {
 }
 
 /** The same and, in the same pass over the chunks, the gradients of sum_n weight[n] nll[n]. */
-export function linearCrossEntropyBwd(recorder: Recorder, args: LinearCrossEntropyBwd): { nll: Tensor; dx: Tensor; dw: Tensor } {
-  return recorder.emit(OPS[14], args) as { nll: Tensor; dx: Tensor; dw: Tensor }
+export function linearCrossEntropyBwd(recorder: Recorder, args: LinearCrossEntropyBwd): { nll: Tensor; dx: Tensor } {
+  return recorder.emit(OPS[15], args) as { nll: Tensor; dx: Tensor }
 }
 
 export interface Dot {
@@ -515,7 +592,7 @@ export interface Dot {
 
 /** y = add + sum_n a[n] b[n], in a fixed order of summation. */
 export function dot(recorder: Recorder, args: Dot): { y: Tensor } {
-  return recorder.emit(OPS[15], args) as { y: Tensor }
+  return recorder.emit(OPS[16], args) as { y: Tensor }
 }
 
 export interface SumSquares {
@@ -526,7 +603,7 @@ export interface SumSquares {
 
 /** y = add + sum_n x[n]^2, in a fixed order of summation. */
 export function sumSquares(recorder: Recorder, args: SumSquares): { y: Tensor } {
-  return recorder.emit(OPS[16], args) as { y: Tensor }
+  return recorder.emit(OPS[17], args) as { y: Tensor }
 }
 
 export interface Clip {
@@ -536,33 +613,88 @@ export interface Clip {
 }
 
 /**
- * hyper = [learning rate, 1 - beta1^t, 1 - beta2^t, max norm or 0, gradient scale, gradient norm, apply, free].
+ * hyper = [learning rate, 1 - beta1^t, 1 - beta2^t, max norm or 0, gradient scale, gradient norm, apply, step].
  * Fills in norm = sqrt(sum_squares), scale = min(1, max norm / (norm + 1e-6)) and apply = 1, or apply = 0 where the norm
- * or the loss is not finite: the update is then skipped without asking the host.
+ * or the loss is not finite: the update is then skipped without asking the host. The step (t) is left alone.
  */
 export function clip(recorder: Recorder, args: Clip): void {
-  recorder.emit(OPS[17], args)
+  recorder.emit(OPS[18], args)
 }
 
 export interface Adamw {
   p: Tensor // W (N)
   master?: Tensor | undefined // f32 (N)
+  low?: Tensor | undefined // u16 (N)
   g: Tensor // G (N)
-  m: Tensor // f32 (N)
-  v: Tensor // f32 (N)
+  m: Tensor // S (N)
+  v: Tensor // S (N)
   hyper: Tensor // f32 (8)
   beta1: number
   beta2: number
   eps: number
   weight_decay: number
+  seed: number
+  first: number
 }
 
 /**
- * Decoupled weight decay, arXiv 1711.05101; unchanged p, m, v where hyper's apply is 0. With bf16 weights `master`
- * holds them in f32 and p is their rounding.
+ * Decoupled weight decay, arXiv 1711.05101; nothing changes where hyper's apply is not 1. bf16 weights are kept in one of
+ * three ways. `master` holds them in f32, and p is their rounding, half away from zero. `low` holds the lower 16 bits of
+ * the same masters, whose bits are (p << 16) + low as a signed number. Without both, p is rounded stochastically: the
+ * lower 16 bits are made up to a whole unit with the probability that they are of one. bf16 m, v are rounded so too. The
+ * random bits are a function of seed, hyper's step and the number of the element, `first` being that of the first one.
  */
 export function adamw(recorder: Recorder, args: Adamw): void {
-  recorder.emit(OPS[18], args)
+  recorder.emit(OPS[19], args)
+}
+
+export interface Adamw8bit {
+  p: Tensor // W (N)
+  master?: Tensor | undefined // f32 (N)
+  low?: Tensor | undefined // u16 (N)
+  g: Tensor // G (N)
+  m: Tensor // u8 (N)
+  m_scale: Tensor // f32 (N/256)
+  v: Tensor // u8 (N)
+  v_scale: Tensor // f32 (N/256)
+  hyper: Tensor // f32 (8)
+  beta1: number
+  beta2: number
+  eps: number
+  weight_decay: number
+  seed: number
+  first: number
+}
+
+/**
+ * The same with states of 8 bits, arXiv 2110.02861: blocks of 256 elements, each a scale (its largest magnitude) and a
+ * byte an element, an index into the dynamic map: 0, seven decades 10^-7 .. 1 of 2^i linear steps each, and 1. m has the
+ * signed map (i = 0 .. 6 in each sign, no -1), its byte being the index counted from that of 0, modulo 256; v has the
+ * unsigned one (i = 1 .. 7), its byte being the index. So bytes and scales of 0 are the state before the first step. The
+ * nearest value of the map is stored, but for a v > 0 never 0: its root is a divisor.
+ */
+export function adamw8bit(recorder: Recorder, args: Adamw8bit): void {
+  recorder.emit(OPS[20], args)
+}
+
+export interface CopyStart {
+  x: Tensor // F (N)
+  y?: Tensor | undefined // F (N)
+}
+
+/** y = x, at the same time as the operations that follow, until copy_wait. Between a device's memory and the host's. */
+export function copyStart(recorder: Recorder, args: CopyStart): { y: Tensor } {
+  return recorder.emit(OPS[21], args) as { y: Tensor }
+}
+
+export interface CopyWait {
+  x: Tensor // F (N)
+  y: Tensor // F (N)
+}
+
+/** What follows comes after the copy of x to y. */
+export function copyWait(recorder: Recorder, args: CopyWait): void {
+  recorder.emit(OPS[22], args)
 }
 
 export interface Add {
@@ -572,7 +704,7 @@ export interface Add {
 }
 
 export function add(recorder: Recorder, args: Add): { y: Tensor } {
-  return recorder.emit(OPS[19], args) as { y: Tensor }
+  return recorder.emit(OPS[23], args) as { y: Tensor }
 }
 
 export interface Cast {
@@ -581,7 +713,7 @@ export interface Cast {
 }
 
 export function cast(recorder: Recorder, args: Cast): { y: Tensor } {
-  return recorder.emit(OPS[20], args) as { y: Tensor }
+  return recorder.emit(OPS[24], args) as { y: Tensor }
 }
 
 export interface Fill {
@@ -590,8 +722,8 @@ export interface Fill {
 }
 
 export function fill(recorder: Recorder, args: Fill): { y: Tensor } {
-  return recorder.emit(OPS[21], args) as { y: Tensor }
+  return recorder.emit(OPS[25], args) as { y: Tensor }
 }
 
 /** Of the table; the addon and every backend must have been built from the same one. */
-export const TABLE_HASH = '6b4095180b02ea6b'
+export const TABLE_HASH = '73791a077003ae14'

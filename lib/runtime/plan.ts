@@ -1,11 +1,25 @@
 import { type Arena, planArena } from './arena.js'
 import { Buffer, type Device } from './device.js'
-import type { Command } from './recorder.js'
+import { type Command, reads, writes } from './recorder.js'
 import { DTYPE_CODE, Scratch, type Storage, Tensor } from './tensor.js'
+
+export interface PlanOptions {
+  /** Tensors that the caller reads after a run. */
+  keep?: readonly Tensor[]
+  /** Leaves out operations whose results neither another one nor the caller reads. */
+  prune?: boolean
+  /** Memory to share with other plans that never run at the same time; at least `peakBytes` and `hostBytes`. */
+  arena?: Buffer
+  hostArena?: Buffer
+  /** Told where pinned memory of the host was refused. */
+  onRefused?: (message: string) => void
+}
 
 /** A scratch tensor's place: when it is alive (operation numbers) and where in the arena. */
 export interface Placement {
   name: string
+  /** Whether it is in the arena on the host. */
+  host: boolean
   bytes: number
   offset: number
   first: number
@@ -17,8 +31,11 @@ export interface Placement {
  * before anything is allocated. `run()` is one call into native code and never blocks the event loop.
  */
 export class Plan {
+  readonly commands: readonly Command[]
   /** Exact bytes of the arena. */
   readonly peakBytes: number
+  /** Exact bytes of the arena on the host. */
+  readonly hostBytes: number
   /** Counted floating-point operations of a run. */
   readonly flops: number
   /** Bytes that the operations read and write. */
@@ -29,26 +46,34 @@ export class Plan {
 
   private readonly scratch = new Map<Scratch, number>()
   private arena: Buffer | undefined
-  private readonly ownsArena: boolean
+  private hostArena: Buffer | undefined
   private handle: number | undefined
   private disposed = false
 
   constructor(
     readonly device: Device,
     readonly name: string,
-    readonly commands: readonly Command[],
-    options: { keep?: readonly Tensor[]; arena?: Buffer } = {},
+    commands: readonly Command[],
+    private readonly options: PlanOptions = {},
   ) {
-    const { placements, arena } = place(commands, options.keep ?? [], this.scratch)
+    const { keep = [], arena, hostArena, prune } = options
+    this.commands = prune ? needed(commands, keep) : commands
+    const { placements, device: own, host } = place(this.commands, keep, this.scratch)
     this.placements = placements
-    this.peakBytes = arena.bytes
-    this.peakAt = arena.peakAt
-    this.flops = commands.reduce((sum, command) => sum + command.flops, 0)
-    this.traffic = commands.reduce((sum, command) => sum + command.traffic, 0)
-    this.arena = options.arena
-    this.ownsArena = options.arena === undefined
-    if (options.arena && options.arena.bytes < arena.bytes) {
-      throw new RangeError(`plan "${name}" needs an arena of ${arena.bytes} bytes, was given ${options.arena.bytes}`)
+    this.peakBytes = own.bytes
+    this.hostBytes = host.bytes
+    this.peakAt = own.peakAt
+    this.flops = this.commands.reduce((sum, command) => sum + command.flops, 0)
+    this.traffic = this.commands.reduce((sum, command) => sum + command.traffic, 0)
+    this.arena = arena
+    this.hostArena = hostArena
+    for (const [lent, bytes] of [
+      [arena, own.bytes],
+      [hostArena, host.bytes],
+    ] as const) {
+      if (lent && lent.bytes < bytes) {
+        throw new RangeError(`plan "${name}" needs an arena of ${bytes} bytes, was given ${lent.bytes}`)
+      }
     }
   }
 
@@ -56,7 +81,11 @@ export class Plan {
   load(): void {
     if (this.disposed) throw new Error(`plan "${this.name}" was disposed`)
     if (this.handle !== undefined) return
+    const { onRefused = () => undefined } = this.options
     if (this.peakBytes > 0) this.arena ??= this.device.alloc(this.peakBytes, `arena of plan "${this.name}"`)
+    if (this.hostBytes > 0) {
+      this.hostArena ??= this.device.allocHost(this.hostBytes, `host arena of plan "${this.name}"`, onRefused)
+    }
     const { words, buffers } = this.encode()
     this.handle = this.device.loadPlan(this.name, words, buffers)
   }
@@ -72,8 +101,9 @@ export class Plan {
     if (!(tensor.storage instanceof Scratch)) return tensor
     const index = this.scratch.get(tensor.storage)
     if (index === undefined) throw new Error(`${tensor.describe()} is not part of plan "${this.name}"`)
-    if (!this.arena) throw new Error(`plan "${this.name}" is not loaded: its tensors have no place yet`)
-    return new Tensor(this.arena, this.placements[index]!.offset + tensor.offset, tensor.dtype, tensor.dims)
+    const arena = tensor.storage.host ? this.hostArena : this.arena
+    if (!arena) throw new Error(`plan "${this.name}" is not loaded: its tensors have no place yet`)
+    return new Tensor(arena, this.placements[index]!.offset + tensor.offset, tensor.dtype, tensor.dims)
   }
 
   /** The memory that runs use; another plan of the same device may share it if they never run at the same time. */
@@ -85,7 +115,8 @@ export class Plan {
     if (this.disposed) return
     this.disposed = true
     if (this.handle !== undefined) this.device.freePlan(this.handle)
-    if (this.ownsArena) this.arena?.dispose()
+    if (!this.options.arena) this.arena?.dispose()
+    if (!this.options.hostArena) this.hostArena?.dispose()
   }
 
   private encode(): { words: Float64Array; buffers: Uint32Array } {
@@ -116,11 +147,33 @@ export class Plan {
   }
 }
 
+/**
+ * The operations that change a buffer, and those whose results one of these reads, or the caller. A checkpoint's layers
+ * are recorded once more for the backward pass; what that does not read is thus not computed twice.
+ */
+function needed(commands: readonly Command[], keep: readonly Tensor[]): Command[] {
+  const read = new Set<Storage>(keep.map(({ storage }) => storage))
+  const reversed = [...commands].reverse().filter(({ row, values }) => {
+    const isNeeded = row.fields.some(({ kind }, i) => {
+      const value = values[i]
+      return writes(kind) && value instanceof Tensor && (!(value.storage instanceof Scratch) || read.has(value.storage))
+    })
+    if (!isNeeded) return false
+    row.fields.forEach(({ kind }, i) => {
+      const value = values[i]
+      if (reads(kind) && value instanceof Tensor) read.add(value.storage)
+    })
+    return true
+  })
+  return reversed.reverse()
+}
+
+/** Both arenas, with the offset of every scratch tensor in the one that it is in. */
 function place(
   commands: readonly Command[],
   keep: readonly Tensor[],
   index: Map<Scratch, number>,
-): { placements: Placement[]; arena: Arena } {
+): { placements: Placement[]; device: Arena; host: Arena } {
   const placements: Placement[] = []
   commands.forEach(({ values }, at) => {
     for (const value of values) {
@@ -129,8 +182,8 @@ function place(
       if (known !== undefined) placements[known]!.last = at
       else {
         index.set(value.storage, placements.length)
-        const { name, bytes } = value.storage
-        placements.push({ name, bytes, offset: 0, first: at, last: at })
+        const { name, bytes, host } = value.storage
+        placements.push({ name, bytes, host, offset: 0, first: at, last: at })
       }
     }
   })
@@ -138,7 +191,11 @@ function place(
     const known = storage instanceof Scratch ? index.get(storage) : undefined
     if (known !== undefined) placements[known]!.last = commands.length
   }
-  const arena = planArena(placements)
-  placements.forEach((placement, i) => (placement.offset = arena.offsets[i]!))
-  return { placements, arena }
+  const [device, host] = [false, true].map((onHost) => {
+    const own = placements.filter((placement) => placement.host === onHost)
+    const arena = planArena(own)
+    own.forEach((placement, i) => (placement.offset = arena.offsets[i]!))
+    return arena
+  }) as [Arena, Arena]
+  return { placements, device, host }
 }

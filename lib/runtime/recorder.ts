@@ -1,15 +1,16 @@
 import { Buffer, type Device } from './device.js'
-import { Plan } from './plan.js'
-import { DTYPE_BYTES, type DType, Scratch, Tensor } from './tensor.js'
+import { Plan, type PlanOptions } from './plan.js'
+import { checkRule } from './rules.js'
+import { DTYPE_BYTES, type DType, isFloat, Scratch, Tensor } from './tensor.js'
 
-export type FieldKind = 'IN' | 'OUT' | 'INOUT' | 'OPT' | 'OPT_INOUT' | 'TMP' | 'INT' | 'FLT'
+export type FieldKind = 'IN' | 'OUT' | 'INOUT' | 'OPT' | 'OPT_INOUT' | 'OPT_OUT' | 'TMP' | 'INT' | 'FLT'
 
 export interface OpField {
   readonly kind: FieldKind
   readonly name: string
-  /** f32, bf16, i32 or a letter bound by its first use (tensors only). */
+  /** A dtype or a letter bound by its first use (tensors only). */
   readonly dtype?: string
-  /** Symbols, numbers, quotients such as D/2, or the name of an INT (tensors only). */
+  /** Symbols, numbers, the name of an INT, or quotients such as D/2 and H/groups (tensors only). */
   readonly dims?: readonly string[]
 }
 
@@ -32,8 +33,11 @@ export interface Command {
 
 type Args = { readonly [name: string]: Tensor | number | undefined }
 
+/** Of i32 tensors: their elements are numbered by 32 bits. */
+const MOST_IDS = 2 ** 31 - 1
+
 const READS = new Set<FieldKind>(['IN', 'INOUT', 'OPT', 'OPT_INOUT'])
-const WRITES = new Set<FieldKind>(['OUT', 'INOUT', 'OPT_INOUT'])
+const WRITES = new Set<FieldKind>(['OUT', 'INOUT', 'OPT_INOUT', 'OPT_OUT'])
 
 /**
  * Writes operations down without running them. The emitters of ops.gen.ts check every operation against the op table
@@ -50,13 +54,13 @@ export class Recorder {
     readonly activations: DType = 'f32',
   ) {}
 
-  /** A tensor in the plan's arena; it holds garbage until an operation writes it. */
-  scratch(dtype: DType, dims: readonly number[], name: string): Tensor {
+  /** A tensor in the plan's arena, or in its arena on the host; it holds garbage until an operation writes it. */
+  scratch(dtype: DType, dims: readonly number[], name: string, host = false): Tensor {
     const size = dims.reduce((product, dim) => product * dim, 1)
     if (!Number.isSafeInteger(size) || size < 1 || dims.some((dim) => !Number.isInteger(dim) || dim < 1)) {
       throw new RangeError(`${name}: dims (${dims.join(',')}) must be positive whole numbers`)
     }
-    return new Tensor(new Scratch(size * DTYPE_BYTES[dtype], name), 0, dtype, dims)
+    return new Tensor(new Scratch(size * DTYPE_BYTES[dtype], name, host), 0, dtype, dims)
   }
 
   /** Checks and appends one operation; allocates what it writes and was not given. Called by the emitters. */
@@ -77,6 +81,7 @@ export class Recorder {
       if (!(tensor instanceof Tensor)) throw new TypeError(`${row.name}: ${field.name} must be a Tensor`)
       this.unify(row, field, tensor, symbols, dtypes)
     }
+    checkRule(row.name, args)
     const outputs: Record<string, Tensor> = {}
     const values = row.fields.map((field) => {
       if (!field.dims) return field.kind === 'INT' ? symbols[field.name] : this.real(row, field, args)
@@ -120,9 +125,9 @@ export class Recorder {
 
   /**
    * Ends the record. Tensors in `keep` stay valid after a run (they are read back by the caller); all other scratch
-   * tensors share memory as their lifetimes allow. `arena` lends the arena of another plan, grown if need be.
+   * tensors share memory as their lifetimes allow.
    */
-  plan(options: { keep?: readonly Tensor[]; arena?: Buffer } = {}): Plan {
+  plan(options: PlanOptions = {}): Plan {
     return new Plan(this.device, this.name, this.commands, options)
   }
 
@@ -158,8 +163,11 @@ export class Recorder {
     if (expected && expected !== tensor.dtype) {
       throw new TypeError(`${where}: dtype is ${tensor.dtype}, expected ${expected} (${tensor.describe()})`)
     }
+    if (tensor.dtype === 'i32' && tensor.size > MOST_IDS) {
+      throw new RangeError(`${where}: has ${tensor.size} elements, the limit is ${MOST_IDS} (${tensor.describe()})`)
+    }
     if (/^[A-Z]$/.test(field.dtype!)) {
-      if (tensor.dtype === 'i32') throw new TypeError(`${where}: dtype is i32, expected f32 or bf16`)
+      if (!isFloat(tensor.dtype)) throw new TypeError(`${where}: dtype is ${tensor.dtype}, expected f32 or bf16`)
       dtypes[field.dtype!] = tensor.dtype
     }
     if (actual.length !== dims.length) {
@@ -182,10 +190,12 @@ export class Recorder {
     const [symbol, divisor = '1'] = dim.split('/') as [string, string?]
     const value = symbols[symbol]
     if (value === undefined) throw new Error(`${row.name}: ${field.name} [${dim}] is not determined by any argument`)
-    if (value % Number(divisor) !== 0) {
-      throw new RangeError(`${row.name}: ${symbol} is ${value}, but must be divisible by ${divisor}`)
+    const by = symbols[divisor] ?? Number(divisor)
+    if (value % by !== 0) {
+      const named = divisor in symbols ? `${divisor} (${by})` : divisor
+      throw new RangeError(`${row.name}: ${symbol} is ${value}, but must be divisible by ${named}`)
     }
-    return value / Number(divisor)
+    return value / by
   }
 }
 

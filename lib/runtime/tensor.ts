@@ -1,8 +1,14 @@
-/** Element types of device tensors. Activations and weights are f32 or bf16; token ids and positions are i32. */
-export type DType = 'f32' | 'bf16' | 'i32'
+/**
+ * Element types of device tensors. Activations and weights are f32 or bf16; token ids and positions are i32; an
+ * optimizer's 8-bit states are u8, and what bf16 weights leave of their f32 masters is u16.
+ */
+export type DType = 'f32' | 'bf16' | 'i32' | 'u8' | 'u16'
 
-export const DTYPE_BYTES: Readonly<Record<DType, number>> = { f32: 4, bf16: 2, i32: 4 }
-export const DTYPE_CODE: Readonly<Record<DType, number>> = { f32: 0, bf16: 1, i32: 2 }
+export const DTYPE_BYTES: Readonly<Record<DType, number>> = { f32: 4, bf16: 2, i32: 4, u8: 1, u16: 2 }
+export const DTYPE_CODE: Readonly<Record<DType, number>> = { f32: 0, bf16: 1, i32: 2, u8: 3, u16: 4 }
+
+/** Only these may stand for a letter of the op table. */
+export const isFloat = (dtype: DType): boolean => dtype === 'f32' || dtype === 'bf16'
 
 /** Where a tensor's bytes are: a buffer that a device allocated, or a place in a plan's arena that the planner chooses. */
 export interface Storage {
@@ -15,6 +21,8 @@ export class Scratch implements Storage {
   constructor(
     readonly bytes: number,
     readonly name: string,
+    /** Whether it is in memory of the host, which only copies use. */
+    readonly host = false,
   ) {}
 }
 

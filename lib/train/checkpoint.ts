@@ -1,4 +1,4 @@
-import { mkdir, open, readdir, rename, rm, stat } from 'node:fs/promises'
+import { type FileHandle, mkdir, open, readdir, rename, rm, stat } from 'node:fs/promises'
 import { basename, dirname, join, resolve } from 'node:path'
 import { quote, RopewalkError } from '../errors.js'
 import { decodeUtf8, readSmallFile } from '../files/bytes.js'
@@ -18,14 +18,15 @@ import { saveModelFolder } from '../files/save.js'
 import { writeConfig } from '../model/config.js'
 import type { Llama } from '../model/llama.js'
 import type { Parameters } from '../model/parameters.js'
-import type { Buffer as DeviceBuffer, FileDType } from '../runtime/device.js'
+import type { Device, FileDType } from '../runtime/device.js'
+import { type DType, Tensor } from '../runtime/tensor.js'
 import type { DataCursor } from './data.js'
 import type { AdamW } from './optimizer.js'
 
 /**
  * A checkpoint is a Hugging Face folder `checkpoint-000123` that Llama.load takes as it is, and beside the model
  *
- *   trainer.safetensors   moments and masters, f32: m.<parameter>, v.<parameter>, master.<parameter>
+ *   trainer.safetensors   moments and masters as they are kept: m.<parameter>, v.<parameter>, master.<parameter> ...
  *   trainer.json          step, counters, options that decide the run, place in the data
  *   checksums.json        size and SHA-256 of every other file
  *
@@ -118,13 +119,10 @@ export async function writeCheckpoint(
       ...(companions !== undefined && { copyFrom: companions }),
     })
     for (const { name, bytes, sha256 } of saved) sums[name] = { bytes, sha256 }
-    const entries: TensorEntry[] = states(optimizer).flatMap(([prefix, buffer]) =>
-      Array.from(weights, ({ name }) => {
-        const tensor = weights.in(buffer, 'f32', name)
-        const { bytes, dims } = tensor
-        return { name: `${prefix}.${name}`, dtype: 'F32', dims, bytes, data: () => device.downloadChunks(tensor) }
-      }),
-    )
+    const entries: TensorEntry[] = Array.from(optimizer.entries(), ({ name, tensor }) => {
+      const { bytes, dims, dtype } = tensor
+      return { name, dtype: FILE_DTYPE[dtype], dims: [...dims], bytes, data: () => device.downloadChunks(tensor) }
+    })
     sums[STATE] = await writeSafetensors(join(temporary, STATE), entries, [], { sync: true })
     const text = Buffer.from(`${JSON.stringify(record, undefined, 2)}\n`)
     await writeNewFile(join(temporary, RECORD), text)
@@ -149,8 +147,24 @@ export async function makeFolder(output: string, needed: number): Promise<void> 
   }
 }
 
-function states({ m, v, masters }: AdamW): [string, DeviceBuffer][] {
-  return [['m', m], ['v', v], ...(masters ? [['master', masters] as [string, DeviceBuffer]] : [])]
+const FILE_DTYPE: Readonly<Record<DType, TensorEntry['dtype']>> = {
+  f32: 'F32',
+  bf16: 'BF16',
+  i32: 'I32',
+  u8: 'U8',
+  u16: 'U16',
+}
+
+/** Fills a tensor with the bytes of a file as they are. */
+async function readBytes(device: Device, file: FileHandle, offset: number, tensor: Tensor): Promise<void> {
+  const chunk = new Uint8Array(Math.min(tensor.bytes, 16 << 20))
+  for (let at = 0; at < tensor.bytes; at += chunk.length) {
+    const length = Math.min(chunk.length, tensor.bytes - at)
+    const { bytesRead } = await file.read(chunk, 0, length, offset + at)
+    if (bytesRead !== length)
+      throw new RopewalkError('ERR_CHECKPOINT', `${STATE} ends early: it changed while it was read`)
+    await device.upload(new Tensor(tensor.storage, tensor.offset + at, 'u8', [length]), chunk.subarray(0, length))
+  }
 }
 
 /** The one text that these sums have: any other spelling is damage. */
@@ -282,12 +296,10 @@ export async function readCheckpoint(path: string, model: Llama, optimizer: Adam
   const state = await openSafetensors(join(path, STATE))
   const file = await open(join(path, STATE))
   try {
-    for (const [prefix, buffer] of states(optimizer)) {
-      for (const { name } of weights) {
-        const tensor = state.tensors.get(`${prefix}.${name}`)
-        if (!tensor) throw new RopewalkError('ERR_CHECKPOINT', `${join(path, STATE)}: there is no ${prefix}.${name}`)
-        await device.read(weights.in(buffer, 'f32', name), file.fd, tensor.offset, 'F32')
-      }
+    for (const { name, tensor } of optimizer.entries()) {
+      const saved = state.tensors.get(name)
+      if (!saved) throw new RopewalkError('ERR_CHECKPOINT', `${join(path, STATE)}: there is no ${name}`)
+      await readBytes(device, file, saved.offset, tensor)
     }
   } finally {
     await file.close()

@@ -1,9 +1,12 @@
-import type { Parameters } from '../model/parameters.js'
+import { PADDING, type Parameter, type Parameters, type Segment } from '../model/parameters.js'
+import type { Gradients } from '../model/tape.js'
 import type { Buffer } from '../runtime/device.js'
-import { adamw, cast, clip, fill, sumSquares } from '../runtime/ops.gen.js'
+import { adamw, adamw8bit, add, cast, clip, fill, sumSquares } from '../runtime/ops.gen.js'
 import type { Plan } from '../runtime/plan.js'
 import { Recorder } from '../runtime/recorder.js'
-import { Tensor } from '../runtime/tensor.js'
+import { DTYPE_BYTES, type DType, Tensor } from '../runtime/tensor.js'
+import { MEMORY_DEFAULTS, type MemorySettings } from './memory.js'
+import { type SegmentStates, StateLayout, type StateName } from './states.js'
 
 export interface AdamWSettings {
   betas: readonly [number, number]
@@ -12,6 +15,9 @@ export interface AdamWSettings {
   weightDecay: number
   /** Gradients with a larger norm are scaled down to it; 0 for none. */
   maxGradNorm: number
+  /** Of stochastic rounding; default 0. */
+  seed?: number
+  memory?: MemorySettings
 }
 
 export interface Update {
@@ -19,84 +25,111 @@ export interface Update {
   loss: number
   /** 2-norm of all gradients, before clipping. */
   gradNorm: number
-  /** False where the loss or the norm is not finite: nothing was changed. */
+  /** False where the loss or the norm is not finite: nothing was changed, or with fused updates not all. */
   applied: boolean
 }
 
-/** Floats of the scalar buffer: `hyper` (8, csrc/ops.def: clip), the loss, the sum of squares. */
-const SCALARS = 10
+/** Floats of the scalar buffer: `hyper` (8, csrc/ops.def: clip), the loss, the sum of squares, that of a segment. */
+const SCALARS = 11
 const LOSS_AT = 8
 const SQUARES_AT = 9
+const SEGMENT_SQUARES_AT = 10
 
 /**
- * AdamW (arXiv 1711.05101, one group over all parameters) on the device: gradients, moments and, with bfloat16 weights,
- * float32 masters, each one flat buffer in the layout of the weights. Whether an update may be applied is decided on
- * the device, so that a NaN reaches neither weights nor moments.
+ * AdamW (arXiv 1711.05101, one group over all parameters) on the device: gradients, moments and what bfloat16 weights
+ * are updated in (see MemoryOptions), in the layout of the weights. Whether an update may be applied is decided on the
+ * device, so that a NaN reaches neither weights nor moments.
+ *
+ * A step is `begin`, the passes with `gradients`, `end`.
  */
 export class AdamW {
-  /** f32, written by the backward pass. */
-  readonly gradients: Buffer
-  /** First and second moment, f32. */
-  readonly m: Buffer
-  readonly v: Buffer
-  /** What the weights are before rounding to bfloat16; absent with float32 weights. */
-  readonly masters: Buffer | undefined
+  readonly gradients: Gradients
   /** (1) f32: the passes of a step leave their loss here. */
   readonly loss: Tensor
   /** Updates that were applied: t of the bias corrections. */
   applied = 0
 
+  private readonly memory: MemorySettings
+  private readonly segments: readonly Segment[]
+  private readonly segmentOf = new Map<Parameter, Segment>()
+  private readonly layout: StateLayout
+  private readonly states: Buffer
   private readonly scalars: Buffer
-  private readonly plan: Plan
+  /** Of a segment each; with fused updates of the vectors only. */
+  private readonly buffers = new Map<Segment, Tensor>()
+  private readonly plan: Plan | undefined
+  private readonly owned: Buffer[] = []
 
   constructor(
     private readonly weights: Parameters,
     private readonly settings: AdamWSettings,
+    onRefused: (message: string) => void = () => undefined,
   ) {
-    const { device, elements, dtype } = weights
-    const owned: Buffer[] = []
-    const alloc = (bytes: number, name: string): Buffer => {
-      const buffer = device.alloc(bytes, name)
-      owned.push(buffer)
-      return buffer
-    }
+    const { device, dtype } = weights
+    this.memory = settings.memory ?? MEMORY_DEFAULTS
+    this.segments = weights.segments()
+    for (const segment of this.segments) for (const one of segment.parameters) this.segmentOf.set(one, segment)
+    this.layout = new StateLayout(this.segments, dtype, this.memory)
     try {
-      this.gradients = alloc(elements * 4, 'gradients (f32)')
-      this.m = alloc(elements * 4, 'first moments (f32)')
-      this.v = alloc(elements * 4, 'second moments (f32)')
-      this.masters = dtype === 'f32' ? undefined : alloc(elements * 4, 'master weights (f32)')
-      this.scalars = alloc(SCALARS * 4, 'training scalars')
+      this.states = this.memory.offloadOptimizer
+        ? this.own(device.allocHost(this.layout.bytes, 'optimizer states', onRefused))
+        : this.own(device.alloc(this.layout.bytes, 'optimizer states'))
+      this.scalars = this.own(device.alloc(SCALARS * 4, 'training scalars'))
+      this.allocGradients()
     } catch (error) {
-      for (const buffer of owned) buffer.dispose()
+      for (const buffer of this.owned) buffer.dispose()
       throw error
     }
     this.loss = this.scalar(LOSS_AT)
-    this.plan = this.record()
+    this.gradients = this.fused ? this.fusedGradients() : { of: (parameter) => this.gradientOf(parameter) }
+    if (!this.fused) this.plan = this.record()
   }
 
-  /** Bytes of the gradients. */
+  get fused(): boolean {
+    return this.memory.gradients === 'fused'
+  }
+
+  /** Bytes of the gradients that are held from the backward pass to the update. */
   get gradientBytes(): number {
-    return this.gradients.bytes
+    return [...this.buffers.values()].reduce((sum, { bytes }) => sum + bytes, 0)
   }
 
-  /** Bytes of moments, masters and scalars. */
+  /** Bytes of moments, masters and scalars, on the device or the host. */
   get stateBytes(): number {
-    return this.m.bytes + this.v.bytes + (this.masters?.bytes ?? 0) + this.scalars.bytes
+    return this.states.bytes + this.scalars.bytes
   }
 
-  /** Floating-point operations of an update. */
+  /** Those of them that are in the host's memory. */
+  get hostBytes(): number {
+    return this.states.host ? this.states.bytes : 0
+  }
+
+  /** Floating-point operations of an update; those of a fused one are in the pass. */
   get flops(): number {
-    return this.plan.flops
+    return this.plan?.flops ?? 0
+  }
+
+  /** The states of every parameter, for checkpoints: 'm.model.embed_tokens.weight', and so on. */
+  *entries(): IterableIterator<{ name: string; state: StateName; tensor: Tensor }> {
+    for (const segment of this.segments) {
+      for (const parameter of segment.parameters) {
+        const states = this.layout.ofParameter(this.weights, segment, parameter, this.states)
+        for (const [state, tensor] of states) yield { name: `${state}.${parameter.name}`, state, tensor }
+      }
+    }
   }
 
   /** The state before the first update: moments 0, masters as the weights are now. */
   async reset(): Promise<void> {
     const { weights } = this
     const recorder = new Recorder(weights.device, 'optimizer start')
-    // gradients too: the padding between parameters is never written, and it counts in the norm
-    for (const buffer of [this.gradients, this.m, this.v]) fill(recorder, { y: weights.flat(buffer, 'f32'), value: 0 })
-    if (this.masters) {
-      cast(recorder, { x: weights.flat(weights.buffer, weights.dtype), y: weights.flat(this.masters, 'f32') })
+    // All bytes 0 is the start of every kind of moment. Of gradients too: the padding between parameters is never
+    // written, and it counts in the norm.
+    const all = new Tensor(this.states, 0, 'f32', [this.states.bytes / 4])
+    for (const y of [all, ...this.buffers.values()]) fill(recorder, { y, value: 0 })
+    for (const segment of this.segments) {
+      const { master } = this.layout.of(segment, this.states)
+      if (master) cast(recorder, { x: weights.part(weights.buffer, weights.dtype, segment), y: master })
     }
     const plan = recorder.plan()
     try {
@@ -107,47 +140,146 @@ export class AdamW {
     this.applied = 0
   }
 
-  /** Applies the gradients, unless they or the loss are not finite. */
-  async update(learningRate: number): Promise<Update> {
-    const { device } = this.weights
+  /** Before the passes of a step. */
+  async begin(learningRate: number): Promise<void> {
     const [beta1, beta2] = this.settings.betas
     const t = this.applied + 1
-    const corrections = [1 - beta1 ** t, 1 - beta2 ** t]
-    const hyper = Float32Array.of(learningRate, ...corrections, this.settings.maxGradNorm, 0, 0, 0, 0)
-    await device.upload(new Tensor(this.scalars, 0, 'f32', [8]), hyper)
-    await this.plan.run()
-    const scalars = await device.downloadFloats(new Tensor(this.scalars, 0, 'f32', [SCALARS]))
-    const applied = scalars[6] === 1
-    if (applied) this.applied = t
-    return { loss: scalars[LOSS_AT]!, gradNorm: scalars[5]!, applied }
+    const scalars = new Float32Array(SCALARS)
+    scalars.set([learningRate, 1 - beta1 ** t, 1 - beta2 ** t, this.settings.maxGradNorm, 0, 0, 0, t])
+    await this.weights.device.upload(new Tensor(this.scalars, 0, 'f32', [SCALARS]), scalars)
+  }
+
+  /** After them: applies the gradients, unless they or the loss are not finite. */
+  async end(): Promise<Update> {
+    await this.plan?.run()
+    const scalars = await this.weights.device.downloadFloats(new Tensor(this.scalars, 0, 'f32', [SCALARS]))
+    const loss = scalars[LOSS_AT]!
+    const gradNorm = Math.sqrt(scalars[SQUARES_AT]!)
+    const applied = this.fused ? Number.isFinite(loss) && Number.isFinite(gradNorm) : scalars[6] === 1
+    if (applied) this.applied++
+    return { loss, gradNorm, applied }
   }
 
   dispose(): void {
-    this.plan.dispose()
-    for (const buffer of [this.gradients, this.m, this.v, this.masters, this.scalars]) buffer?.dispose()
+    this.plan?.dispose()
+    for (const buffer of this.owned) buffer.dispose()
+  }
+
+  private own(buffer: Buffer): Buffer {
+    this.owned.push(buffer)
+    return buffer
+  }
+
+  /** One block for all, or with fused updates for the vectors, whose gradients come from all layers. */
+  private allocGradients(): void {
+    const { device } = this.weights
+    const held = this.segments.filter(({ name }) => !this.fused || name === 'vectors')
+    const dtypes = held.map((segment) => this.gradientDtype(segment))
+    const bytes = held.map(({ elements }, i) => elements * DTYPE_BYTES[dtypes[i]!])
+    const total = bytes.reduce((sum, one) => sum + one, 0)
+    const buffer = this.own(device.alloc(total, 'gradients'))
+    let at = 0
+    held.forEach((segment, i) => {
+      this.buffers.set(segment, new Tensor(buffer, at, dtypes[i]!, [segment.elements]))
+      at += bytes[i]!
+    })
+  }
+
+  /** The output matrix's gradient is added up over parts of the rows, and kept in f32; vectors are small. */
+  private gradientDtype({ name }: Segment): DType {
+    const narrow = this.memory.gradients === 'bfloat16' && /\.layers\.\d+$/.test(name)
+    return narrow ? 'bf16' : 'f32'
+  }
+
+  private gradientOf(parameter: Parameter, whole?: Tensor): Tensor | undefined {
+    const segment = this.segmentOf.get(parameter)
+    const gradient = segment && (whole ?? this.buffers.get(segment))
+    if (!gradient) return undefined
+    const start = this.weights.offset(parameter.name) - segment.first
+    const offset = gradient.offset + start * DTYPE_BYTES[gradient.dtype]
+    return new Tensor(gradient.storage, offset, gradient.dtype, parameter.value.dims)
+  }
+
+  /** Gradients that live in the pass's own memory, from their first contribution to their segment's update. */
+  private fusedGradients(): Gradients {
+    const alive = new Map<Segment, Tensor>()
+    let recording: Recorder | undefined
+    const gradientsOf = (segment: Segment): Tensor => {
+      let gradient = this.buffers.get(segment) ?? alive.get(segment)
+      if (!gradient) {
+        gradient = recording!.scratch('f32', [segment.elements], `gradients of ${segment.name}`)
+        // zeros between the parameters
+        if (segment.parameters.some(({ value }) => value.size % PADDING !== 0)) {
+          fill(recording!, { y: gradient, value: 0 })
+        }
+        alive.set(segment, gradient)
+      }
+      return gradient
+    }
+    return {
+      begin: (recorder) => {
+        recording = recorder
+        alive.clear()
+      },
+      of: (parameter) => {
+        const segment = this.segmentOf.get(parameter)
+        return segment && this.gradientOf(parameter, gradientsOf(segment))
+      },
+      complete: (parameters, recorder) => {
+        for (const segment of new Set(parameters.map((parameter) => this.segmentOf.get(parameter)))) {
+          const gradient = segment && alive.get(segment)
+          if (!gradient) continue
+          this.recordSegment(recorder, segment, gradient)
+          alive.delete(segment)
+        }
+      },
+      end: (recorder) => {
+        for (const [segment, gradient] of this.buffers) this.recordSegment(recorder, segment, gradient)
+      },
+    }
+  }
+
+  private recordSegment(recorder: Recorder, segment: Segment, g: Tensor): void {
+    const squares = this.scalar(SEGMENT_SQUARES_AT)
+    const total = this.scalar(SQUARES_AT)
+    sumSquares(recorder, { x: g, y: squares })
+    add(recorder, { a: total, b: squares, y: total })
+    clip(recorder, { sum_squares: squares, loss: this.loss, hyper: this.hyper })
+    this.update(recorder, segment, g)
   }
 
   private record(): Plan {
-    const { weights, settings } = this
-    const recorder = new Recorder(weights.device, 'update')
-    const g = weights.flat(this.gradients, 'f32')
+    const recorder = new Recorder(this.weights.device, 'update')
     const squares = this.scalar(SQUARES_AT)
-    const hyper = new Tensor(this.scalars, 0, 'f32', [8])
-    sumSquares(recorder, { x: g, y: squares })
-    clip(recorder, { sum_squares: squares, loss: this.loss, hyper })
-    adamw(recorder, {
-      p: weights.flat(weights.buffer, weights.dtype),
-      master: this.masters && weights.flat(this.masters, 'f32'),
-      g,
-      m: weights.flat(this.m, 'f32'),
-      v: weights.flat(this.v, 'f32'),
-      hyper,
+    let first = true
+    for (const g of this.buffers.values()) {
+      sumSquares(recorder, { x: g, add: first ? undefined : squares, y: squares })
+      first = false
+    }
+    clip(recorder, { sum_squares: squares, loss: this.loss, hyper: this.hyper })
+    for (const [segment, g] of this.buffers) this.update(recorder, segment, g)
+    return recorder.plan()
+  }
+
+  private update(recorder: Recorder, segment: Segment, g: Tensor): void {
+    const { weights, settings, hyper } = this
+    const { m, v, m_scale, v_scale, master, low }: SegmentStates = this.layout.of(segment, this.states)
+    const p = weights.part(weights.buffer, weights.dtype, segment)
+    const scalars = {
       beta1: settings.betas[0],
       beta2: settings.betas[1],
       eps: settings.eps,
       weight_decay: settings.weightDecay,
-    })
-    return recorder.plan()
+      seed: settings.seed ?? 0,
+      first: segment.first,
+    }
+    const common = { p, master, low, g, m: m!, v: v!, hyper, ...scalars }
+    if (m_scale && v_scale) adamw8bit(recorder, { ...common, m_scale, v_scale })
+    else adamw(recorder, common)
+  }
+
+  private get hyper(): Tensor {
+    return new Tensor(this.scalars, 0, 'f32', [8])
   }
 
   private scalar(at: number): Tensor {

@@ -1,4 +1,5 @@
 import { didYouMean, quote } from '../errors.js'
+import { MEMORY_DEFAULTS, type MemoryOptions, type MemorySettings } from './memory.js'
 import type { TokenProgress } from './data.js'
 import type { Packing } from './data.js'
 import { type Schedule, schedules } from './schedule.js'
@@ -61,8 +62,10 @@ export interface TrainerOptions {
   schedule?: Schedule
   /** What 'linear' and 'cosine' leave of the peak at the end; default 0.1. */
   finalFraction?: number
-  /** Decides the order of the windows and the validation split; default 0. */
+  /** Decides the order of the windows, the validation split, and rounding by chance; default 0. */
   seed?: number
+  /** What a step keeps in memory, and in which form; default: everything, in full. */
+  memory?: MemoryOptions
   /** 'concat' (default): documents follow each other in a window. 'documents': they do not see each other. */
   packing?: Packing
   /** End-of-sequence token after each document; default true where the tokenizer or the config names one. */
@@ -112,6 +115,7 @@ export interface Settings {
   schedule: Schedule
   finalFraction: number
   seed: number
+  memory: MemorySettings
   packing: Packing
   appendEos: boolean | undefined
   field: string
@@ -192,6 +196,11 @@ const CHECKS: Record<keyof TrainerOptions, Check> = {
   schedule: oneOf(...schedules),
   finalFraction: number('in [0, 1]', (value) => value >= 0 && value <= 1),
   seed: whole(0),
+  memory: (value, name) => {
+    if (typeof value !== 'object' || value === null)
+      throw new TypeError(`${name} is ${quote(value)}, but must be an object`)
+    checkKnown(value, MEMORY_CHECKS, `${name}.`)
+  },
   packing: oneOf('concat', 'documents'),
   appendEos: flag,
   field: text,
@@ -212,22 +221,61 @@ const CHECKS: Record<keyof TrainerOptions, Check> = {
   onProgress: callback,
 }
 
+const MEMORY_CHECKS: Record<keyof MemoryOptions, Check> = {
+  checkpointLayers: whole(0),
+  keepAttention: flag,
+  offloadCheckpoints: flag,
+  mlpRows: whole(0),
+  attentionGroups: whole(1),
+  logitsRows: whole(0),
+  gradients: oneOf('float32', 'bfloat16', 'fused'),
+  masters: oneOf('float32', 'remainder', 'stochastic'),
+  moments: oneOf('float32', 'bfloat16', '8bit'),
+  offloadOptimizer: flag,
+}
+
+/** Throws where an option is unknown or not what it must be. */
+function checkKnown(options: object, checks: Record<string, Check>, prefix = ''): void {
+  for (const [name, value] of Object.entries(options)) {
+    if (!Object.hasOwn(checks, name)) {
+      const known = Object.keys(checks)
+      throw new TypeError(
+        `unknown option ${quote(prefix + name)}${didYouMean(name, known) || `; known are ${known.join(', ')}`}`,
+      )
+    }
+    if (value !== undefined) checks[name]!(value, prefix + name)
+  }
+}
+
+/** Throws where options exclude each other. */
+function checkMemory(memory: MemorySettings, accumulate: number): void {
+  if (memory.gradients === 'fused' && accumulate > 1) {
+    throw new RangeError(
+      `memory.gradients is "fused", but accumulate is ${accumulate}: gradients of several micro-batches have to be held ` +
+        "until the update. Use memory.gradients 'bfloat16' or 'float32', or accumulate 1 with a larger batchSize",
+    )
+  }
+  for (const name of ['keepAttention', 'offloadCheckpoints'] as const) {
+    if (memory[name] && memory.checkpointLayers === 0) {
+      throw new RangeError(
+        `memory.${name} is set, but memory.checkpointLayers is 0: there are no checkpoints. Set it to 1`,
+      )
+    }
+  }
+}
+
 const list = (value: string | readonly string[] | undefined): readonly string[] | undefined =>
   typeof value === 'string' ? [value] : value && [...value]
+
+/** An object without what is undefined in it. */
+const given = <T extends object>(options: T | undefined): Partial<T> =>
+  Object.fromEntries(Object.entries(options ?? {}).filter(([, value]) => value !== undefined)) as Partial<T>
 
 /** Checks options and fills in defaults. Throws TypeError or RangeError that names the option, its value and the rule. */
 export function readOptions(options: TrainerOptions): Settings {
   if (typeof options !== 'object' || options === null)
     throw new TypeError(`options are ${quote(options)}, but must be an object`)
-  for (const [name, value] of Object.entries(options)) {
-    if (!Object.hasOwn(CHECKS, name)) {
-      const known = Object.keys(CHECKS)
-      throw new TypeError(
-        `unknown option ${quote(name)}${didYouMean(name, known) || `; known are ${known.join(', ')}`}`,
-      )
-    }
-    if (value !== undefined) CHECKS[name as keyof TrainerOptions](value, name)
-  }
+  checkKnown(options, CHECKS)
   const { validation, evaluate, output, resume = false } = options
   if (options.evalEvery !== undefined && validation === undefined && evaluate === undefined) {
     throw new TypeError('evalEvery is given, but neither validation nor evaluate: there is nothing to evaluate')
@@ -235,6 +283,8 @@ export function readOptions(options: TrainerOptions): Settings {
   if (resume === true && output === undefined) {
     throw new TypeError('resume is true, but there is no output folder to look in: set output, or give a path')
   }
+  const memory = { ...MEMORY_DEFAULTS, ...given(options.memory) }
+  checkMemory(memory, options.accumulate ?? 1)
   return {
     data: list(options.data),
     context: options.context,
@@ -250,6 +300,7 @@ export function readOptions(options: TrainerOptions): Settings {
     schedule: options.schedule ?? 'constant',
     finalFraction: options.finalFraction ?? 0.1,
     seed: options.seed ?? 0,
+    memory,
     packing: options.packing ?? 'concat',
     appendEos: options.appendEos,
     field: options.field ?? 'text',

@@ -4,12 +4,15 @@ import type { Parameters } from '../model/parameters.js'
 import { disposePass, type Pass, type PassKind, type PassOptions, recordPass, runPass } from '../model/passes.js'
 import type { Buffer } from '../runtime/device.js'
 import { dot } from '../runtime/ops.gen.js'
+import { activationOptions, MEMORY_DEFAULTS } from './memory.js'
 import type { AdamW, Update } from './optimizer.js'
 
 /** What a training run computes, recorded for micro-batches of one shape; all passes share one arena and one batch. */
 export class TrainingPasses {
   /** Exact bytes of activations and temporaries at their peak. */
   readonly arenaBytes: number
+  /** Exact bytes of pinned memory of the host. */
+  readonly hostBytes: number
   /** Exact bytes of tokens, labels and rotation tables. */
   readonly batchBytes: number
   /** Floating-point operations of a step. */
@@ -17,6 +20,7 @@ export class TrainingPasses {
 
   private readonly passes = new Map<PassKind, Pass>()
   private readonly arena: Buffer
+  private readonly hostArena: Buffer | undefined
 
   /** Throws RopewalkError ERR_OUT_OF_MEMORY, with nothing left allocated, where the arena does not fit. */
   constructor(
@@ -29,28 +33,36 @@ export class TrainingPasses {
     readonly accumulate: number,
     /** Whether validation runs between steps. */
     readonly validates: boolean,
+    private readonly memory = MEMORY_DEFAULTS,
+    onRefused: (message: string) => void = () => undefined,
   ) {
     const kinds: PassKind[] = ['gradients']
     if (accumulate > 1) kinds.push('accumulate')
     if (validates) kinds.push('loss')
-    weights.setGradients(optimizer.gradients)
     let share: PassOptions['share']
+    let arena: Buffer | undefined
+    let hostArena: Buffer | undefined
     try {
       // Once to learn what the largest takes, once more into memory of that size.
       const sizes = kinds.map((kind) => {
         const pass = this.record(kind, { share })
         share = pass
-        return pass.plan.peakBytes
+        return pass.plan
       })
-      this.arenaBytes = Math.max(...sizes)
-      this.arena = weights.device.alloc(this.arenaBytes, `activations of ${rows} x ${time} tokens`)
-      for (const kind of kinds) this.passes.set(kind, this.record(kind, { share, arena: this.arena }))
+      this.arenaBytes = Math.max(...sizes.map(({ peakBytes }) => peakBytes))
+      this.hostBytes = Math.max(...sizes.map(({ hostBytes }) => hostBytes))
+      const what = `activations of ${rows} x ${time} tokens`
+      arena = weights.device.alloc(this.arenaBytes, what)
+      if (this.hostBytes > 0) hostArena = weights.device.allocHost(this.hostBytes, `${what}, checkpoints`, onRefused)
+      for (const kind of kinds) this.passes.set(kind, this.record(kind, { share, arena, hostArena }))
     } catch (error) {
+      arena?.dispose()
+      hostArena?.dispose()
       if (share) freeBatch(share.tensors)
       throw error
-    } finally {
-      weights.setGradients(undefined)
     }
+    this.arena = arena
+    this.hostArena = hostArena
     this.batchBytes = Object.values(share!.tensors).reduce((sum, tensor) => sum + tensor.bytes, 0)
     const more = (accumulate - 1) * (this.passes.get('accumulate')?.plan.flops ?? 0)
     this.flops = this.passes.get('gradients')!.plan.flops + more + optimizer.flops
@@ -59,11 +71,12 @@ export class TrainingPasses {
   /** One step over `accumulate` micro-batches: the gradients of the mean over all of their predictions, and the update. */
   async step(batches: readonly Batch[], learningRate: number): Promise<Update> {
     const targets = batches.reduce((sum, batch) => sum + batch.targets, 0)
+    await this.optimizer.begin(learningRate)
     for (const [i, batch] of batches.entries()) {
       const weight = Float32Array.from(batch.labels, (label) => (label < 0 ? 0 : 1 / targets))
       await this.run(i === 0 ? 'gradients' : 'accumulate', batch, weight)
     }
-    return this.optimizer.update(learningRate)
+    return this.optimizer.end()
   }
 
   /** Negative log-likelihoods (N) of a batch under the weights as they are. */
@@ -74,6 +87,7 @@ export class TrainingPasses {
   dispose(): void {
     for (const pass of this.passes.values()) disposePass(pass)
     this.arena.dispose()
+    this.hostArena?.dispose()
   }
 
   private run(kind: PassKind, batch: Batch, weight?: Float32Array): Promise<Float32Array> {
@@ -81,15 +95,15 @@ export class TrainingPasses {
   }
 
   /** Training passes also leave sum weight nll in the optimizer's `loss`, where a NaN stops the update. */
-  private record(kind: PassKind, { share, arena }: PassOptions): Pass {
-    const { loss } = this.optimizer
-    const finish: PassOptions['finish'] = (recorder, nll, { weight }) => {
+  private record(kind: PassKind, memory: Pick<PassOptions, 'share' | 'arena' | 'hostArena'>): Pass {
+    const { loss, gradients } = this.optimizer
+    const onLosses: PassOptions['onLosses'] = (recorder, nll, { weight }) => {
       dot(recorder, { a: nll, b: weight, add: kind === 'accumulate' ? loss : undefined, y: loss })
     }
+    const activations = activationOptions(this.memory)
     return recordPass(this.weights.device, this.config, this.weights, kind, this.rows, this.time, {
-      share,
-      arena,
-      ...(kind !== 'loss' && { finish }),
+      ...{ ...memory, activations },
+      ...(kind !== 'loss' && { onLosses, gradients }),
     })
   }
 }

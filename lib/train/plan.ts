@@ -14,14 +14,18 @@ import { TrainingPasses } from './passes.js'
 export interface TrainingPlan {
   /** Weights in the model's dtype, each parameter padded to a multiple of 128 elements. */
   weightsBytes: number
-  /** Gradients of all weights, in float32. */
+  /** Gradients that are held from the backward pass to the update: none or few with fused updates. */
   gradientBytes: number
-  /** Moments, float32 masters of bfloat16 weights, and a few scalars. */
+  /** Moments, what bfloat16 weights are updated in, and a few scalars, as far as they are on the device. */
   optimizerBytes: number
   /** Activations and temporaries at their peak. */
   activationBytes: number
   /** Tokens, labels and rotation tables. */
   batchBytes: number
+  /** Pinned memory of the host: checkpoints and optimizer states that were put there. On `cpu`, more of the same. */
+  hostBytes: number
+  /** What a GPU's operations share for what they need meanwhile. */
+  workspaceBytes: number
   /** The sum: what the device holds while it trains. */
   totalBytes: number
   /** Bytes of a checkpoint on the disk, but for headers and the tokenizer. */
@@ -37,13 +41,25 @@ export function planTraining(model: Llama, settings: Settings, context: number):
   const weights = new Parameters(device, model.weights.dtype, parameterShapes(model.config))
   const optimizer = new AdamW(weights, settings)
   const validates = validation !== undefined
-  const passes = new TrainingPasses(model.config, weights, optimizer, batchSize, context, accumulate, validates)
+  const { config } = model
+  const passes = new TrainingPasses(
+    config,
+    weights,
+    optimizer,
+    batchSize,
+    context,
+    accumulate,
+    validates,
+    settings.memory,
+  )
   return {
     weightsBytes: weights.buffer.bytes,
     gradientBytes: optimizer.gradientBytes,
-    optimizerBytes: optimizer.stateBytes,
+    optimizerBytes: optimizer.stateBytes - optimizer.hostBytes,
     activationBytes: passes.arenaBytes,
     batchBytes: passes.batchBytes,
+    hostBytes: device.hostBytes,
+    workspaceBytes: device.workspaceBytes,
     totalBytes: device.allocatedBytes,
     checkpointBytes: checkpointBytes(weights, optimizer),
     flopsPerStep: passes.flops,

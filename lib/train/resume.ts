@@ -4,6 +4,7 @@ import type { JsonValue } from '../files/json.js'
 import type { Llama } from '../model/llama.js'
 import { writeRope } from '../rope.js'
 import { findCheckpoint, listCheckpoints, removeLeftovers, type TrainerRecord } from './checkpoint.js'
+import { MEMORY_DEFAULTS } from './memory.js'
 import type { Settings } from './options.js'
 
 /**
@@ -60,7 +61,17 @@ export function decisiveOptions(settings: Settings): TrainerRecord['options'] {
     ...(falls && { steps: settings.steps, finalFraction: settings.finalFraction }),
     seed,
     packing,
+    // Where they are as they have always been, records of earlier releases say nothing of them.
+    ...decisiveMemory(settings),
   }
+}
+
+/** Where and for how long something is kept does not matter; how it is rounded does. */
+function decisiveMemory({ memory }: Settings): TrainerRecord['options'] {
+  const names = ['gradients', 'masters', 'moments', 'mlpRows', 'logitsRows'] as const
+  return Object.fromEntries(
+    names.flatMap((name) => (memory[name] === MEMORY_DEFAULTS[name] ? [] : [[`memory.${name}`, memory[name]]])),
+  )
 }
 
 /** What decides the model beside its weights, as it stands in trainer.json. */

@@ -15,6 +15,7 @@ import {
   writeCheckpoint,
 } from './checkpoint.js'
 import { type DataCursor, DataLoader } from './data.js'
+import { checkMemoryOf } from './memory.js'
 import { MetricsLog, type StepResult } from './metrics.js'
 import { AdamW } from './optimizer.js'
 import { readOptions, type Settings, type TrainerOptions } from './options.js'
@@ -86,6 +87,7 @@ export class Trainer {
     options: TrainerOptions = {},
   ) {
     this.settings = readOptions(options)
+    checkMemoryOf(model.config, this.settings.memory)
     this.peakFlops = this.settings.peakFlops
     if (this.settings.context !== undefined) this.requireWindow(this.settings.context, 'context')
   }
@@ -228,7 +230,7 @@ export class Trainer {
     this.companions = folder?.isDirectory() ? model.path : undefined
     model.releasePasses()
     await model.own()
-    const optimizer = new AdamW(model.weights, settings)
+    const optimizer = new AdamW(model.weights, settings, (message) => this.warn(message))
     try {
       await optimizer.reset()
       if (checkpoint) {
@@ -355,7 +357,11 @@ export class Trainer {
     passes?.dispose()
     this.passes = undefined
     model.releasePasses()
-    this.passes = new TrainingPasses(model.config, model.weights, this.optimizer!, rows, time, accumulate, validates)
+    const optimizer = this.optimizer!
+    const { memory } = this.settings
+    const warn = (message: string): void => this.warn(message)
+    const shape = [rows, time, accumulate] as const
+    this.passes = new TrainingPasses(model.config, model.weights, optimizer, ...shape, validates, memory, warn)
     return this.passes
   }
 

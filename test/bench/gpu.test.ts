@@ -108,12 +108,29 @@ const reportIn = (folder: string) => {
   return JSON.parse(readFileSync(join(folder, name!), 'utf8'))
 }
 
-t.test('without a GPU nothing but that is said', { skip: !absence('cuda') && 'skipped: there is a GPU' }, async (t) => {
+t.test('without a GPU every part is skipped, and that is said', { skip: absence('simt') }, async (t) => {
   const out = join(place, 'none')
-  const { status, stdout } = node([join(bundle, 'scripts/gpu.js'), '--part', 'doctor,ops', '--out', out])
+  // with the library of the emulator, as on a machine where there is the CUDA library and no driver
+  const lonely = { ROPEWALK_CUDA_LIBRARY: process.env.ROPEWALK_SIMT_LIBRARY, ROPEWALK_SIMT_MACHINE: 'driver=0' }
+  const run = node([join(bundle, 'scripts/gpu.js'), '--out', out], lonely)
+  t.equal(run.status, 3, run.stdout)
+  t.match(run.stdout, /doctor: skipped after \d s: no cuda: .*finds no NVIDIA driver/)
+  t.match(run.last, /gpu: 0 passed, 0 failed, 8 skipped \(no cuda: .*finds no NVIDIA driver.*\): .*\.md$/)
+  const { parts } = reportIn(out) as { parts: Record<string, { status: string }> }
+  t.strictSame(Object.keys(parts), 'machine doctor conformance ops model sanitizer step bench'.split(' '))
+  t.ok(Object.values(parts).every(({ status }) => status === 'skipped'))
+  const [markdown] = readdirSync(out).filter((name) => name.endsWith('.md'))
+  t.match(readFileSync(join(out, markdown!), 'utf8'), /\| bench \| skipped \| 0 \| without the device: see doctor \|/)
+})
+
+t.test('a CUDA library that cannot be used is a fault; so are wrong arguments', async (t) => {
+  const damaged = join(place, 'damaged')
+  const { status, stdout } = node([join(bundle, 'scripts/gpu.js'), '--part', 'ops', '--out', damaged], {
+    ROPEWALK_CUDA_LIBRARY: join(place, 'no.so'),
+  })
   t.equal(status, 1)
-  t.match(stdout, /doctor: failed after \d s: no cuda: .*/)
-  t.strictSame(Object.keys(reportIn(out).parts), ['doctor'])
+  t.match(stdout, /doctor: failed after \d s: no cuda: .*there is no .*no\.so/)
+  t.match(reportIn(damaged).parts, { machine: {}, doctor: { status: 'failed' }, ops: { status: 'skipped' } })
   for (const [args, message] of [
     [['--part', 'opps'], /there is no part "opps"; known are machine, doctor, /],
     [['--device', 'cpu'], /--device is "cpu", but must be cuda, cuda:1 or simt/],

@@ -33,10 +33,10 @@ async function ropewalk(...args: string[]): Promise<Result> {
   return result
 }
 
-/** The only line of a failure. */
+/** The only line of a failure, after one that says why `auto` is not a GPU where a model was loaded. */
 const reason = ({ stdout, stderr }: Result): string => {
   t.equal(stdout, '', 'nothing on stdout')
-  t.match(stderr, /^ropewalk: [^\n]+\n$/, 'one line on stderr')
+  t.match(stderr, /^(on the CPU: CUDA backend unavailable: [^\n]+\n)?ropewalk: [^\n]+\n$/, 'one line on stderr')
   return stderr
 }
 
@@ -164,6 +164,20 @@ t.test('doctor says why there is no GPU, or which there are', async (t) => {
   t.match(stdout, /^ok +cuda +.*, sm_80 \(kernels of sm_80\), 1\.0 GiB, 1\.0 GiB free$/m)
   t.match(stdout, /^ok +cuda:1 +.*sm_80/m)
   t.match(stdout, /^ok +self-check +matmul 37x53x29 on cuda: largest error/m)
+})
+
+t.test('device auto says why it is the CPU, device cpu does not', async (t) => {
+  const { ROPEWALK_CUDA_LIBRARY: before } = process.env
+  t.teardown(() => {
+    if (before === undefined) delete process.env.ROPEWALK_CUDA_LIBRARY
+    else process.env.ROPEWALK_CUDA_LIBRARY = before
+  })
+  process.env.ROPEWALK_CUDA_LIBRARY = '/nowhere/lib.so'
+  const args = ['generate', model, '--prompt', 'the', '--max-tokens', '1']
+  const auto = await ropewalk(...args)
+  t.match(auto.stderr, /^on the CPU: CUDA backend unavailable: there is no \/nowhere\/lib\.so, [^\n]*\n/)
+  const cpu = await ropewalk(...args, '--device', 'cpu')
+  t.strictSame([auto.code, cpu.code, cpu.stderr], [0, 0, ''])
 })
 
 t.test('inspect', async (t) => {

@@ -353,19 +353,22 @@ const std::vector<Isa> isas = {
 };
 
 struct Outputs {
-  Buffer o, lse, dq, dk, dv, kr, qr, delta;
-  explicit Outputs(const Shape& s, DType type)
+  Buffer o, lse, dq, dk, dv, kr, qr_group, kr_group, delta;
+  int64_t groups;
+  explicit Outputs(const Shape& s, DType type, int64_t groups = 1)
       : o(type, {s.B, s.T, s.H, s.D}),
         lse(DType::f32, {s.B, s.H, s.T}),
         dq(type, {s.B, s.T, s.H, s.D}),
         dk(type, {s.B, s.T, s.K, s.D}),
         dv(type, {s.B, s.T, s.K, s.D}),
         kr(type, {s.B, s.T, s.K, s.D}),
-        qr(type, {s.B, s.T, s.H, s.D}),
-        delta(DType::f32, {s.B, s.H, s.T}) {}
+        qr_group(type, {s.B, s.T, s.H / groups, s.D}),
+        kr_group(type, {s.B, s.T, s.K / groups, s.D}),
+        delta(DType::f32, {s.B, s.H, s.T}),
+        groups(groups) {}
   bool intact() const {
-    return o.intact() && lse.intact() && dq.intact() && dk.intact() && dv.intact() && kr.intact() && qr.intact() &&
-           delta.intact();
+    return o.intact() && lse.intact() && dq.intact() && dk.intact() && dv.intact() && kr.intact() &&
+           qr_group.intact() && kr_group.intact() && delta.intact();
   }
   bool same(const Outputs& other) const {
     return o.bits() == other.o.bits() && lse.bits() == other.lse.bits() && dq.bits() == other.dq.bits() &&
@@ -378,10 +381,9 @@ void run(const Isa& isa, TestContext& context, const Inputs& in, Outputs& out, c
          const Buffer* lse = nullptr) {
   context.poison();
   isa.forward(context, {in.q, in.k, in.v, in.cos, in.sin, in.pos, in.first, out.o, out.lse, out.kr, in.scale});
-  out.kr.fill(NAN);
   context.poison();
   isa.backward(context, {in.q, in.k, in.v, in.cos, in.sin, in.pos, in.first, o ? *o : out.o, lse ? *lse : out.lse,
-                         in.dout, out.dq, out.dk, out.dv, out.qr, out.kr, out.delta, in.scale});
+                         in.dout, out.dq, out.dk, out.dv, out.qr_group, out.kr_group, out.delta, out.groups, in.scale});
 }
 
 // Everything outside one document of each sequence becomes NaN or infinite: inside, no bit may change.
@@ -452,7 +454,7 @@ void test_training(const Shape& s, DType type) {
     if (!isa.present) continue;
     std::string name = name_of(s, type, isa.name);
     TestContext one(1), two(2), three(3);
-    Outputs out(s, type), repeated(s, type), on_two(s, type), on_three(s, type);
+    Outputs out(s, type), repeated(s, type), on_two(s, type), on_three(s, type), grouped(s, type, s.K);
     run(isa, one, in, out, &o, &lse);
     check_error(name + " o", out.o, exact.o, naive.o);
     check_error(name + " lse", out.lse, exact.lse, naive.lse);
@@ -462,6 +464,8 @@ void test_training(const Shape& s, DType type) {
     run(isa, one, in, repeated, &o, &lse);
     run(isa, two, in, on_two, &o, &lse);
     run(isa, three, in, on_three, &o, &lse);
+    run(isa, three, in, grouped, &o, &lse);
+    check(out.same(grouped) && grouped.intact(), name + ": same bits head by head");
     check(out.same(repeated) && out.same(on_two) && out.same(on_three), name + ": same bits on 1, 2, 3 threads");
     check(out.intact() && on_three.intact() && in.q.intact() && in.k.intact() && in.v.intact() && in.dout.intact(),
           name + ": canaries");

@@ -274,12 +274,20 @@ const WIDTHS = [2, 4, 6, 8, 10, 12, 14, 16, 18, 22, 24, 30, 32, 34, 40, 48, 62, 
 const AROUND_TILES = [32, 64, 128, 192].flatMap((size) => Array.from({ length: 9 }, (_, i) => size - 4 + i)).concat(256)
 const SWEEP = 128
 const AROUND = 2 * AROUND_TILES.length
+/** The same for wide heads, whose tiles on a GPU are others; an odd number of them, so that each T meets both dtypes. */
+const WIDE_TILES = [16, 32, 64, 128].flatMap((size) => Array.from({ length: 9 }, (_, i) => size - 4 + i)).concat(48)
+const WIDE = 2 * WIDE_TILES.length
+const SHAPES = SWEEP + AROUND + WIDE
 
 /**
  * The i-th seeded shape: every T and D in turn, then, from SWEEP on, every T around a tile; what remains of `budget`
  * multiplications goes to heads and batch.
  */
 function shapeOf(random: Random, i: number, budget: number): Shape {
+  if (i >= SWEEP + AROUND) {
+    const T = WIDE_TILES[i % WIDE_TILES.length]!
+    return { B: 1, T, H: T < 50 ? 2 : 1, K: 1, D: [66, 80, 130, 144][(i >> 1) % 4]! }
+  }
   if (i >= SWEEP) {
     const [H, K] = random.pick([
       [1, 1],
@@ -315,7 +323,7 @@ function noise(scale: number, D: number): Record<string, number> {
 
 t.test('attention_fwd', availability(), async (t) => {
   const random = new Random(1)
-  for (let i = 0; i < SWEEP + AROUND; i++) {
+  for (let i = 0; i < SHAPES; i++) {
     const [F, mask] = combination(i, FLOATS, MASKS)
     const positions = random.pick(POSITIONS)
     const shape = shapeOf(random, i, 1_500_000)
@@ -347,7 +355,7 @@ function withResults(random: Random, inputs: Inputs, scale: number): Gradients {
 
 t.test('attention_bwd', availability(), async (t) => {
   const random = new Random(2)
-  for (let i = 0; i < SWEEP + AROUND; i++) {
+  for (let i = 0; i < SHAPES; i++) {
     const [F, mask] = combination(i, FLOATS, MASKS)
     const positions = random.pick(POSITIONS)
     const shape = shapeOf(random, i, 800_000)
@@ -357,10 +365,34 @@ t.test('attention_bwd', availability(), async (t) => {
     await check(t, {
       op: 'attention_bwd',
       label: label(shape, F, mask, positions),
-      args: { ...inputs, dq: output(F, [B, T, H, D]), dk: output(F, [B, T, K, D]), dv: output(F, [B, T, K, D]), scale },
+      args: {
+        ...inputs,
+        ...{ dq: output(F, [B, T, H, D]), dk: output(F, [B, T, K, D]), dv: output(F, [B, T, K, D]) },
+        ...{ groups: i % 2 === 0 ? 1 : K, scale },
+      },
       reference: (p) => backward(p, inputs, Math.fround(scale)),
       scale: noise(scale, D),
     })
+  }
+})
+
+t.test('attention_bwd gives the same bits for any number of groups of heads', availability(), async (t) => {
+  const random = new Random(9)
+  for (const [shape, F, divisors] of [
+    [{ B: 2, T: 70, H: 8, K: 4, D: 16 }, 'f32', [2, 4]],
+    [{ B: 2, T: 70, H: 8, K: 4, D: 16 }, 'bf16', [2, 4]],
+    [{ B: 1, T: 131, H: 6, K: 6, D: 64 }, 'bf16', [2, 3, 6]],
+    [{ B: 1, T: 40, H: 6, K: 3, D: 130 }, 'bf16', [3]],
+    [{ B: 2, T: 33, H: 4, K: 2, D: 6 }, 'f32', [2]],
+  ] as const) {
+    const { B, T, H, K, D } = shape
+    const inputs = withResults(random, inputsOf(random, F, shape, 'packed', 'random'), 0.3)
+    const results = { dq: output(F, [B, T, H, D]), dk: output(F, [B, T, K, D]), dv: output(F, [B, T, K, D]) }
+    const run = (groups: number) =>
+      runAll(t, { op: 'attention_bwd', label: `${groups} groups`, args: { ...inputs, ...results, groups, scale: 0.3 } })
+    const all = await run(1)
+    for (const groups of divisors)
+      t.strictSame(await run(groups), all, `${label(shape, F, 'packed', 'random')}, ${groups}`)
   }
 })
 
@@ -399,7 +431,7 @@ t.test('long sequences: several blocks of keys and of queries', availability(), 
     await check(t, {
       op: 'attention_bwd',
       label: label(shape, F, mask, 'random'),
-      args: { ...inputs, dq: output(F, q.dims), dk: output(F, k.dims), dv: output(F, k.dims), scale },
+      args: { ...inputs, dq: output(F, q.dims), dk: output(F, k.dims), dv: output(F, k.dims), groups: 1, scale },
       reference: (p) => backward(p, inputs, Math.fround(scale)),
       ...aligned,
     })
@@ -471,12 +503,14 @@ function tokensOf(bytes: Uint8Array, x: HostTensor, tokens: (t: number) => boole
 t.test('packed documents do not see each other, not a bit', availability(), async (t) => {
   const random = new Random(6)
   for (const F of FLOATS) {
-    for (const [T, start, end] of [
-      [40, 13, 29],
-      [200, 61, 131],
-      [150, 128, 149],
+    for (const [T, start, end, D] of [
+      [40, 13, 29, 16],
+      [200, 61, 131, 16],
+      [150, 128, 149, 16],
+      [90, 29, 66, 80],
+      [50, 13, 35, 144],
     ] as const) {
-      const shape = { B: 1, T, H: 2, K: 1, D: 16 }
+      const shape = { B: 1, T, H: 2, K: 1, D }
       const { H } = shape
       const inputs = inputsOf(random, F, shape, 'causal', 'in order')
       // three documents: [0, start), [start, end), [end, T)
@@ -488,7 +522,7 @@ t.test('packed documents do not see each other, not a bit', availability(), asyn
       const run = async (given: Gradients) => {
         const { q, k, v, cos, sin, pos, first } = given
         const forwardArgs = { q, k, v, cos, sin, pos, first, o: fwd[0], lse: fwd[1], scale: 0.25 }
-        const backwardArgs = { ...given, dq: bwd[0], dk: bwd[1], dv: bwd[2], scale: 0.25 }
+        const backwardArgs = { ...given, dq: bwd[0], dk: bwd[1], dv: bwd[2], groups: 1, scale: 0.25 }
         return [
           await runAll(t, { op: 'attention_fwd', label: 'packed', args: forwardArgs }),
           await runAll(t, { op: 'attention_bwd', label: 'packed', args: backwardArgs }),
@@ -521,7 +555,7 @@ t.test('packed documents do not see each other, not a bit', availability(), asyn
             if (one !== two) differing.push(`${field}, ${variant}`)
           }
         }
-        t.strictSame(differing, [], `${F} T ${T}: a document of ${spoilt} leaves the others as they were`)
+        t.strictSame(differing, [], `${F} T ${T} D ${D}: a document of ${spoilt} leaves the others as they were`)
       }
     }
   }
@@ -607,14 +641,16 @@ t.test('kv_append', availability(), async (t) => {
 
 t.test('attention_cached', availability(), async (t) => {
   const random = new Random(9)
-  for (let i = 0; i < 200; i++) {
+  for (let i = 0; i < 224; i++) {
+    const wide = i >= 200 // heads beyond 128 have tiles of their own on a GPU
     const [F, garbage] = combination(i, FLOATS, [NaN, Infinity, 1e30])
-    const B = random.int(1, 3)
-    const T = i % 3 === 2 ? random.pick([9, 16, 33, 96, 97, 150]) : random.pick([1, 1, 2, 3, 4, 7, 8])
-    const [H, K] = random.pick(HEADS)
-    let D = WIDTHS[(i * 5) % WIDTHS.length]!
+    const B = wide ? 1 : random.int(1, 3)
+    const T =
+      i % 3 === 2 ? random.pick(wide ? [9, 17, 33] : [9, 16, 33, 96, 97, 150]) : random.pick([1, 1, 2, 3, 4, 7, 8])
+    const [H, K] = wide ? [2, 1] : random.pick(HEADS)
+    let D = wide ? [130, 136, 200, 256][(i >> 1) % 4]! : WIDTHS[(i * 5) % WIDTHS.length]!
     const S = T > 8 ? T + random.int(0, 60) : random.pick([8, 17, 64, 100, 511, 512, 513, 700])
-    while (B * H * D * T * S > 900_000 && D > 4) D = 2 * Math.ceil(D / 4)
+    while (!wide && B * H * D * T * S > 900_000 && D > 4) D = 2 * Math.ceil(D / 4)
     const P = S + 5
     // Slots that no token sees hold garbage, as a fresh cache does.
     const last: number[] = []

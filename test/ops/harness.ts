@@ -115,15 +115,19 @@ export const output = (dtype: DType, dims: number[]): HostTensor => ({
 export function encode({ dtype, values }: HostTensor): Uint8Array {
   if (dtype === 'f32') return new Uint8Array(Float32Array.from(values).buffer)
   if (dtype === 'i32') return new Uint8Array(Int32Array.from(values).buffer)
+  if (dtype === 'u16') return new Uint8Array(Uint16Array.from(values).buffer)
+  if (dtype === 'u8') return Uint8Array.from(values)
   const bits = new Uint16Array(values.length)
   for (let i = 0; i < bits.length; i++) bits[i] = toBf16Bits(values[i]!)
   return new Uint8Array(bits.buffer)
 }
 
-function decode(dtype: DType, bytes: Uint8Array): Float64Array {
+export function decode(dtype: DType, bytes: Uint8Array): Float64Array {
   const own = bytes.slice().buffer
   if (dtype === 'f32') return Float64Array.from(new Float32Array(own))
   if (dtype === 'i32') return Float64Array.from(new Int32Array(own))
+  if (dtype === 'u16') return Float64Array.from(new Uint16Array(own))
+  if (dtype === 'u8') return Float64Array.from(new Uint8Array(own))
   return Float64Array.from(new Uint16Array(own), fromBf16Bits)
 }
 
@@ -151,6 +155,8 @@ export interface Variant {
   name: string
   isa: string
   device: Device
+  /** ROPEWALK_SIMT_ORDER of its runs, which other devices take no notice of. */
+  order?: string
 }
 
 const wanted = process.env['ROPEWALK_TEST_DEVICE'] ?? 'cpu'
@@ -164,7 +170,11 @@ export function variants(): Variant[] {
   if (wanted !== 'cpu') {
     try {
       const device = Device.open(wanted)
-      for (const name of ['first run', 'second run']) opened.push({ name: `${wanted}, ${name}`, isa: wanted, device })
+      // The emulator's second run takes blocks and lanes the other way round: a sum in the order of arrival shows.
+      const order = process.env['ROPEWALK_SIMT_ORDER'] ?? 'forward'
+      const other = order === 'reverse' ? 'forward' : 'reverse'
+      opened.push({ name: `${wanted}, first run`, isa: wanted, device, order })
+      opened.push({ name: `${wanted}, second run`, isa: wanted, device, order: other })
     } catch (error) {
       unavailable = (error as Error).message
     }
@@ -252,7 +262,7 @@ function layOut(c: OpCase, row: OpRow, shift: number): { regions: Region[]; tota
   return { regions, total: align(total, 4) }
 }
 
-async function runOnce(c: OpCase, device: Device, shift: number): Promise<Outcome> {
+async function runOnce(c: OpCase, { device, order }: Variant, shift: number): Promise<Outcome> {
   const row = rowOf(c.op)
   const problems: string[] = []
   const { regions, total } = layOut(c, row, shift)
@@ -287,6 +297,7 @@ async function runOnce(c: OpCase, device: Device, shift: number): Promise<Outcom
   const plan = recorder.plan({ arena })
   plan.load()
   await Promise.all([device.upload(whole, before), device.upload(arenaTensor, arenaBefore)])
+  if (order) process.env['ROPEWALK_SIMT_ORDER'] = order
   await plan.run()
   const [after, arenaAfter] = await Promise.all([device.download(whole), device.download(arenaTensor)])
   plan.dispose()
@@ -373,7 +384,7 @@ export async function check(t: Test, c: OpCase): Promise<Results> {
   let first: { isa: string; name: string; bytes: Map<string, Uint8Array> } | undefined
   let results: Results = {}
   for (const variant of variants()) {
-    const outcome = await runOnce(c, variant.device, shift)
+    const outcome = await runOnce(c, variant, shift)
     problems.push(...outcome.problems.map((problem) => `${variant.name}: ${problem}`))
     if (first?.isa === variant.isa) {
       for (const [field, bytes] of outcome.bytes) {
@@ -398,7 +409,7 @@ export async function check(t: Test, c: OpCase): Promise<Results> {
   for (const field of row.fields) {
     const given = c.args[field.name]
     const needed = writes(field.kind) || field.kind === 'FLT' || field.kind === 'INT' || field.kind === 'IN'
-    if (needed && field.kind !== 'OPT_INOUT' && given === undefined) problems.push(`the case gives no ${field.name}`)
+    if (needed && !field.kind.startsWith('OPT') && given === undefined) problems.push(`the case gives no ${field.name}`)
     if (typeof given === 'object' && given.poisoned && reads(field.kind)) problems.push(`${field.name} has no values`)
   }
   t.strictSame(problems, [], `${c.op} ${c.label}`)
@@ -408,10 +419,10 @@ export async function check(t: Test, c: OpCase): Promise<Results> {
 /** Runs a case on every variant and gives the bytes of its results by variant; what is wrong becomes a failure. */
 export async function runAll(t: Test, c: Omit<OpCase, 'reference'>): Promise<Map<string, Map<string, Uint8Array>>> {
   const all = new Map<string, Map<string, Uint8Array>>()
-  for (const { name, device } of variants()) {
-    const { problems, bytes } = await runOnce({ ...c, reference: () => ({}) }, device, 0)
-    if (problems.length > 0) t.fail(`${c.op} ${c.label}, ${name}: ${problems.join('; ')}`)
-    all.set(name, bytes)
+  for (const variant of variants()) {
+    const { problems, bytes } = await runOnce({ ...c, reference: () => ({}) }, variant, 0)
+    if (problems.length > 0) t.fail(`${c.op} ${c.label}, ${variant.name}: ${problems.join('; ')}`)
+    all.set(variant.name, bytes)
   }
   return all
 }

@@ -63,7 +63,7 @@ t.test('a library that is missing, damaged, foreign or of another version is ref
     t.match(auto.fallback, message, 'and says why')
   }
   environment(t, { ROPEWALK_CUDA_LIBRARY: undefined })
-  if (!existsSync(join(root, 'build', 'Release', 'libropewalk_cuda.so'))) {
+  if (!['build/Release', 'prebuilds/linux-x64'].some((at) => existsSync(join(root, at, 'libropewalk_cuda.so')))) {
     t.throws(() => Device.open('cuda'), { message: /no .*\/libropewalk_cuda\.so\. .*npx ropewalk build/ })
   }
   t.equal(Device.open('cpu').fallback, undefined)
@@ -112,20 +112,21 @@ t.test('no driver, an old one, no GPU, an old one, too high a number: each says 
 })
 
 t.test('auto is the GPU where there is one', noSimt, async (t) => {
-  environment(t, { ROPEWALK_CUDA_LIBRARY: library, ROPEWALK_SIMT_MACHINE: 'devices=2,memory=3000000' })
+  environment(t, { ROPEWALK_CUDA_LIBRARY: library, ROPEWALK_SIMT_MACHINE: 'devices=2,memory=36554432' })
   using device = Device.open()
   t.equal(device.name, 'cuda')
   t.equal(device.fallback, undefined)
-  t.match(device.description, /, sm_80 \(kernels of sm_80\), 2\.9 MiB$/)
-  t.same(device.memory(), { freeBytes: 3000000, totalBytes: 3000000 })
+  t.equal(device.workspaceBytes, Device.open('dry:cuda').workspaceBytes, 'as planned')
+  t.match(device.description, /, sm_80 \(kernels of sm_80\), 34\.9 MiB$/)
+  t.same(device.memory(), { freeBytes: 36554432, totalBytes: 36554432 })
   device.tensor('f32', [1000], 'block')
-  t.same(device.memory(), { freeBytes: 2996000, totalBytes: 3000000 })
+  t.same(device.memory(), { freeBytes: 2996000, totalBytes: 36554432 })
   const list = native().backends()
   t.strictSame(
     list.filter(({ available }) => available).map(({ name }) => name),
     ['cpu', 'cuda', 'cuda:1', 'simt'],
   )
-  t.match(list[1], { memory: { totalBytes: 3000000 } })
+  t.match(list[1], { memory: { totalBytes: 36554432 } })
   t.equal(list[0]!.memory, undefined)
   t.equal(Device.open('cpu').memory(), undefined)
   t.equal(Device.open('dry').memory(), undefined)
@@ -263,13 +264,13 @@ t.test('an illegal access ends the device: every later call says so at once', no
 })
 
 t.test('out of memory: what was asked for, what is free, what helps; and the device goes on', noSimt, async (t) => {
-  environment(t, { ROPEWALK_SIMT_MACHINE: 'memory=10485760' })
+  environment(t, { ROPEWALK_SIMT_MACHINE: 'memory=44040192' })
   using device = Device.open('simt')
   const block = device.alloc(8 << 20, 'weights')
   t.throws(() => device.alloc(3 << 20, 'activations'), {
     code: 'ERR_OUT_OF_MEMORY',
     message:
-      /^activations: simt could not allocate 3145728 bytes \(3\.0 MiB\) .*8\.0 MiB\) are in use by this model\): out of memory: 3\.0 MiB were asked for, 2\.0 MiB of 10\.0 MiB are free\. Use a shorter context, fewer rows, or dtype bfloat16$/,
+      /^activations: simt could not allocate 3145728 bytes \(3\.0 MiB\) .*40\.0 MiB\) are in use by this model\): out of memory: 3\.0 MiB were asked for, 2\.0 MiB of 42\.0 MiB are free\. Use a shorter context, fewer rows, or dtype bfloat16$/,
   })
   block.dispose()
   t.equal((await sums(device, 40).run(2))[0], 42)

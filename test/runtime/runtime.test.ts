@@ -11,8 +11,10 @@ import { Device, type FileDType } from '../../lib/runtime/device.js'
 import { native } from '../../lib/runtime/native.js'
 import {
   add,
+  attentionBwd,
   attentionFwd,
   cast,
+  embeddingFwd,
   fill,
   matmulNn,
   matmulNt,
@@ -175,6 +177,14 @@ t.test('the recorder refuses what does not fit, and says why', async (t) => {
     })
   t.throws(() => attention(7), new RangeError('attention_fwd: D is 7, but must be divisible by 2'))
   t.throws(() => attention(8), new RangeError('attention_fwd: cos [P D/2]: D/2 is 3, expected 4 (weights f32 (9,3))'))
+  const [q, k] = [f32(1, 4, 6, 8), f32(1, 4, 6, 8)]
+  const gradients = (groups: number) =>
+    attentionBwd(recorder, {
+      ...{ q, k, v: k, o: q, dout: q, lse: f32(1, 6, 4), cos: f32(9, 4), sin: f32(9, 4), pos: i32(1, 4) },
+      ...{ first: i32(1, 4), scale: 1, groups },
+    })
+  t.throws(() => gradients(4), new RangeError('attention_bwd: H is 6, but must be divisible by groups (4)'))
+  t.doesNotThrow(() => gradients(3))
   t.throws(
     () => rmsnormFwd(recorder, { x: f32(4, 8), w: f32(8), eps: NaN }),
     new TypeError('rmsnorm_fwd: eps is NaN, but must be a number'),
@@ -188,6 +198,11 @@ t.test('the recorder refuses what does not fit, and says why', async (t) => {
     new RangeError('empty: dims (3,0) must be positive whole numbers'),
   )
   t.throws(() => recorder.scratch('f32', [1.5], 'half'), RangeError)
+  const ids = new Tensor(new Scratch(2 ** 33, 'ids'), 0, 'i32', [2 ** 31])
+  t.throws(
+    () => embeddingFwd(recorder, { ids, w: f32(2, 3) }),
+    new RangeError(`embedding_fwd: ids [N]: has ${2 ** 31} elements, the limit is ${2 ** 31 - 1} (${ids.describe()})`),
+  )
   t.throws(() => f32(2, 3).view(7), RangeError)
   t.throws(() => f32(2, 3).rows(1, 2), RangeError)
   t.equal(recorder.commands.length, 0, 'nothing of it was recorded')
@@ -543,7 +558,7 @@ t.test('handles that never were: errors, no crash', async (t) => {
   const nothing = new Uint8Array(1)
   for (const handle of [0, 123456, 4294967295, -1, 1.5, NaN, '1', null, undefined, {}] as number[]) {
     t.throws(() => addon.describe(handle))
-    t.throws(() => addon.alloc(handle, 8))
+    t.throws(() => addon.alloc(handle, 8, false))
     t.throws(() => addon.cancel(handle))
     t.throws(() => addon.run(handle))
     t.throws(() => addon.upload(handle, 0, nothing))
@@ -552,7 +567,7 @@ t.test('handles that never were: errors, no crash', async (t) => {
     t.throws(() => addon.loadPlan(handle, 'x', new Float64Array(0), new Uint32Array(0)))
   }
   const id = addon.openDevice('cpu', 0, 1)
-  const buffer = addon.alloc(id, 64)
+  const buffer = addon.alloc(id, 64, false)
   t.throws(() => addon.upload(buffer, 64, nothing), RangeError)
   t.throws(() => addon.upload(buffer, -1, nothing), RangeError)
   t.throws(() => addon.upload(buffer, 0, [1] as unknown as Uint8Array), TypeError)
@@ -563,7 +578,8 @@ t.test('handles that never were: errors, no crash', async (t) => {
   t.equal(await addon.upload(buffer, 63, nothing), undefined)
 
   // Records that were damaged: whatever the decoder lets through lies inside the buffer.
-  const valid = [19, 0, 0, 0, 1, 4, 0, 0, 0, 1, 4, 0, 16, 0, 1, 4]
+  const { opcode } = OPS.find(({ name }) => name === 'add')!
+  const valid = [opcode, 0, 0, 0, 1, 4, 0, 0, 0, 1, 4, 0, 16, 0, 1, 4]
   addon.freePlan(addon.loadPlan(id, 'valid', Float64Array.from(valid), Uint32Array.of(buffer)))
   const random = new Random(77)
   let refused = 0

@@ -105,7 +105,7 @@ function wholeCases(): EveryCase[] {
     ...of(matmul, { M: 256, N: 512, K: 192 }), // the large tiles
     ...of(matmul, { M: 64, N: 64, K: 2048 }), // a sum in parts
     ...of(['matmul_nt'], { M: 4, N: 64, K: 1024 }), // few rows
-    ...of(['attention_fwd', 'attention_bwd'], { B: 1, T: 128, H: 2, D: 128, P: 128 }),
+    ...of(['attention_fwd', 'attention_bwd'], { B: 1, T: 128, H: 2, D: 128, P: 128, groups: 1 }),
   ]
 }
 
