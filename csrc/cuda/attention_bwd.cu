@@ -338,8 +338,8 @@ __global__ void __launch_bounds__(Shape<T, kD>::kThreads, Shape<T, kD>::kBlocks)
     step = next;
   }
 
-  cp_async_wait<0>();
-  __syncthreads();  // the rows have been read for the last time
+  // A tile of rows meets at least one of columns, its own. So nothing is under way here, and the last barrier of the
+  // loop came after the rows were read for the last time.
   if (smem.cleaned.any()) {
     for (step = {0, begin - 1}, advance(step); step.head < steps_heads; advance(step)) {
       if (!is_masked(step.tile)) continue;
