@@ -61,7 +61,10 @@ inline vf load(const bf16* p) {
   return (vf)(__builtin_convertvector(half, vu) << 16);
 }
 inline vu load(const uint16_t* p) { return __builtin_convertvector(*reinterpret_cast<const vh_unaligned*>(p), vu); }
-inline vu load(const uint8_t* p) { return __builtin_convertvector(*reinterpret_cast<const vb_unaligned*>(p), vu); }
+// In two steps, as GCC 12 converts a factor of four lane by lane.
+inline vu load(const uint8_t* p) {
+  return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const vb_unaligned*>(p), vh), vu);
+}
 inline void store(float* p, vf x) { *reinterpret_cast<vf_unaligned*>(p) = x; }
 inline void store(bf16* p, vf x) {
   vu bits = (vu)x;
@@ -74,7 +77,9 @@ inline void store(bf16* p, vf x) {
 
 // The lower bits of each.
 inline void store(uint16_t* p, vu x) { *reinterpret_cast<vh_unaligned*>(p) = __builtin_convertvector(x, vh); }
-inline void store(uint8_t* p, vu x) { *reinterpret_cast<vb_unaligned*>(p) = __builtin_convertvector(x, vb); }
+inline void store(uint8_t* p, vu x) {
+  *reinterpret_cast<vb_unaligned*>(p) = __builtin_convertvector(__builtin_convertvector(x, vh), vb);
+}
 
 // table[index % 8].
 inline vf lookup8(const float (&table)[8], vu index) {
