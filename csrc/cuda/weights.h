@@ -64,7 +64,7 @@ __device__ __forceinline__ void store_weights(const Weights<keep>& w, int64_t at
     Raw<N, bf16> upper;
 #pragma unroll
     for (int i = 0; i < N; i++)
-      set_half(upper, i, round_stochastically(weight[i], random_bits(stream, element + i) >> 16));
+      set_half(upper, i, round_stochastically(weight[i], upper_half(random_bits(stream, element + i))));
     put_all<Vector>(w.p + at, upper);
   } else {
     Raw<N, bf16> upper;
