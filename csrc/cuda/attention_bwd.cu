@@ -22,10 +22,10 @@
 // work start first. Where a tile that is not seen whole by all rows holds an infinity or a NaN, these are left out of
 // products and make NaN of the gradients of those who see them (clean_own_part, add_not_finite).
 //
-// Grid: (K, B, tiles of keys), (H, B, tiles of queries): no division for what a block works on. bf16: D 64: 128 rows x
-// 32, 4 warps, 45 KB; D 128: 64 rows x 64, 4 warps, 81 KB; two blocks a multiprocessor. D 256: 64 x 32, dk and dv in
-// launches of their own, for the registers. f32: 64 x 32, D 256: 32 x 16. Traffic: the rows once, the streamed operands
-// once a tile of rows, through the L2. Never stored: s, p, dp, ds.
+// Grid: (K, B, tiles of keys), (H, B, tiles of queries): a block divides by nothing to find its place. bf16: D 64: 128
+// rows x 32, 4 warps, 45 KB; D 128: 64 rows x 64, 4 warps, 81 KB, which is all that lets two blocks share an A100's
+// multiprocessor. D 256: 64 x 16, dk and dv in launches of their own, for the registers. f32: 64 x 32, D 256: 32 x 16.
+// Traffic: the rows once, the streamed operands once a tile of rows, through the L2. Never stored: s, p, dp, ds.
 //
 // Papers: FlashAttention-2 2307.08691, RoFormer 2104.09864.
 #include "attention.h"
