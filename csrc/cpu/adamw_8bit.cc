@@ -39,8 +39,8 @@ void update_8bit(Context& context, const adamw_8bit_args& a) {
       vi most_m = {}, most_v = {};
       for (int64_t i = 0; i < kStateBlock; i += VL) {
         vf weight = load_weight<keep>(a, start + i, load_all);
-        vf m = decoded_m(signed_map, *m_scale, load(m_bytes + i));
-        vf v = decoded_v(unsigned_map, *v_scale, load(v_bytes + i));
+        vf m = decoded_m(signed_map, *m_scale, widen(load(m_bytes + i) + static_cast<uint8_t>(127)));
+        vf v = decoded_v(unsigned_map, *v_scale, widen(load(v_bytes + i)));
         update(step, load(a.g.as<G>() + start + i), weight, m, v);
         store_weight<keep>(a, start + i, weight, noise, settings.first, store_all);
         moments[0][i / VL] = m;
@@ -50,6 +50,10 @@ void update_8bit(Context& context, const adamw_8bit_args& a) {
         most_v = v_bits > most_v ? v_bits : most_v;
       }
       const StateScale m_state = state_scale(largest((vu)most_m)), v_state = state_scale(largest((vu)most_v));
+      if (m_state.odd)
+        for (vf& m : moments[0]) m = tame(m_state, m);
+      if (v_state.odd)
+        for (vf& v : moments[1]) v = tame(v_state, v);
       for (int64_t i = 0; i < kStateBlock; i += VL) {
         store(m_bytes + i, encoded_m(signed_map, m_state, moments[0][i / VL]));
         store(v_bytes + i, encoded_v(unsigned_map, v_state, moments[1][i / VL]));

@@ -254,7 +254,7 @@ __device__ __forceinline__ void multiply_nn(float (&c)[kRowBlocks][kD / 8][4],
   constexpr int kStride = Weights<float, kRows, kDepthBlocks * 8>::kStride;
   const int g = lane_index() / 4, t = lane_index() % 4;
   float* own = weights.value + warp_index() * 16 * kRowBlocks * kStride;
-  __syncwarp();  // the last product's have been read
+  // Nobody reads the last product's any more: between two of them there is a barrier of the block.
 #pragma unroll
   for (int i = 0; i < 2 * kRowBlocks; i++)
 #pragma unroll

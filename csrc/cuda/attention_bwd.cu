@@ -5,7 +5,8 @@
 // are f32; in bf16 qr, kr, p and ds are rounded to bf16, as operands of the tensor cores. qr (B,T,H/groups,D) and kr
 // (B,T,K/groups,D) hold one group of heads after the other, whose kernels follow each other.
 //
-// First, kernels bound by memory: R k and scale log2(e) R q (attention_rotate_kernel), delta (8 threads a row), and the
+// First, kernels bound by memory: delta, an op of its own (8 threads a row), so that o is needed no more; R k and scale
+// log2(e) R q (attention_rotate_kernel), and the
 // smallest and largest first[t] of each tile of queries, by which tiles are skipped.
 //
 // Then attention_bwd_kernel twice, once for rows of keys (dk, dv) and once for rows of queries (dq). It holds a tile of
@@ -336,8 +337,8 @@ __global__ void __launch_bounds__(Shape<T, kD>::kThreads, Shape<T, kD>::kBlocks)
     step = next;
   }
 
-  cp_async_wait<0>();
-  __syncthreads();  // the rows have been read for the last time
+  // A tile of rows meets at least one of columns, its own. So nothing is under way here, and the last barrier of the
+  // loop came after the rows were read for the last time.
   if (smem.cleaned.any()) {
     for (step = {0, begin - 1}, advance(step); step.head < steps_heads; advance(step)) {
       if (!is_masked(step.tile)) continue;
@@ -428,13 +429,7 @@ void backward(Context& context, const attention_bwd_args& args) {
                 args.kr.dims[2] * args.kr.dims[3],
                 Factor(args.scale),
                 false};
-  a.vector = vectors_fit(args.q.dtype, a.D, {a.qr, a.kr, a.v, a.dout, args.o.data, a.dq, a.dk, a.dv, a.cos, a.sin});
-
-  const int64_t rows = static_cast<int64_t>(B) * a.T * a.H;
-  launch(
-      {static_cast<unsigned>(ceil_div(rows, int64_t{kDeltaThreads / kRowThreads})), kDeltaThreads, 0, context.stream},
-      a.vector ? attention_delta_kernel<T, kVector<T>> : attention_delta_kernel<T, 1>, args.o.as<T>(),
-      args.dout.as<T>(), args.delta.as<float>(), rows, a.T, a.H, a.D);
+  a.vector = vectors_fit(args.q.dtype, a.D, {a.qr, a.kr, a.v, a.dout, a.dq, a.dk, a.dv, a.cos, a.sin});
 
   with_head_dim(a.D, [&](auto head_dim) {
     constexpr int kD = decltype(head_dim)::value, kColumns = Shape<T, kD>::kColumns;
@@ -460,7 +455,25 @@ void backward(Context& context, const attention_bwd_args& args) {
   });
 }
 
+template <typename T>
+void delta(Context& context, const attention_delta_args& args) {
+  const int64_t rows = args.o.dims[0] * args.o.dims[1] * args.o.dims[2];
+  const int D = static_cast<int>(args.o.dims[3]);
+  const bool vector = vectors_fit(args.o.dtype, D, {args.o.data, args.dout.data});
+  launch(
+      {static_cast<unsigned>(ceil_div(rows, int64_t{kDeltaThreads / kRowThreads})), kDeltaThreads, 0, context.stream},
+      vector ? attention_delta_kernel<T, kVector<T>> : attention_delta_kernel<T, 1>, args.o.as<T>(), args.dout.as<T>(),
+      args.delta.as<float>(), rows, static_cast<int>(args.o.dims[1]), static_cast<int>(args.o.dims[2]), D);
+}
+
 }  // namespace
+
+void attention_delta(Context& context, const attention_delta_args& args) {
+  if (args.o.dtype == DType::bf16)
+    delta<bf16>(context, args);
+  else
+    delta<float>(context, args);
+}
 
 void attention_bwd(Context& context, const attention_bwd_args& args) {
   if (args.q.dtype == DType::bf16)

@@ -90,7 +90,10 @@ export function trunk(
       const of = (name: string): Parameter => parameters.get(`model.layers.${layer}.${name}.weight`)
       const weights = Object.fromEntries(Object.entries(BLOCK).map(([key, name]) => [key, of(name)])) as BlockWeights
       tape.completes(Object.values(weights))
-      x = block(tape, config, layer, weights, x, batch, attend)
+      const one = (tape: Tape, x: Tensor) => [block(tape, config, layer, weights, x, batch, attend)] as const
+      // Of several layers that are computed again, the inputs are kept then; and each is computed once more on its turn.
+      if (checkpointLayers > 1 && count > 1) [x] = tape.checkpoint(x, one)
+      else [x] = one(tape, x)
     }
     return [x] as const
   }

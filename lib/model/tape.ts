@@ -17,7 +17,7 @@ export interface Gradients {
 
 /** How much of what a forward pass computes is kept for the backward pass, and where. Results do not depend on it. */
 export interface ActivationOptions {
-  /** Only the inputs of every so many layers are kept; the rest is computed again. 0: everything is kept. */
+  /** Only the inputs of every so many layers are kept; the rest is computed again, layer by layer. 0: all is kept. */
   checkpointLayers: number
   /** Attention's result and its softmax's denominators are kept too, so that attention is not computed again. */
   keepAttention: boolean
@@ -50,11 +50,13 @@ interface Pass {
   options: ActivationOptions
 }
 
-type Mode =
-  /** No backward pass follows. */
-  | { kind: 'forward'; keep?: object[] }
-  /** A backward pass follows; `kept` is what an earlier forward pass of the same layers has left for it. */
-  | { kind: 'training'; kept?: object[] }
+interface Mode {
+  kind: 'forward' | 'training'
+  /** What an earlier forward pass of the same layers has left, in the order of its recording. */
+  kept?: object[]
+  /** Where this forward pass leaves such things for a later one. */
+  keep?: object[]
+}
 
 /**
  * Collects the backward operations while the forward ones are recorded, then records them in reverse order. Gradients
@@ -146,8 +148,7 @@ export class Tape {
    * backward pass, which then does not compute them a second time.
    */
   keep<T extends object>(compute: () => T): T {
-    if (this.mode.kind === 'training') return (this.mode.kept?.shift() as T | undefined) ?? compute()
-    const result = compute()
+    const result = (this.mode.kept?.shift() as T | undefined) ?? compute()
     this.mode.keep?.push(result)
     return result
   }
@@ -159,7 +160,7 @@ export class Tape {
   checkpoint<T extends readonly Tensor[]>(x: Tensor, body: (tape: Tape, x: Tensor) => T, store?: InputStore): T {
     if (!this.training) return body(this, x)
     const keep: object[] = []
-    const outputs = body(new Tape(this.pass, { kind: 'forward', keep }), x)
+    const outputs = body(new Tape(this.pass, { kind: 'forward', kept: this.mode.kept, keep }), x)
     const kept = store?.put(x)
     this.steps.push(() => {
       const gradients = outputs.map((output) => this.gradients.get(output))

@@ -7,8 +7,9 @@ import type { ActivationOptions } from '../model/tape.js'
  */
 export interface MemoryOptions {
   /**
-   * Layers between two kept inputs: what lies between is computed again for the backward pass, a third more work. 0
-   * (default) keeps everything; 1 takes the least memory but for many layers of small models.
+   * Layers between two kept inputs: what lies between is computed again for the backward pass, a third more work; with
+   * k > 1, L / k + k inputs are kept instead of L, and all but one of k layers are computed forward a third time. 0
+   * (default) keeps everything.
    */
   checkpointLayers?: number
   /** With `checkpointLayers`: attention's results are kept too and not computed again; default false. */

@@ -180,7 +180,8 @@ t.test('the recorder refuses what does not fit, and says why', async (t) => {
   const [q, k] = [f32(1, 4, 6, 8), f32(1, 4, 6, 8)]
   const gradients = (groups: number) =>
     attentionBwd(on(), {
-      ...{ q, k, v: k, o: q, dout: q, lse: f32(1, 6, 4), cos: f32(9, 4), sin: f32(9, 4), pos: i32(1, 4) },
+      ...{ q, k, v: k, delta: f32(1, 6, 4), dout: q, lse: f32(1, 6, 4), cos: f32(9, 4), sin: f32(9, 4) },
+      pos: i32(1, 4),
       ...{ first: i32(1, 4), scale: 1, groups },
     })
   t.throws(() => gradients(4), new RangeError('attention_bwd: H is 6, but must be divisible by groups (4)'))
