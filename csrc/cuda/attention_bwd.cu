@@ -180,7 +180,6 @@ __global__ void __launch_bounds__(Shape<T, kD>::kThreads, Shape<T, kD>::kBlocks)
   const int64_t token0 = static_cast<int64_t>(b) * a.T;
   const int64_t row_stride = kKeyRows ? a.k_stride : a.q_stride, column_stride = kKeyRows ? a.q_stride : a.k_stride;
   const int64_t x_stride = kKeyRows ? a.qr_stride : a.kr_stride, row_x_stride = kKeyRows ? a.kr_stride : a.qr_stride;
-  const int64_t row_at = (token0 + row0) * row_stride + head * a.D;
   const int column_head = kKeyRows ? head * a.group : head / a.group;
   const T* x = static_cast<const T*>(kKeyRows ? a.qr : a.kr) + token0 * x_stride + column_head * a.D;
   const T* y = static_cast<const T*>(kKeyRows ? a.dout : a.v) + token0 * column_stride + column_head * a.D;
@@ -247,7 +246,7 @@ __global__ void __launch_bounds__(Shape<T, kD>::kThreads, Shape<T, kD>::kBlocks)
   Step step = {0, begin - 1};
   advance(step);
   const T* row_x = static_cast<const T*>(kKeyRows ? a.kr : a.qr) + (token0 + row0) * row_x_stride + head * a.D;
-  const T* row_y = static_cast<const T*>(kKeyRows ? a.v : a.dout) + row_at;
+  const T* row_y = static_cast<const T*>(kKeyRows ? a.v : a.dout) + (token0 + row0) * row_stride + head * a.D;
   load_tile<kRows, kD, kThreads>(smem.rows[0], row_x, row_x_stride, a.T - row0, a.D, a.vector);
   if (kSlopes) load_tile<kRows, kD, kThreads>(smem.rows[1], row_y, row_stride, a.T - row0, a.D, a.vector);
   if (step.head < steps_heads) load_x(step, 0);
@@ -344,22 +343,23 @@ __global__ void __launch_bounds__(Shape<T, kD>::kThreads, Shape<T, kD>::kBlocks)
     for (step = {0, begin - 1}, advance(step); step.head < steps_heads; advance(step)) {
       if (!is_masked(step.tile)) continue;
       const int column0 = step.tile * kColumns;
-      const T* own_x = x + column0 * x_stride + step.head * a.D;
-      const T* own_y = y + column0 * column_stride + step.head * a.D;
+      const int head_at = step.head * a.D;
       const auto row_sees = [&](int r, int n) {
         const int row = row0 + warp_row0 + 8 * r + g, column = column0 + n, key = kKeyRows ? row : column;
         const int2 keys = seen(kKeyRows ? column : row);
         return key >= keys.x && key <= keys.y;
       };
       const int count = min(kColumns, a.T - column0);
-      if constexpr (kSlopes) add_not_finite<kD>(sum, own_x, x_stride, count, a.D, 0, row_sees);
-      if constexpr (kValues) add_not_finite<kD>(values, own_y, column_stride, count, a.D, 1, row_sees);
+      if constexpr (kSlopes)
+        add_not_finite<kD>(sum, x + column0 * x_stride + head_at, x_stride, count, a.D, 0, row_sees);
+      if constexpr (kValues)
+        add_not_finite<kD>(values, y + column0 * column_stride + head_at, column_stride, count, a.D, 1, row_sees);
     }
   }
 
   float* own = smem.sums + warp_row0 * kD;
   const int own_rows = a.T - row0 - warp_row0;
-  const int64_t to = row_at + warp_row0 * row_stride;
+  const int64_t to = (token0 + row0 + warp_row0) * row_stride + head * a.D;
   const int32_t* pos = a.pos + token0 + row0 + warp_row0;
   const auto store = [&](auto unit) {
     constexpr int n = decltype(unit)::value;
