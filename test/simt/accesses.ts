@@ -2,7 +2,7 @@
 // shared memory than its bytes need (ldmatrix: one for each matrix), and every sector of device memory is used whole.
 // What does not is listed here, with the reason. Runs on the race flavour of the emulator, from scripts/test.js.
 import { spawnSync } from 'node:child_process'
-import { mkdtempSync, readdirSync, readFileSync, rmSync } from 'node:fs'
+import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -112,10 +112,11 @@ function wholeCases(): EveryCase[] {
 const self = fileURLToPath(import.meta.url)
 const sources = fileURLToPath(new URL('../../csrc/cuda', import.meta.url))
 
-/** The text of "gemm_mma.h:186". */
+/** The text of "gemm_mma.h:186", or of what both backends include. */
 function textOf(place: string): string {
   const [name, line] = place.split(':') as [string, string]
-  return readFileSync(join(sources, name), 'utf8').split('\n')[Number(line) - 1]!.trim()
+  const own = join(sources, name)
+  return readFileSync(existsSync(own) ? own : join(sources, '..', name), 'utf8').split('\n')[Number(line) - 1]!.trim()
 }
 
 /** What the emulator has seen, which it writes at the end of a process. */
