@@ -21,7 +21,14 @@ RW_STEP Bits bits_of(Real x) { return (vu)x; }
 RW_STEP Real real_of(Bits x) { return (vf)x; }
 RW_STEP Real to_real(Whole x) { return __builtin_convertvector(x, vf); }
 RW_STEP Whole to_whole(Real x) { return __builtin_convertvector(x, vi); }  // towards zero
-RW_STEP Bits one_where(vi mask) { return (vu)-mask; }
+RW_STEP Bits only_where(vi mask, uint32_t x) { return (vu)mask & x; }      // else 0
+RW_STEP Bits next_where(vi mask, Bits x) { return x - (vu)mask; }          // x + 1, else x
+RW_STEP Real least(Real a, Real b) { return min(a, b); }                   // b where one is NaN
+// octave 77, octave < 851: 16 bits hold it.
+RW_STEP Bits times_77(Bits octave) {
+  typedef uint16_t Words __attribute__((vector_size(RW_VECTOR_BYTES)));
+  return (Bits)((Words)octave * static_cast<uint16_t>(77));
+}
 RW_STEP Real root(Real x) {
   for (int64_t i = 0; i < VL; i++) x[i] = __builtin_sqrtf(x[i]);
   return x;
@@ -59,8 +66,11 @@ using Whole = int32_t;
 RW_STEP Bits bits_of(Real x) { return __float_as_uint(x); }
 RW_STEP Real real_of(Bits x) { return __uint_as_float(x); }
 RW_STEP Real to_real(Whole x) { return static_cast<float>(x); }
-RW_STEP Whole to_whole(Real x) { return static_cast<int32_t>(x); }  // towards zero
-RW_STEP Bits one_where(bool mask) { return mask; }
+RW_STEP Whole to_whole(Real x) { return static_cast<int32_t>(x); }       // towards zero
+RW_STEP Bits only_where(bool mask, uint32_t x) { return mask ? x : 0; }  // else 0
+RW_STEP Bits next_where(bool mask, Bits x) { return x + mask; }          // x + 1, else x
+RW_STEP Real least(Real a, Real b) { return a < b ? a : b; }             // b where one is NaN
+RW_STEP Bits times_77(Bits octave) { return octave * 77u; }
 RW_STEP Real root(Real x) { return sqrtf(x); }
 RW_STEP Bits count_from(uint32_t first) { return first; }
 RW_STEP Real lookup(const float (&table)[8], Bits index) { return table[index & 7]; }
@@ -162,17 +172,19 @@ RW_STEP Noise noise_of(int64_t seed, float step) {
   return {stream_of(mixed(key)), stream_of(mixed(key + 1))};
 }
 
-// 32 bits for the element of this number, and for those behind it in the lanes of a vector.
+// 32 bits for the element of this number, and for those behind it in the lanes of a vector. The lower 16 are random
+// only as lower_half() gives them.
 RW_STEP Bits random_bits(const Stream& stream, int64_t element) {
   constexpr uint32_t kUpper = static_cast<uint32_t>(kGolden >> 32);
   const uint32_t low = static_cast<uint32_t>(element), high = static_cast<uint32_t>(element >> 32);
   const Bits number = count_from(low);
-  const Bits wrapped = one_where(number < low) * kUpper;  // lanes whose number has the next upper half
+  const Bits wrapped = only_where(number < low, kUpper);  // lanes whose number has the next upper half
   Bits x = number ^ stream.spread;
   x = (x ^ (x >> 16)) * 0x7feb352du + (stream.salt + high * kUpper + wrapped);
-  x = (x ^ (x >> 15)) * 0x846ca68bu;
-  return x ^ (x >> 16);
+  return (x ^ (x >> 15)) * 0x846ca68bu;
 }
+RW_STEP Bits upper_half(Bits random) { return random >> 16; }
+RW_STEP Bits lower_half(Bits random) { return (random ^ (random >> 16)) & 0xffffu; }
 
 // ---- states of 8 bits -----------------------------------------------------------------------------------------------
 // The dynamic map (T. Dettmers, arXiv 1511.04561, 2110.02861; bitsandbytes' create_dynamic_map) without a table of its
@@ -188,7 +200,8 @@ constexpr int kStateBlock = 256;  // elements that share a scale
 struct DynamicMap {
   float slope[8], offset[8];  // value = slope y + offset
   float rise[8], shift[8];    // y = rise value + shift
-  float bound[8];             // from this value on the piece is the nearest one
+  float last[8];              // y below the next piece's
+  float end[8];               // from this value on the next piece is nearer
 };
 
 // Powers of ten and linear steps in f64, rounded once.
@@ -201,7 +214,8 @@ RW_MAP constexpr DynamicMap dynamic_map(int lead) {
     map.offset[piece] = static_cast<float>(-0.8 * ten);
     map.rise[piece] = static_cast<float>(n / (0.9 * ten));
     map.shift[piece] = static_cast<float>(n * 0.8 / 0.9);
-    map.bound[piece] = static_cast<float>((below + ten * (0.1 + 0.45 / n)) / 2);
+    map.last[piece] = static_cast<float>(2 * n - 0.5);
+    map.end[(piece + 7) & 7] = static_cast<float>((below + ten * (0.1 + 0.45 / n)) / 2);
     below = ten * (1 - 0.45 / n);
   }
   const int ends = (126 + lead - 1) & 7;
@@ -210,7 +224,8 @@ RW_MAP constexpr DynamicMap dynamic_map(int lead) {
   map.offset[ends] = -(zero * map.slope[ends]);
   map.rise[ends] = values;
   map.shift[ends] = zero;
-  map.bound[ends] = static_cast<float>((below + 1) / 2);
+  map.last[ends] = values + zero;
+  map.end[(ends + 7) & 7] = static_cast<float>((below + 1) / 2);
   return map;
 }
 
@@ -222,37 +237,45 @@ RW_STEP Real value_at(const DynamicMap& map, Real y) {
   return lookup(map.slope, piece) * y + lookup(map.offset, piece);
 }
 
-// The number, from 0 on, of the map's value that is nearest to x; what is above 1, or NaN, counts as 1.
+// The number, from 0 on, of the map's value that is nearest to x of 0 .. 1.
 template <int lead>
 RW_STEP Whole nearest(const DynamicMap& map, Real x) {
-  const Real one = Real{} + 1.0f;
-  x = x < one ? x : one;
   // The piece of x or the one before it: a decade has 3.32 octaves. 103 is the exponent of 2^-24, where all is 0.
-  const Bits octave = bits_of(x) >> 23, least = Bits{} + 103u;
-  Bits piece = ((octave > least ? octave : least) * 77u + (24386u + 256u * (lead - 1))) >> 8;
-  piece = piece + one_where(x >= lookup(map.bound, piece + 1));
-  const Real y = x * lookup(map.rise, piece) + lookup(map.shift, piece);
-  // Between the last value of a decade and the bound of the next one, y has the next exponent already.
-  const Real last = real_of(((piece + 1) << 23) - 1);
-  return to_whole(y < last ? y : last) - (lead - 1);
+  const Bits octave = bits_of(x) >> 23, first = Bits{} + 103u;
+  Bits piece = (times_77(octave > first ? octave : first) + (24386u + 256u * (lead - 1))) >> 8;
+  piece = next_where(x >= lookup(map.end, piece), piece);
+  // Between the last value of a decade and the end of its piece, y belongs to the next one already.
+  const Real y = least(x * lookup(map.rise, piece) + lookup(map.shift, piece), lookup(map.last, piece));
+  return to_whole(y) - (lead - 1);
 }
 
-// The scale of a block, and what brings its values to 1 at most: `lift` keeps the reciprocal of a tiny scale finite.
+// The scale of a block and its reciprocal.
 struct StateScale {
-  float scale, lift, inverse;
+  float scale, inverse;
+  float lift;  // what makes the reciprocal of a tiny scale finite
+  bool odd;    // the states need tame() before they are encoded
 };
 
 // Of the largest magnitude's bits. Infinity becomes the largest number; NaN stays, and makes all of the block NaN.
 RW_STEP StateScale state_scale(uint32_t largest) {
   const float scale = float_of(largest > 0x7f800000u ? kNaN : largest == 0x7f800000u ? 0x7f7fffffu : largest);
   const float lift = scale < 0x1p-100f ? 0x1p100f : 1.0f;
-  return {scale, lift, scale > 0.0f ? 1.0f / (scale * lift) : 0.0f};
+  return {scale, scale > 0.0f ? 1.0f / (scale * lift) : 0.0f, lift, largest >= 0x7f800000u || lift > 1.0f};
+}
+
+// A state as its scale expects it: no infinity, no NaN, lifted.
+RW_STEP Real tame(const StateScale& s, Real x) {
+  const bool number = s.inverse > 0.0f;  // else all is 0, or NaN
+  const Bits sign = bits_of(x) & (number ? 0x80000000u : 0u);
+  const Real most = Real{} + (number ? s.scale * s.lift : 0.0f);
+  return real_of(bits_of(least(real_of(bits_of(x) & 0x7fffffffu) * s.lift, most)) | sign);
 }
 
 RW_STEP Bits magnitude_bits(Real x) { return bits_of(x) & 0x7fffffffu; }
 
-RW_STEP Real decoded_m(const DynamicMap& map, float scale, Bits byte) {
-  const Real number = to_real((Whole)((byte + 127u) & 255u) - 127);
+// `index` is that of the sorted map, the byte + 127 modulo 256.
+RW_STEP Real decoded_m(const DynamicMap& map, float scale, Bits index) {
+  const Real number = to_real((Whole)index) - 127.0f;
   const Real value = value_at(map, real_of(magnitude_bits(number)) + 0.5f);
   return real_of(bits_of(value) | (bits_of(number) & 0x80000000u)) * scale;
 }
@@ -263,16 +286,17 @@ RW_STEP Real decoded_v(const DynamicMap& map, float scale, Bits byte) {
 
 // Of the result the lower 8 bits count.
 RW_STEP Bits encoded_m(const DynamicMap& map, const StateScale& s, Real m) {
-  const Whole number = nearest<kSigned>(map, real_of(magnitude_bits(m)) * s.lift * s.inverse);
-  const Whole negative = (Whole)(bits_of(m) >> 31);
-  const Whole there = number - ((number >> 7) & negative);  // there is no -1
-  return (Bits)((there ^ -negative) + negative);
+  const Whole number = nearest<kSigned>(map, real_of(magnitude_bits(m)) * s.inverse);
+  const Whole negative = (Whole)bits_of(m) >> 31;  // -1 or 0
+  const Whole most = negative + 128;               // there is no -1
+  return (Bits)(((number < most ? number : most) ^ negative) - negative);
 }
 
 RW_STEP Bits encoded_v(const DynamicMap& map, const StateScale& s, Real v) {
-  const Whole number = nearest<kUnsigned>(map, v * s.lift * s.inverse);
-  const Whole least = (Whole)one_where(v > Real{});  // not 0 as a divisor of an m that is not 0
-  return (Bits)(number > least ? number : least);
+  const Bits number = (Bits)nearest<kUnsigned>(map, v * s.inverse);
+  const Bits one = Bits{} + 1u, bits = bits_of(v);
+  const Bits fewest = bits < one ? bits : one;  // not 0 as the divisor of an m that is not 0
+  return number > fewest ? number : fewest;
 }
 
 #ifdef RW_ISA

@@ -111,7 +111,8 @@ async function compile(file, version) {
       }
     }
     const symbols = [...byName.keys()]
-    const names = symbols.length > 0 ? demangle(symbols) : []
+    const source = textOf(file)
+    const names = symbols.length > 0 ? demangle(symbols).map((name) => withEnumerators(name, source)) : []
     symbols.forEach((symbol, i) => (byName.get(symbol).name = names[i]))
     const kernels = [...byName.values()].sort((a, b) => a.name.localeCompare(b.name, 'en', { numeric: true }))
     mkdirSync(CACHE, { recursive: true })
@@ -144,6 +145,8 @@ function sourcesOf(path, found = new Set()) {
   }
   return found
 }
+
+const textOf = (file) => [...sourcesOf(join(FOLDER, file))].map((path) => readFileSync(path, 'utf8')).join('\n')
 
 /** What a command says on both streams. */
 function run(command, args) {
@@ -216,6 +219,23 @@ function demangle(symbols) {
     .trim()
     .split('\n')
     .map((name) => name.replace(/rw::(cuda::)?|\(anonymous namespace\)::/g, ''))
+}
+
+/** Values of enumerations by their names: "(Wanted)3" as "dk_dv". */
+export function withEnumerators(name, source) {
+  return name.replace(/\((\w+)\)(\d+)/g, (text, type, value) => {
+    const [, list] = new RegExp(`enum class ${type} (?:: \\w+ )?\\{([^}]*)\\}`).exec(source) ?? []
+    return list?.split(',')[value]?.trim() || text
+  })
+}
+
+/** Kernels with the names of what they are templates of: "rmsnorm_fwd_kernel<Warps, Vector, F, W>". */
+export function templatesOf(source) {
+  const found = source.matchAll(/^template <([^;{]*?)>\s*__global__[^;{]*?\b(\w+_kernel)\(/gm)
+  return [...found].map(([, parameters, name]) => {
+    const names = parameters.split(',').map((parameter) => parameter.trim().split(/\s+/).at(-1))
+    return `${name}<${names.join(', ')}>`
+  })
 }
 
 // ---- judging ----
@@ -315,17 +335,23 @@ function page(kernels, version) {
     'Threads of a block, registers of a thread (sm_80, sm_90a), bytes of shared memory of a block, blocks that fit on a',
     'multiprocessor at once (A100, H100), and instructions in the code of sm_80: HMMA multiplies on the tensor cores, LDSM',
     'loads fragments from shared memory, LDGSTS copies from global to shared memory without registers. More registers or',
-    'fewer blocks than here, another size or count, any spill and any stack frame fail the check.',
+    'fewer blocks than here, another size or count, any spill and any stack frame fail the check. Above each table stand',
+    'the names of what its kernels are templates of; what they mean, and why tiles have their sizes, says the head of the file.',
   ]
   for (const file of new Set(kernels.map((kernel) => kernel.file))) {
+    const own = kernels.filter((kernel) => kernel.file === file)
+    const templates = templatesOf(textOf(file))
+      .filter((template) => own.some(({ name }) => name.split('<')[0] === template.split('<')[0]))
+      .map((template) => `\`${template}\``)
     lines.push(
       '',
       `## ${file}`,
       '',
+      ...(templates.length > 0 ? [templates.join(', '), ''] : []),
       `| kernel | ${COLUMNS.join(' | ')} |`,
       `|---|${COLUMNS.map(() => '---|').join('')}`,
     )
-    for (const kernel of kernels.filter((other) => other.file === file)) {
+    for (const kernel of own) {
       const figures = row(kernel)
       lines.push(`| \`${kernel.name}\` | ${COLUMNS.map((column) => figures[column]).join(' | ')} |`)
     }

@@ -26,8 +26,8 @@ void update_all(Context& context, const adamw_args& a) {
       store(a.v.as<S>() + i, v);
     } else {
       const vu random = random_bits(noise.moments, settings.first + i);
-      store(a.m.as<uint16_t>() + i, round_stochastically(m, random & 0xffffu));
-      store(a.v.as<uint16_t>() + i, round_stochastically(v, random >> 16));
+      store(a.m.as<uint16_t>() + i, round_stochastically(m, lower_half(random)));
+      store(a.v.as<uint16_t>() + i, round_stochastically(v, upper_half(random)));
     }
   });
 }

@@ -4,7 +4,7 @@
 // Shapes: q, o, dout, dq (B,T,H,D); k, v, dk, dv (B,T,K,D); lse, delta (B,H,T). qr (B,T,H/groups,D) and kr
 // (B,K/groups,T,D) serve one group of heads after the other, of which each is as below. F f32 or bf16, computed in f32.
 //
-// A first pass writes R q, R k and delta. Then one pass with the 5 products of the formulae: a pass for dk, dv and
+// A first pass writes R q and R k. Then one pass with the 5 products of the formulae: a pass for dk, dv and
 // another for dq would repeat s and dp, 7 products, at best 71 % of the speed; the one pass runs at 70 - 77 % of the
 // machine's multiply-add rate, so two cannot be as fast. The price is that dq and dk, dv are sums over tasks. To make
 // their order fixed, T is cut into chunks; phase i holds the pairs (query chunk c + i, key chunk c), which write
@@ -244,10 +244,9 @@ static void backward(Context& context, const attention_bwd_args& a, int64_t firs
     for (int64_t t = begin; t < end; t++) {
       int64_t angle = a.pos.as<int32_t>()[b * T + t] * (D / 2);
       for (int64_t head = 0; head < q_heads; head++) {
-        int64_t h = first * G + head, row = ((b * T + t) * H + h) * D;
+        int64_t row = ((b * T + t) * H + first * G + head) * D;
         rotate(a.qr.as<F>() + ((b * T + t) * q_heads + head) * D, a.q.as<F>() + row, a.cos.as<float>() + angle,
                a.sin.as<float>() + angle, D / 2, 1.0f);
-        a.delta.as<float>()[(b * H + h) * T + t] = dot(a.dout.as<F>() + row, a.o.as<F>() + row, D);
       }
     }
   });
@@ -288,6 +287,25 @@ static void backward(Context& context, const attention_bwd_args& a, int64_t firs
         }
       });
   }
+}
+
+template <typename F>
+static void delta_of(Context& context, const attention_delta_args& a) {
+  int64_t B = a.o.dims[0], T = a.o.dims[1], H = a.o.dims[2], D = a.o.dims[3];
+  int64_t blocks = round_up(T, 64) / 64;
+  parallel(context, B * blocks, [&](int64_t task, int) {
+    int64_t b = task / blocks, begin = task % blocks * 64, end = min_of(begin + 64, T);
+    for (int64_t t = begin; t < end; t++)
+      for (int64_t h = 0; h < H; h++) {
+        int64_t row = ((b * T + t) * H + h) * D;
+        a.delta.as<float>()[(b * H + h) * T + t] = dot(a.dout.as<F>() + row, a.o.as<F>() + row, D);
+      }
+  });
+}
+
+void attention_delta(Context& context, const attention_delta_args& a) {
+  if (a.o.dtype == DType::bf16) return delta_of<bf16>(context, a);
+  delta_of<float>(context, a);
 }
 
 void attention_bwd(Context& context, const attention_bwd_args& a) {

@@ -56,12 +56,23 @@ inline void store_one(float* p, float x) { *p = x; }
 inline void store_one(bf16* p, float x) { *p = to_bf16(x); }
 
 inline vf load(const float* p) { return *reinterpret_cast<const vf_unaligned*>(p); }
-inline vf load(const bf16* p) {
-  vh half = *reinterpret_cast<const vh_unaligned*>(p);
-  return (vf)(__builtin_convertvector(half, vu) << 16);
-}
-inline vu load(const uint16_t* p) { return __builtin_convertvector(*reinterpret_cast<const vh_unaligned*>(p), vu); }
-inline vu load(const uint8_t* p) { return __builtin_convertvector(*reinterpret_cast<const vb_unaligned*>(p), vu); }
+// Integers of other widths. GCC 12 takes several instructions where AVX-512 has one, and converts a factor of four lane
+// by lane unless it is done in two steps. Masks of all ones: the plain forms make it warn of undefined lanes.
+#if defined(__AVX512F__)
+inline vu widen(vh x) { return (vu)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)x); }
+inline vu widen(vb x) { return (vu)_mm512_maskz_cvtepu8_epi32(0xffff, (__m128i)x); }
+inline vh narrow_to_half(vu x) { return (vh)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)x); }
+inline vb narrow_to_byte(vu x) { return (vb)_mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)x); }
+#else
+inline vu widen(vh x) { return __builtin_convertvector(x, vu); }
+inline vu widen(vb x) { return widen(__builtin_convertvector(x, vh)); }
+inline vh narrow_to_half(vu x) { return __builtin_convertvector(x, vh); }
+inline vb narrow_to_byte(vu x) { return __builtin_convertvector(narrow_to_half(x), vb); }
+#endif
+
+inline vf load(const bf16* p) { return (vf)(widen(*reinterpret_cast<const vh_unaligned*>(p)) << 16); }
+inline vu load(const uint16_t* p) { return widen(*reinterpret_cast<const vh_unaligned*>(p)); }
+inline vb load(const uint8_t* p) { return *reinterpret_cast<const vb_unaligned*>(p); }
 inline void store(float* p, vf x) { *reinterpret_cast<vf_unaligned*>(p) = x; }
 inline void store(bf16* p, vf x) {
   vu bits = (vu)x;
@@ -69,12 +80,23 @@ inline void store(bf16* p, vf x) {
   vu quiet = (bits >> 16) | 0x40;
   vu nan = (vu)((bits & 0x7fffffffu) > 0x7f800000u);
   vu chosen = (nan & quiet) | (~nan & rounded);
-  *reinterpret_cast<vh_unaligned*>(p) = __builtin_convertvector(chosen, vh);
+  *reinterpret_cast<vh_unaligned*>(p) = narrow_to_half(chosen);
 }
 
 // The lower bits of each.
-inline void store(uint16_t* p, vu x) { *reinterpret_cast<vh_unaligned*>(p) = __builtin_convertvector(x, vh); }
-inline void store(uint8_t* p, vu x) { *reinterpret_cast<vb_unaligned*>(p) = __builtin_convertvector(x, vb); }
+inline void store(uint16_t* p, vu x) { *reinterpret_cast<vh_unaligned*>(p) = narrow_to_half(x); }
+inline void store(uint8_t* p, vu x) { *reinterpret_cast<vb_unaligned*>(p) = narrow_to_byte(x); }
+
+// The smaller one, b where one of them is NaN.
+inline vf min(vf a, vf b) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_maskz_min_ps(0xffff, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return a < b ? a : b;
+#endif
+}
 
 // table[index % 8].
 inline vf lookup8(const float (&table)[8], vu index) {

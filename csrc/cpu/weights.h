@@ -26,7 +26,7 @@ void store_weight(const Args& a, int64_t i, vf weight, const Noise& noise, int64
   if constexpr (keep == Keep::f32) {
     store(a.p.template as<float>() + i, weight);
   } else if constexpr (keep == Keep::stochastic) {
-    store(upper, round_stochastically(weight, random_bits(noise.weights, first + i) >> 16));
+    store(upper, round_stochastically(weight, upper_half(random_bits(noise.weights, first + i))));
   } else {
     const vu bits = sound_bits(weight);
     if constexpr (keep == Keep::master)

@@ -40,8 +40,8 @@ __global__ void __launch_bounds__(kFlatThreads, resident(Pack))
 #pragma unroll
       for (int i = 0; i < N; i++) {
         const uint32_t random = random_bits(noise.moments, settings.first + at + i);
-        set_half(m_halves, i, round_stochastically(first[i], random & 0xffffu));
-        set_half(v_halves, i, round_stochastically(second[i], random >> 16));
+        set_half(m_halves, i, round_stochastically(first[i], lower_half(random)));
+        set_half(v_halves, i, round_stochastically(second[i], upper_half(random)));
       }
       put(m + at, m_halves);
       put(v + at, v_halves);

@@ -5,7 +5,7 @@
 // master or low read and written, g read: 10.06 bytes an element with p and g in bf16. Nothing is touched where hyper's
 // apply is not 1. Grid: at most 4 blocks of 8 warps an SM. A warp has a block of 256 at a time, a lane 8 elements of
 // it: 16 bytes of bf16, 8 of m and v. Its new m and v stay in registers while the warp finds the largest of them.
-// Shared memory: the eight pieces of both maps, 320 bytes; the lanes that ask for one piece are served at once, those
+// Shared memory: the eight pieces of both maps, 384 bytes; the lanes that ask for one piece are served at once, those
 // that ask for others by other banks.
 #include "weights.h"
 
@@ -60,10 +60,14 @@ __global__ void __launch_bounds__(kFlatThreads, kResident)
     const float m_before = m_scale[block], v_before = v_scale[block];
     load_some<Vector>(g + at, kLane, gradient);
     load_weights<Vector>(weights, at, weight);
+    Raw<kLane, uint8_t> m_indices;  // + 127 in every byte, without a carry to the next one
+#pragma unroll
+    for (int i = 0; i < kLane / 4; i++)
+      m_indices.word[i] = ((m_bytes.word[i] & 0x7f7f7f7fu) + 0x7f7f7f7fu) ^ (m_bytes.word[i] & 0x80808080u);
     uint32_t m_most = 0, v_most = 0;
 #pragma unroll
     for (int i = 0; i < kLane; i++) {
-      first[i] = decoded_m(maps.m, m_before, byte_of(m_bytes, i));
+      first[i] = decoded_m(maps.m, m_before, byte_of(m_indices, i));
       second[i] = decoded_v(maps.v, v_before, byte_of(v_bytes, i));
       update(step, gradient[i], weight[i], first[i], second[i]);
       const uint32_t m_bits = magnitude_bits(first[i]), v_bits = magnitude_bits(second[i]);
@@ -73,6 +77,13 @@ __global__ void __launch_bounds__(kFlatThreads, kResident)
     store_weights<Vector>(weights, at, weight, noise.weights, settings.first + at);
     const StateScale m_state = state_scale(__reduce_max_sync(kAllLanes, m_most));
     const StateScale v_state = state_scale(__reduce_max_sync(kAllLanes, v_most));
+    if (m_state.odd || v_state.odd) {
+#pragma unroll
+      for (int i = 0; i < kLane; i++) {
+        if (m_state.odd) first[i] = tame(m_state, first[i]);
+        if (v_state.odd) second[i] = tame(v_state, second[i]);
+      }
+    }
 #pragma unroll
     for (int i = 0; i < kLane; i++) {
       set_byte(m_bytes, i, encoded_m(maps.m, m_state, first[i]));

@@ -6,7 +6,13 @@
 // are rounded to bf16, as operands of the tensor cores.
 //
 // attention_rotate_kernel writes R k once (kr): a thread per 16 bytes of each half of a row, bound by memory. Grid: 4
-// tokens a block of 128 threads.
+// tokens a block of 128 threads. What this pass costs at T 16384, H 32, D 128, bf16, where causal attention is
+// 2 H D T^2 = 2.2 TFLOP, 6.6 ms at 335 TFLOP/s (H200) and 11 ms at 200 (A100): k and kr are 4 K D T = 268 MB for K 32,
+// 67 MB for K 8, the tables 8 MB more. At 4.3 TB/s that is 64 and 18 us, 1.0 and 0.3 % of attention; at 1.7 TB/s 163
+// and 44 us, 1.5 and 0.4 %. The share falls as 1 / T (at T 2048, K 32: 8 % on an H200). Queries cost no pass: a block
+// rotates its own. An epilogue of the projection would save this pass, but its tile has to hold both halves of a head,
+// it has to know positions, and k would be there rotated only. In the loop over keys each tile of queries would rotate
+// them anew: 10 to 15 %.
 //
 // attention_fwd_kernel: a block is (b, head, tile of queries), heads fastest and late queries first, as they see most
 // keys. It rotates its queries once, into shared memory, then goes over the tiles of keys from the smallest first[t] to

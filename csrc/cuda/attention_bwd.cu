@@ -5,7 +5,8 @@
 // are f32; in bf16 qr, kr, p and ds are rounded to bf16, as operands of the tensor cores. qr (B,T,H/groups,D) and kr
 // (B,T,K/groups,D) hold one group of heads after the other, whose kernels follow each other.
 //
-// First, kernels bound by memory: R k and scale log2(e) R q (attention_rotate_kernel), delta (8 threads a row), and the
+// First, kernels bound by memory: delta, an op of its own (8 threads a row), so that o is needed no more; R k and scale
+// log2(e) R q (attention_rotate_kernel), and the
 // smallest and largest first[t] of each tile of queries, by which tiles are skipped.
 //
 // Then attention_bwd_kernel twice, once for rows of keys (dk, dv) and once for rows of queries (dq). It holds a tile of
@@ -21,10 +22,10 @@
 // work start first. Where a tile that is not seen whole by all rows holds an infinity or a NaN, these are left out of
 // products and make NaN of the gradients of those who see them (clean_own_part, add_not_finite).
 //
-// Grid: (K, B, tiles of keys), (H, B, tiles of queries): no division for what a block works on. bf16: D 64: 128 rows x
-// 32, 4 warps, 45 KB; D 128: 64 rows x 64, 4 warps, 81 KB; two blocks a multiprocessor. D 256: 64 x 32, dk and dv in
-// launches of their own, for the registers. f32: 64 x 32, D 256: 32 x 16. Traffic: the rows once, the streamed operands
-// once a tile of rows, through the L2. Never stored: s, p, dp, ds.
+// Grid: (K, B, tiles of keys), (H, B, tiles of queries): a block divides by nothing to find its place. bf16: D 64: 128
+// rows x 32, 4 warps, 45 KB; D 128: 64 rows x 64, 4 warps, 81 KB, which is all that lets two blocks share an A100's
+// multiprocessor. D 256: 64 x 16, dk and dv in launches of their own, for the registers. f32: 64 x 32, D 256: 32 x 16.
+// Traffic: the rows once, the streamed operands once a tile of rows, through the L2. Never stored: s, p, dp, ds.
 //
 // Papers: FlashAttention-2 2307.08691, RoFormer 2104.09864.
 #include "attention.h"
@@ -179,7 +180,6 @@ __global__ void __launch_bounds__(Shape<T, kD>::kThreads, Shape<T, kD>::kBlocks)
   const int64_t token0 = static_cast<int64_t>(b) * a.T;
   const int64_t row_stride = kKeyRows ? a.k_stride : a.q_stride, column_stride = kKeyRows ? a.q_stride : a.k_stride;
   const int64_t x_stride = kKeyRows ? a.qr_stride : a.kr_stride, row_x_stride = kKeyRows ? a.kr_stride : a.qr_stride;
-  const int64_t row_at = (token0 + row0) * row_stride + head * a.D;
   const int column_head = kKeyRows ? head * a.group : head / a.group;
   const T* x = static_cast<const T*>(kKeyRows ? a.qr : a.kr) + token0 * x_stride + column_head * a.D;
   const T* y = static_cast<const T*>(kKeyRows ? a.dout : a.v) + token0 * column_stride + column_head * a.D;
@@ -246,7 +246,7 @@ __global__ void __launch_bounds__(Shape<T, kD>::kThreads, Shape<T, kD>::kBlocks)
   Step step = {0, begin - 1};
   advance(step);
   const T* row_x = static_cast<const T*>(kKeyRows ? a.kr : a.qr) + (token0 + row0) * row_x_stride + head * a.D;
-  const T* row_y = static_cast<const T*>(kKeyRows ? a.v : a.dout) + row_at;
+  const T* row_y = static_cast<const T*>(kKeyRows ? a.v : a.dout) + (token0 + row0) * row_stride + head * a.D;
   load_tile<kRows, kD, kThreads>(smem.rows[0], row_x, row_x_stride, a.T - row0, a.D, a.vector);
   if (kSlopes) load_tile<kRows, kD, kThreads>(smem.rows[1], row_y, row_stride, a.T - row0, a.D, a.vector);
   if (step.head < steps_heads) load_x(step, 0);
@@ -343,22 +343,23 @@ __global__ void __launch_bounds__(Shape<T, kD>::kThreads, Shape<T, kD>::kBlocks)
     for (step = {0, begin - 1}, advance(step); step.head < steps_heads; advance(step)) {
       if (!is_masked(step.tile)) continue;
       const int column0 = step.tile * kColumns;
-      const T* own_x = x + column0 * x_stride + step.head * a.D;
-      const T* own_y = y + column0 * column_stride + step.head * a.D;
+      const int head_at = step.head * a.D;
       const auto row_sees = [&](int r, int n) {
         const int row = row0 + warp_row0 + 8 * r + g, column = column0 + n, key = kKeyRows ? row : column;
         const int2 keys = seen(kKeyRows ? column : row);
         return key >= keys.x && key <= keys.y;
       };
       const int count = min(kColumns, a.T - column0);
-      if constexpr (kSlopes) add_not_finite<kD>(sum, own_x, x_stride, count, a.D, 0, row_sees);
-      if constexpr (kValues) add_not_finite<kD>(values, own_y, column_stride, count, a.D, 1, row_sees);
+      if constexpr (kSlopes)
+        add_not_finite<kD>(sum, x + column0 * x_stride + head_at, x_stride, count, a.D, 0, row_sees);
+      if constexpr (kValues)
+        add_not_finite<kD>(values, y + column0 * column_stride + head_at, column_stride, count, a.D, 1, row_sees);
     }
   }
 
   float* own = smem.sums + warp_row0 * kD;
   const int own_rows = a.T - row0 - warp_row0;
-  const int64_t to = row_at + warp_row0 * row_stride;
+  const int64_t to = (token0 + row0 + warp_row0) * row_stride + head * a.D;
   const int32_t* pos = a.pos + token0 + row0 + warp_row0;
   const auto store = [&](auto unit) {
     constexpr int n = decltype(unit)::value;
@@ -428,13 +429,7 @@ void backward(Context& context, const attention_bwd_args& args) {
                 args.kr.dims[2] * args.kr.dims[3],
                 Factor(args.scale),
                 false};
-  a.vector = vectors_fit(args.q.dtype, a.D, {a.qr, a.kr, a.v, a.dout, args.o.data, a.dq, a.dk, a.dv, a.cos, a.sin});
-
-  const int64_t rows = static_cast<int64_t>(B) * a.T * a.H;
-  launch(
-      {static_cast<unsigned>(ceil_div(rows, int64_t{kDeltaThreads / kRowThreads})), kDeltaThreads, 0, context.stream},
-      a.vector ? attention_delta_kernel<T, kVector<T>> : attention_delta_kernel<T, 1>, args.o.as<T>(),
-      args.dout.as<T>(), args.delta.as<float>(), rows, a.T, a.H, a.D);
+  a.vector = vectors_fit(args.q.dtype, a.D, {a.qr, a.kr, a.v, a.dout, a.dq, a.dk, a.dv, a.cos, a.sin});
 
   with_head_dim(a.D, [&](auto head_dim) {
     constexpr int kD = decltype(head_dim)::value, kColumns = Shape<T, kD>::kColumns;
@@ -460,7 +455,25 @@ void backward(Context& context, const attention_bwd_args& args) {
   });
 }
 
+template <typename T>
+void delta(Context& context, const attention_delta_args& args) {
+  const int64_t rows = args.o.dims[0] * args.o.dims[1] * args.o.dims[2];
+  const int D = static_cast<int>(args.o.dims[3]);
+  const bool vector = vectors_fit(args.o.dtype, D, {args.o.data, args.dout.data});
+  launch(
+      {static_cast<unsigned>(ceil_div(rows, int64_t{kDeltaThreads / kRowThreads})), kDeltaThreads, 0, context.stream},
+      vector ? attention_delta_kernel<T, kVector<T>> : attention_delta_kernel<T, 1>, args.o.as<T>(), args.dout.as<T>(),
+      args.delta.as<float>(), rows, static_cast<int>(args.o.dims[1]), static_cast<int>(args.o.dims[2]), D);
+}
+
 }  // namespace
+
+void attention_delta(Context& context, const attention_delta_args& args) {
+  if (args.o.dtype == DType::bf16)
+    delta<bf16>(context, args);
+  else
+    delta<float>(context, args);
+}
 
 void attention_bwd(Context& context, const attention_bwd_args& args) {
   if (args.q.dtype == DType::bf16)

@@ -18,8 +18,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
 // ---- asynchronous copies (sm_80) ------------------------------------------------------------------------------------
 
 // Copies 16 bytes from global to shared memory, both 16-byte aligned, past the L1; zeros where not `valid` (then
-// nothing is read, but `from` must still be an address inside the tensor). Seen by this thread after cp_async_wait(),
-// by others after a barrier on top of that.
+// nothing is read, and `from` may lie beyond the tensor). Seen by this thread after cp_async_wait(), by others after a
+// barrier on top of that.
 __device__ __forceinline__ void cp_async_16(void* to, const void* from, bool valid = true) {
 #ifdef __CUDACC__
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0)

@@ -129,8 +129,11 @@ export function attention(mode: Mode, shape: AttentionShape, dtype: DType = 'f32
     if (mode === 'fwd') return forward
     const dout = await random(device, dtype, q.dims, Math.sqrt(3))
     const [dq, dk, dv] = [q, k, k].map(({ dims }) => result(device, dtype, dims)) as [Tensor, Tensor, Tensor]
-    const backward: Record = (recorder) =>
-      ops.attentionBwd(recorder, { ...inputs, o, lse, dout, dq, dk, dv, groups: 1 })
+    const delta = result(device, 'f32', lse.dims)
+    const backward: Record = (recorder) => {
+      ops.attentionDelta(recorder, { o, dout, delta })
+      ops.attentionBwd(recorder, { ...inputs, delta, lse, dout, dq, dk, dv, groups: 1 })
+    }
     if (mode === 'bwd') {
       const recorder = new Recorder(device, 'what the backward pass needs')
       forward(recorder)

@@ -8,6 +8,8 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import { Llama } from '../model/llama.js'
+import type { MemoryOptions } from '../train/memory.js'
+import { Trainer } from '../train/trainer.js'
 import { writeModel } from './load.js'
 import { randomTokens } from './data.js'
 import { LLAMA_25M } from './models.js'
@@ -15,6 +17,7 @@ import { type Fact, startTraining } from './step.js'
 
 interface Task {
   kind: 'step' | 'load'
+  memory?: MemoryOptions
   time: number
   threads: number
   dir: string
@@ -34,6 +37,8 @@ interface Measured {
   most: number
   /** By how much its own memory grew, pages of files not counted; 0 where the system does not say. */
   own: number
+  /** Of the last step. */
+  seconds?: number
 }
 
 /** What Linux says of this process in /proc/self/status, in bytes; undefined elsewhere. */
@@ -48,7 +53,7 @@ function statusBytes(name: string): number | undefined {
 /** The largest this process has been. On Linux getrusage would count the parent from which it was forked. */
 const mostResident = (): number => statusBytes('VmHWM') ?? 1024 * process.resourceUsage().maxRSS
 
-async function measure({ kind, time, threads, dir }: Task): Promise<Measured> {
+async function measure({ kind, time, threads, dir, memory }: Task): Promise<Measured> {
   const rss = (): number => process.memoryUsage().rss
   const before = rss()
   const anonymous = (): number => statusBytes('RssAnon') ?? 0
@@ -66,8 +71,14 @@ async function measure({ kind, time, threads, dir }: Task): Promise<Measured> {
       own: anonymous() - anonymousBefore,
     }
   }
-  const { model, trainer, dispose } = await startTraining(LLAMA_25M, time, threads)
-  for (let i = 0; i < 2; i++) await trainer.step(randomTokens(1, time, LLAMA_25M.vocab_size))
+  const { model, trainer, dispose } = await startTraining(LLAMA_25M, time, threads, memory)
+  // What is long takes minutes, and shows all it needs the first time.
+  let seconds = 0
+  for (let i = 0; i < (time > LONG ? 1 : 2); i++) {
+    const start = performance.now()
+    await trainer.step(randomTokens(1, time, LLAMA_25M.vocab_size))
+    seconds = (performance.now() - start) / 1000
+  }
   const { totalBytes: planned, activationBytes: arena } = trainer.plan()
   const allocated = model.device.allocatedBytes
   const result = {
@@ -78,6 +89,7 @@ async function measure({ kind, time, threads, dir }: Task): Promise<Measured> {
     after: rss(),
     most: mostResident(),
     own: anonymous() - anonymousBefore,
+    seconds,
   }
   dispose()
   return result
@@ -109,6 +121,45 @@ export async function stepMemory(time: number, threads: number): Promise<Fact[]>
     { name: `${name}: resident after`, value: after, unit: 'bytes' },
     { name: `${name}: largest resident / planned`, value: most / planned, unit: 'ratio', most: 1.1 },
   ]
+}
+
+/** Kept: every second layer's input; computed in parts: the MLP, logits, the rotation of heads. */
+const LEAN: MemoryOptions = { checkpointLayers: 2, mlpRows: 1024, attentionGroups: LLAMA_25M.num_key_value_heads }
+const LONG = 16_384
+
+/** A step of `long` tokens with as little memory as there are ways to save it; and what that costs, at `short` tokens. */
+export async function leanMemory(long: number, short: number, threads: number): Promise<Fact[]> {
+  const step = (time: number, memory: MemoryOptions): Promise<Measured> =>
+    inOwnProcess({ kind: 'step', time, threads, dir: '', memory })
+  const { planned, allocated, arena, before, most, seconds } = await step(long, LEAN)
+  const all = await planStep(long)
+  const ratios: number[] = []
+  for (let round = 0; round < 3; round++) {
+    const [plain, lean] = [await step(short, {}), await step(short, LEAN)]
+    ratios.push(lean.seconds! / plain.seconds!)
+  }
+  const name = `lean step, 25M, T ${long}`
+  return [
+    { name: `${name}: planned, with weights, gradients, moments`, value: planned, unit: 'bytes' },
+    { name: `${name}: allocated / planned`, value: allocated / planned, unit: 'ratio', least: 1, most: 1 },
+    { name: `${name}: growth of the process / planned`, value: (most - before) / planned, unit: 'ratio', most: 1.05 },
+    { name: `${name}: activations and temporaries planned`, value: arena, unit: 'bytes' },
+    { name: `${name}: the same, with everything kept`, value: all, unit: 'bytes' },
+    { name: `${name}: everything kept / lean`, value: all / arena, unit: 'ratio', least: 10 },
+    { name: `${name}: time`, value: 1000 * seconds!, unit: 'ms' },
+    {
+      ...{ name: `time of a lean step / with everything kept, T ${short}, median of 3`, unit: 'ratio', most: 1.45 },
+      value: ratios.sort((a, b) => a - b)[1]!,
+    },
+  ]
+}
+
+/** Bytes of activations and temporaries of a step that keeps everything. */
+async function planStep(time: number): Promise<number> {
+  const config = { ...LLAMA_25M, max_position_embeddings: time }
+  using model = await Llama.create(config, { device: 'cpu', threads: 1, seed: 1 })
+  using trainer = new Trainer(model, { context: time })
+  return trainer.plan().activationBytes
 }
 
 /**

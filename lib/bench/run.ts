@@ -4,7 +4,7 @@ import type { Case, Setting, Stem } from './case.js'
 import { listCases, stepTimes } from './cases.js'
 import { describeMachine, load, type Machine } from './machine.js'
 import { compare, ratio, type Side, summarize, type Summary } from './measure.js'
-import { loadMemory, stepMemory } from './memory.js'
+import { leanMemory, loadMemory, stepMemory } from './memory.js'
 import { LLAMA_1B, LLAMA_25M, LLAMA_TINY } from './models.js'
 import { Peers } from './peers.js'
 import { profileStep, type ProfileRow } from './profile.js'
@@ -66,6 +66,8 @@ export interface Options {
   quick: boolean
   peers: boolean
   profile: boolean
+  /** Also the step of 32,768 tokens that saves memory in every way: minutes. */
+  long: boolean
   threads?: readonly number[]
   /** Seconds for each side of a case. */
   seconds: number
@@ -152,7 +154,7 @@ function describe({ device: name, threads, quick, loadBytes }: Options): { machi
 function extraWork(
   setting: Setting,
   report: Report,
-  { stems, quick, profile, loadBytes, signal }: Options,
+  { stems, quick, profile, long, loadBytes, signal }: Options,
 ): { name: string; run(): Promise<unknown> }[] {
   const threads = Math.max(...setting.threads)
   const times = stepTimes(setting)
@@ -169,6 +171,7 @@ function extraWork(
   if (!setting.gpu) {
     if (wants('step')) {
       facts('memory of a step', () => stepMemory(times.at(-1)!, threads))
+      if (long) facts('a lean step', () => leanMemory(quick ? 2048 : 32_768, quick ? 256 : 4096, threads))
       facts('event loop and cancelling', () => eventFacts(quick, threads, signal))
     }
     if (wants('load')) facts('memory of loading', () => loadMemory(loadBytes, threads))

@@ -6,6 +6,7 @@ import { Continuation } from '../model/generate.js'
 import { Llama } from '../model/llama.js'
 import { Parameters } from '../model/parameters.js'
 import { DTYPE_BYTES } from '../runtime/tensor.js'
+import type { MemoryOptions } from '../train/memory.js'
 import { Trainer } from '../train/trainer.js'
 import { randomTokens, randomWeights } from './data.js'
 import { copy, kernelSide, openTarget, type Target } from './kernels.js'
@@ -18,9 +19,15 @@ export interface Training {
   dispose(): void
 }
 
-export async function startTraining(config: ModelConfig, context: number, threads: number): Promise<Training> {
+export async function startTraining(
+  raw: ModelConfig,
+  context: number,
+  threads: number,
+  memory: MemoryOptions = {},
+): Promise<Training> {
+  const config = { ...raw, max_position_embeddings: Math.max(context, raw.max_position_embeddings) }
   const model = await Llama.create(config, { device: 'cpu', threads, seed: 1 })
-  const trainer = new Trainer(model, { context })
+  const trainer = new Trainer(model, { context, memory })
   const dispose = (): void => {
     trainer.dispose()
     model.dispose()

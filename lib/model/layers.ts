@@ -2,6 +2,7 @@
 // what the backward pass needs is in plain sight. Dims: B batch, T time, N = B T rows, C channels.
 import {
   attentionBwd,
+  attentionDelta,
   attentionFwd,
   embeddingBwd,
   embeddingFwd,
@@ -90,7 +91,8 @@ export function attention(tape: Tape, q: Tensor, k: Tensor, v: Tensor, { cos, si
   const { o, lse } = tape.options.keepAttention ? tape.keep(compute) : compute()
   tape.backward(o, (dout) => {
     const groups = tape.options.attentionGroups
-    const { dq, dk, dv } = attentionBwd(tape.recorder, { ...inputs, o, lse, dout, groups })
+    const { delta } = attentionDelta(tape.recorder, { o, dout })
+    const { dq, dk, dv } = attentionBwd(tape.recorder, { ...inputs, delta, lse, dout, groups })
     tape.setGradient(q, dq)
     tape.setGradient(k, dk)
     tape.setGradient(v, dv)

@@ -119,8 +119,18 @@ export const OPS = [
     flops: ({ B, H, D, T }) => 2 * B * H * D * T * (T + 1),
   },
   {
-    name: 'attention_bwd',
+    name: 'attention_delta',
     opcode: 9,
+    fields: [
+      { kind: 'IN', name: 'o', dtype: 'F', dims: ['B', 'T', 'H', 'D'] },
+      { kind: 'IN', name: 'dout', dtype: 'F', dims: ['B', 'T', 'H', 'D'] },
+      { kind: 'OUT', name: 'delta', dtype: 'f32', dims: ['B', 'H', 'T'] },
+    ],
+    flops: ({ B, H, T, D }) => 2 * B * H * T * D,
+  },
+  {
+    name: 'attention_bwd',
+    opcode: 10,
     fields: [
       { kind: 'IN', name: 'q', dtype: 'F', dims: ['B', 'T', 'H', 'D'] },
       { kind: 'IN', name: 'k', dtype: 'F', dims: ['B', 'T', 'K', 'D'] },
@@ -129,7 +139,7 @@ export const OPS = [
       { kind: 'IN', name: 'sin', dtype: 'f32', dims: ['P', 'D/2'] },
       { kind: 'IN', name: 'pos', dtype: 'i32', dims: ['B', 'T'] },
       { kind: 'IN', name: 'first', dtype: 'i32', dims: ['B', 'T'] },
-      { kind: 'IN', name: 'o', dtype: 'F', dims: ['B', 'T', 'H', 'D'] },
+      { kind: 'IN', name: 'delta', dtype: 'f32', dims: ['B', 'H', 'T'] },
       { kind: 'IN', name: 'lse', dtype: 'f32', dims: ['B', 'H', 'T'] },
       { kind: 'IN', name: 'dout', dtype: 'F', dims: ['B', 'T', 'H', 'D'] },
       { kind: 'OUT', name: 'dq', dtype: 'F', dims: ['B', 'T', 'H', 'D'] },
@@ -137,7 +147,6 @@ export const OPS = [
       { kind: 'OUT', name: 'dv', dtype: 'F', dims: ['B', 'T', 'K', 'D'] },
       { kind: 'TMP', name: 'qr', dtype: 'F', dims: ['B', 'T', 'H/groups', 'D'] },
       { kind: 'TMP', name: 'kr', dtype: 'F', dims: ['B', 'T', 'K/groups', 'D'] },
-      { kind: 'TMP', name: 'delta', dtype: 'f32', dims: ['B', 'H', 'T'] },
       { kind: 'INT', name: 'groups' },
       { kind: 'FLT', name: 'scale' },
     ],
@@ -145,7 +154,7 @@ export const OPS = [
   },
   {
     name: 'kv_append',
-    opcode: 10,
+    opcode: 11,
     fields: [
       { kind: 'IN', name: 'k', dtype: 'F', dims: ['B', 'T', 'K', 'D'] },
       { kind: 'IN', name: 'v', dtype: 'F', dims: ['B', 'T', 'K', 'D'] },
@@ -160,7 +169,7 @@ export const OPS = [
   },
   {
     name: 'attention_cached',
-    opcode: 11,
+    opcode: 12,
     fields: [
       { kind: 'IN', name: 'q', dtype: 'F', dims: ['B', 'T', 'H', 'D'] },
       { kind: 'IN', name: 'k_cache', dtype: 'F', dims: ['B', 'S', 'K', 'D'] },
@@ -177,7 +186,7 @@ export const OPS = [
   },
   {
     name: 'swiglu_fwd',
-    opcode: 12,
+    opcode: 13,
     fields: [
       { kind: 'IN', name: 'gate', dtype: 'F', dims: ['N'] },
       { kind: 'IN', name: 'up', dtype: 'F', dims: ['N'] },
@@ -187,7 +196,7 @@ export const OPS = [
   },
   {
     name: 'swiglu_bwd',
-    opcode: 13,
+    opcode: 14,
     fields: [
       { kind: 'IN', name: 'gate', dtype: 'F', dims: ['N'] },
       { kind: 'IN', name: 'up', dtype: 'F', dims: ['N'] },
@@ -199,7 +208,7 @@ export const OPS = [
   },
   {
     name: 'linear_cross_entropy_fwd',
-    opcode: 14,
+    opcode: 15,
     fields: [
       { kind: 'IN', name: 'x', dtype: 'F', dims: ['N', 'C'] },
       { kind: 'IN', name: 'w', dtype: 'W', dims: ['V', 'C'] },
@@ -212,7 +221,7 @@ export const OPS = [
   },
   {
     name: 'linear_cross_entropy_bwd',
-    opcode: 15,
+    opcode: 16,
     fields: [
       { kind: 'IN', name: 'x', dtype: 'F', dims: ['N', 'C'] },
       { kind: 'IN', name: 'w', dtype: 'W', dims: ['V', 'C'] },
@@ -229,7 +238,7 @@ export const OPS = [
   },
   {
     name: 'dot',
-    opcode: 16,
+    opcode: 17,
     fields: [
       { kind: 'IN', name: 'a', dtype: 'f32', dims: ['N'] },
       { kind: 'IN', name: 'b', dtype: 'f32', dims: ['N'] },
@@ -240,7 +249,7 @@ export const OPS = [
   },
   {
     name: 'sum_squares',
-    opcode: 17,
+    opcode: 18,
     fields: [
       { kind: 'IN', name: 'x', dtype: 'G', dims: ['N'] },
       { kind: 'OPT', name: 'add', dtype: 'f32', dims: ['1'] },
@@ -250,7 +259,7 @@ export const OPS = [
   },
   {
     name: 'clip',
-    opcode: 18,
+    opcode: 19,
     fields: [
       { kind: 'IN', name: 'sum_squares', dtype: 'f32', dims: ['1'] },
       { kind: 'IN', name: 'loss', dtype: 'f32', dims: ['1'] },
@@ -260,7 +269,7 @@ export const OPS = [
   },
   {
     name: 'adamw',
-    opcode: 19,
+    opcode: 20,
     fields: [
       { kind: 'INOUT', name: 'p', dtype: 'W', dims: ['N'] },
       { kind: 'OPT_INOUT', name: 'master', dtype: 'f32', dims: ['N'] },
@@ -280,7 +289,7 @@ export const OPS = [
   },
   {
     name: 'adamw_8bit',
-    opcode: 20,
+    opcode: 21,
     fields: [
       { kind: 'INOUT', name: 'p', dtype: 'W', dims: ['N'] },
       { kind: 'OPT_INOUT', name: 'master', dtype: 'f32', dims: ['N'] },
@@ -302,7 +311,7 @@ export const OPS = [
   },
   {
     name: 'copy_start',
-    opcode: 21,
+    opcode: 22,
     fields: [
       { kind: 'IN', name: 'x', dtype: 'F', dims: ['N'] },
       { kind: 'OUT', name: 'y', dtype: 'F', dims: ['N'] },
@@ -311,7 +320,7 @@ export const OPS = [
   },
   {
     name: 'copy_wait',
-    opcode: 22,
+    opcode: 23,
     fields: [
       { kind: 'IN', name: 'x', dtype: 'F', dims: ['N'] },
       { kind: 'INOUT', name: 'y', dtype: 'F', dims: ['N'] },
@@ -320,7 +329,7 @@ export const OPS = [
   },
   {
     name: 'add',
-    opcode: 23,
+    opcode: 24,
     fields: [
       { kind: 'IN', name: 'a', dtype: 'F', dims: ['N'] },
       { kind: 'IN', name: 'b', dtype: 'F', dims: ['N'] },
@@ -330,7 +339,7 @@ export const OPS = [
   },
   {
     name: 'cast',
-    opcode: 24,
+    opcode: 25,
     fields: [
       { kind: 'IN', name: 'x', dtype: 'F', dims: ['N'] },
       { kind: 'OUT', name: 'y', dtype: 'G', dims: ['N'] },
@@ -339,7 +348,7 @@ export const OPS = [
   },
   {
     name: 'fill',
-    opcode: 25,
+    opcode: 26,
     fields: [
       { kind: 'OUT', name: 'y', dtype: 'F', dims: ['N'] },
       { kind: 'FLT', name: 'value' },
@@ -470,6 +479,17 @@ export function attentionFwd(recorder: Recorder, args: AttentionFwd): { o: Tenso
   return recorder.emit(OPS[8], args) as { o: Tensor; lse: Tensor }
 }
 
+export interface AttentionDelta {
+  o: Tensor // F (B,T,H,D)
+  dout: Tensor // F (B,T,H,D)
+  delta?: Tensor | undefined // f32 (B,H,T)
+}
+
+/** delta = sum_d o dout, all that the backward pass needs to know of the result. */
+export function attentionDelta(recorder: Recorder, args: AttentionDelta): { delta: Tensor } {
+  return recorder.emit(OPS[9], args) as { delta: Tensor }
+}
+
 export interface AttentionBwd {
   q: Tensor // F (B,T,H,D)
   k: Tensor // F (B,T,K,D)
@@ -478,7 +498,7 @@ export interface AttentionBwd {
   sin: Tensor // f32 (P,D/2)
   pos: Tensor // i32 (B,T)
   first: Tensor // i32 (B,T)
-  o: Tensor // F (B,T,H,D)
+  delta: Tensor // f32 (B,H,T)
   lse: Tensor // f32 (B,H,T)
   dout: Tensor // F (B,T,H,D)
   dq?: Tensor | undefined // F (B,T,H,D)
@@ -493,7 +513,7 @@ export interface AttentionBwd {
  * again, those of one of `groups` groups of heads at a time. Results do not depend on the number of groups.
  */
 export function attentionBwd(recorder: Recorder, args: AttentionBwd): { dq: Tensor; dk: Tensor; dv: Tensor } {
-  return recorder.emit(OPS[9], args) as { dq: Tensor; dk: Tensor; dv: Tensor }
+  return recorder.emit(OPS[10], args) as { dq: Tensor; dk: Tensor; dv: Tensor }
 }
 
 export interface KvAppend {
@@ -509,7 +529,7 @@ export interface KvAppend {
 
 /** Rotates k and stores it with v at slot[t] of the cache. */
 export function kvAppend(recorder: Recorder, args: KvAppend): void {
-  recorder.emit(OPS[10], args)
+  recorder.emit(OPS[11], args)
 }
 
 export interface AttentionCached {
@@ -527,7 +547,7 @@ export interface AttentionCached {
 
 /** As attention_fwd, over the slots first[t] .. last[t] of a cache of rotated keys. */
 export function attentionCached(recorder: Recorder, args: AttentionCached): { o: Tensor } {
-  return recorder.emit(OPS[11], args) as { o: Tensor }
+  return recorder.emit(OPS[12], args) as { o: Tensor }
 }
 
 export interface SwigluFwd {
@@ -538,7 +558,7 @@ export interface SwigluFwd {
 
 /** y = silu(gate) * up. arXiv 2002.05202. */
 export function swigluFwd(recorder: Recorder, args: SwigluFwd): { y: Tensor } {
-  return recorder.emit(OPS[12], args) as { y: Tensor }
+  return recorder.emit(OPS[13], args) as { y: Tensor }
 }
 
 export interface SwigluBwd {
@@ -550,7 +570,7 @@ export interface SwigluBwd {
 }
 
 export function swigluBwd(recorder: Recorder, args: SwigluBwd): { dgate: Tensor; dup: Tensor } {
-  return recorder.emit(OPS[13], args) as { dgate: Tensor; dup: Tensor }
+  return recorder.emit(OPS[14], args) as { dgate: Tensor; dup: Tensor }
 }
 
 export interface LinearCrossEntropyFwd {
@@ -563,7 +583,7 @@ export interface LinearCrossEntropyFwd {
 
 /** nll[n] = -log softmax(x w^T)[labels[n]], 0 where labels[n] < 0; logits exist for `chunk` rows at a time. */
 export function linearCrossEntropyFwd(recorder: Recorder, args: LinearCrossEntropyFwd): { nll: Tensor } {
-  return recorder.emit(OPS[14], args) as { nll: Tensor }
+  return recorder.emit(OPS[15], args) as { nll: Tensor }
 }
 
 export interface LinearCrossEntropyBwd {
@@ -580,7 +600,7 @@ export interface LinearCrossEntropyBwd {
 
 /** The same and, in the same pass over the chunks, the gradients of sum_n weight[n] nll[n]. */
 export function linearCrossEntropyBwd(recorder: Recorder, args: LinearCrossEntropyBwd): { nll: Tensor; dx: Tensor } {
-  return recorder.emit(OPS[15], args) as { nll: Tensor; dx: Tensor }
+  return recorder.emit(OPS[16], args) as { nll: Tensor; dx: Tensor }
 }
 
 export interface Dot {
@@ -592,7 +612,7 @@ export interface Dot {
 
 /** y = add + sum_n a[n] b[n], in a fixed order of summation. */
 export function dot(recorder: Recorder, args: Dot): { y: Tensor } {
-  return recorder.emit(OPS[16], args) as { y: Tensor }
+  return recorder.emit(OPS[17], args) as { y: Tensor }
 }
 
 export interface SumSquares {
@@ -603,7 +623,7 @@ export interface SumSquares {
 
 /** y = add + sum_n x[n]^2, in a fixed order of summation. */
 export function sumSquares(recorder: Recorder, args: SumSquares): { y: Tensor } {
-  return recorder.emit(OPS[17], args) as { y: Tensor }
+  return recorder.emit(OPS[18], args) as { y: Tensor }
 }
 
 export interface Clip {
@@ -618,7 +638,7 @@ export interface Clip {
  * or the loss is not finite: the update is then skipped without asking the host. The step (t) is left alone.
  */
 export function clip(recorder: Recorder, args: Clip): void {
-  recorder.emit(OPS[18], args)
+  recorder.emit(OPS[19], args)
 }
 
 export interface Adamw {
@@ -645,7 +665,7 @@ export interface Adamw {
  * random bits are a function of seed, hyper's step and the number of the element, `first` being that of the first one.
  */
 export function adamw(recorder: Recorder, args: Adamw): void {
-  recorder.emit(OPS[19], args)
+  recorder.emit(OPS[20], args)
 }
 
 export interface Adamw8bit {
@@ -674,7 +694,7 @@ export interface Adamw8bit {
  * nearest value of the map is stored, but for a v > 0 never 0: its root is a divisor.
  */
 export function adamw8bit(recorder: Recorder, args: Adamw8bit): void {
-  recorder.emit(OPS[20], args)
+  recorder.emit(OPS[21], args)
 }
 
 export interface CopyStart {
@@ -684,7 +704,7 @@ export interface CopyStart {
 
 /** y = x, at the same time as the operations that follow, until copy_wait. Between a device's memory and the host's. */
 export function copyStart(recorder: Recorder, args: CopyStart): { y: Tensor } {
-  return recorder.emit(OPS[21], args) as { y: Tensor }
+  return recorder.emit(OPS[22], args) as { y: Tensor }
 }
 
 export interface CopyWait {
@@ -694,7 +714,7 @@ export interface CopyWait {
 
 /** What follows comes after the copy of x to y. */
 export function copyWait(recorder: Recorder, args: CopyWait): void {
-  recorder.emit(OPS[22], args)
+  recorder.emit(OPS[23], args)
 }
 
 export interface Add {
@@ -704,7 +724,7 @@ export interface Add {
 }
 
 export function add(recorder: Recorder, args: Add): { y: Tensor } {
-  return recorder.emit(OPS[23], args) as { y: Tensor }
+  return recorder.emit(OPS[24], args) as { y: Tensor }
 }
 
 export interface Cast {
@@ -713,7 +733,7 @@ export interface Cast {
 }
 
 export function cast(recorder: Recorder, args: Cast): { y: Tensor } {
-  return recorder.emit(OPS[24], args) as { y: Tensor }
+  return recorder.emit(OPS[25], args) as { y: Tensor }
 }
 
 export interface Fill {
@@ -722,8 +742,8 @@ export interface Fill {
 }
 
 export function fill(recorder: Recorder, args: Fill): { y: Tensor } {
-  return recorder.emit(OPS[25], args) as { y: Tensor }
+  return recorder.emit(OPS[26], args) as { y: Tensor }
 }
 
 /** Of the table; the addon and every backend must have been built from the same one. */
-export const TABLE_HASH = '73791a077003ae14'
+export const TABLE_HASH = '211ef587731c9d48'

@@ -140,7 +140,7 @@ t.test('peers that are not there are named with the reason', async (t) => {
 t.test('what is not begun within --limit is named', async (t) => {
   const { code, stdout } = await ropewalk('bench', 'adamw,copy', ...small, '--device', 'cpu', '--limit', '0')
   t.equal(code, 0)
-  t.match(stdout, /not begun within --limit: adamw 65536, threads 1; .*copy cast f32 131072/)
+  t.match(stdout, /not begun within --limit: adamw f32 65536, threads 1; .*copy cast f32 131072/)
 })
 
 const simt = (() => {

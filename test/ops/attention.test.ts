@@ -142,14 +142,14 @@ function forward(p: Precision, inputs: Inputs, scale: number) {
 }
 
 interface Gradients extends Inputs {
-  o: HostTensor
+  delta: HostTensor
   lse: HostTensor
   dout: HostTensor
 }
 
 function backward(p: Precision, inputs: Gradients, scale: number) {
   const { r } = p
-  const { q, k, v, first, o, lse, dout } = inputs
+  const { q, k, v, first, delta, lse, dout } = inputs
   const [B, T, H, D] = q.dims as [number, number, number, number]
   const K = k.dims[2]!
   const qr = rotatedQueries(p, inputs, scale)
@@ -163,9 +163,6 @@ function backward(p: Precision, inputs: Gradients, scale: number) {
       const head = Math.floor(h / (H / K))
       for (let i = 0; i < T; i++) {
         const at = ((b * T + i) * H + h) * D
-        let delta = 0
-        // backwards: dp below sums the same products where a token sees itself alone, and equal roundings would cancel
-        for (let d = D - 1; d >= 0; d--) delta = r(delta + r(dout.values[at + d]! * o.values[at + d]!))
         for (let n = first.values[b * T + i]!; n <= i; n++) {
           const key = ((b * T + n) * K + head) * D
           let score = 0
@@ -175,7 +172,7 @@ function backward(p: Precision, inputs: Gradients, scale: number) {
             dp = r(dp + r(dout.values[at + d]! * v.values[key + d]!))
           }
           const weight = r(Math.exp(r(r(score * scale) - lse.values[(b * H + h) * T + i]!)))
-          const slope = r(store(r(weight * r(dp - delta))) * scale)
+          const slope = r(store(r(weight * r(dp - delta.values[(b * H + h) * T + i]!))) * scale)
           for (let d = 0; d < D; d++) {
             dv[key + d] = r(dv[key + d]! + r(store(weight) * dout.values[at + d]!))
             dqr[at + d] = r(dqr[at + d]! + r(slope * kr[key + d]!))
@@ -340,17 +337,43 @@ t.test('attention_fwd', availability(), async (t) => {
   }
 })
 
+/** sum_d o dout (B,H,T) */
+function deltas(p: Precision, o: ArrayLike<number>, dout: ArrayLike<number>, dims: readonly number[]): Float64Array {
+  const { r } = p
+  const [B, T, H, D] = dims as [number, number, number, number]
+  return new Float64Array(B * H * T).map((_, i) => {
+    const at = ((Math.floor(i / (H * T)) * T + (i % T)) * H + (Math.floor(i / T) % H)) * D
+    let delta = 0
+    for (let d = 0; d < D; d++) delta = r(delta + r(dout[at + d]! * o[at + d]!))
+    return delta
+  })
+}
+
+t.test('attention_delta', availability(), async (t) => {
+  const random = new Random(12)
+  for (let i = 0; i < SHAPES; i++) {
+    const [F] = combination(i, FLOATS)
+    const { B, T, H, D } = shapeOf(random, i, 800_000)
+    const dims = [B, T, H, D]
+    const [o, dout] = [0, 1].map(() => tensor(F, dims, () => random.normal())) as [HostTensor, HostTensor]
+    await check(t, {
+      op: 'attention_delta',
+      label: `${F} ${dims.join(' ')}`,
+      args: { o, dout, delta: output('f32', [B, H, T]) },
+      reference: (p) => ({ delta: deltas(p, o.values, dout.values, dims) }),
+      scale: { delta: Math.sqrt(D) },
+    })
+  }
+})
+
 /** The forward pass's results as the backward pass gets them. */
 function withResults(random: Random, inputs: Inputs, scale: number): Gradients {
   const { q, k } = inputs
   const [B, T, H] = q.dims as [number, number, number]
   const { o, lse } = forward(exact, inputs, scale)
-  return {
-    ...inputs,
-    o: tensor(q.dtype, q.dims, o),
-    lse: tensor('f32', [B, H, T], lse),
-    dout: tensor(k.dtype, q.dims, () => random.normal()),
-  }
+  const dout = tensor(k.dtype, q.dims, () => random.normal())
+  const delta = deltas(exact, tensor(q.dtype, q.dims, o).values, dout.values, q.dims)
+  return { ...inputs, delta: tensor('f32', [B, H, T], delta), lse: tensor('f32', [B, H, T], lse), dout }
 }
 
 t.test('attention_bwd', availability(), async (t) => {
@@ -450,7 +473,10 @@ t.test('the backward reference agrees with finite differences', async (t) => {
     const dout = tensor('f32', inputs.q.dims, () => random.normal())
     const gradients = backward(
       exact,
-      { ...inputs, dout, o: { ...dout, values: o }, lse: { ...dout, size: lse.length, values: lse } },
+      {
+        ...{ ...inputs, dout, lse: { ...dout, size: lse.length, values: lse } },
+        delta: { ...dout, size: lse.length, values: deltas(exact, o, dout.values, inputs.q.dims) },
+      },
       0.7,
     )
     const f = () => forward(exact, inputs, 0.7).o.reduce((sum, value, i) => sum + value * dout.values[i]!, 0)
@@ -531,14 +557,17 @@ t.test('packed documents do not see each other, not a bit', availability(), asyn
       const before = await run(gradients)
       for (const spoilt of [NaN, Infinity, 1e30, 0.5]) {
         const other = { ...gradients }
-        for (const name of ['q', 'k', 'v', 'o', 'dout'] as const) {
+        for (const name of ['q', 'k', 'v', 'dout'] as const) {
           const x = gradients[name]
           const row = x.dims[2]! * x.dims[3]!
           other[name] = tensor(F, x.dims, (i) =>
             inside(Math.floor(i / row)) ? spoilt * random.pick([1, -1]) : x.values[i]!,
           )
         }
-        other.lse = tensor('f32', gradients.lse.dims, (i) => (inside(i % T) ? spoilt : gradients.lse.values[i]!))
+        for (const name of ['lse', 'delta'] as const) {
+          const x = gradients[name]
+          other[name] = tensor('f32', x.dims, (i) => (inside(i % T) ? spoilt : x.values[i]!))
+        }
         const after = await run(other)
         const differing: string[] = []
         for (const variant of before[0].keys()) {

@@ -179,8 +179,9 @@ t.test('the recorder refuses what does not fit, and says why', async (t) => {
   t.throws(() => attention(8), new RangeError('attention_fwd: cos [P D/2]: D/2 is 3, expected 4 (weights f32 (9,3))'))
   const [q, k] = [f32(1, 4, 6, 8), f32(1, 4, 6, 8)]
   const gradients = (groups: number) =>
-    attentionBwd(recorder, {
-      ...{ q, k, v: k, o: q, dout: q, lse: f32(1, 6, 4), cos: f32(9, 4), sin: f32(9, 4), pos: i32(1, 4) },
+    attentionBwd(on(), {
+      ...{ q, k, v: k, delta: f32(1, 6, 4), dout: q, lse: f32(1, 6, 4), cos: f32(9, 4), sin: f32(9, 4) },
+      pos: i32(1, 4),
       ...{ first: i32(1, 4), scale: 1, groups },
     })
   t.throws(() => gradients(4), new RangeError('attention_bwd: H is 6, but must be divisible by groups (4)'))
