@@ -154,20 +154,23 @@ bool fenced(const Cell& cell, const Accessor& who) {
 }
 
 // Readers of a cell, the newest clock of each thread.
-void add_reader(Cell& cell, uint16_t warp, uint32_t lanes, uint16_t clock, uint32_t pc) {
+void add_reader(Cell& cell, uint8_t halves, uint16_t warp, uint32_t lanes, uint16_t clock, uint32_t pc) {
   if (cell.read_epoch != epoch) {
     if (cell.read_epoch >= launch_epoch && cell.read_epoch < block_epoch) {
       cell.earlier_epoch = cell.read_epoch;
       cell.earlier_pc = cell.reader.pc;
+      cell.earlier_halves = cell.read_halves;
     }
     cell.read_epoch = epoch;
-    cell.reader = {pc, lanes, 0, clock, warp};
+    cell.read_halves = halves;
+    cell.reader = {pc, lanes, 0, clock, warp, halves};
     return;
   }
+  cell.read_halves |= halves;
   Reader* reader = &cell.reader;
   Reader *same = nullptr, *empty = nullptr;
   for (;;) {
-    if (reader->warp == warp) {
+    if (reader->warp == warp && reader->halves == halves) {
       if (reader->clock == clock)
         same = reader;
       else
@@ -181,23 +184,23 @@ void add_reader(Cell& cell, uint16_t warp, uint32_t lanes, uint16_t clock, uint3
     same->mask |= lanes;
     same->pc = pc;
   } else if (empty) {
-    *empty = {pc, lanes, empty->next, clock, warp};
+    *empty = {pc, lanes, empty->next, clock, warp, halves};
   } else {
     reader->next = static_cast<uint32_t>(pool.size());
-    pool.push_back({pc, lanes, 0, clock, warp});
+    pool.push_back({pc, lanes, 0, clock, warp, halves});
   }
 }
 
-void read_cell(Cell& cell, const Accessor& who, const Place& place) {
-  if (cell.write_epoch && !who.after(cell.write_epoch, cell.writer, cell.write_clock))
+void read_cell(Cell& cell, uint8_t halves, const Accessor& who, const Place& place) {
+  if (cell.write_epoch && cell.write_halves & halves && !who.after(cell.write_epoch, cell.writer, cell.write_clock))
     report(who, place, Access::read, unordered(cell.write_epoch, cell.writer, cell.write_pc, "write"));
   for (int i = 0; i < who.groups; i++)
-    add_reader(cell, static_cast<uint16_t>(who.thread.warp), who.group[i].lanes, who.group[i].clock, who.pc);
+    add_reader(cell, halves, static_cast<uint16_t>(who.thread.warp), who.group[i].lanes, who.group[i].clock, who.pc);
 }
 
-void check_readers(const Cell& cell, const Accessor& who, const Place& place, Access kind) {
-  uint32_t when = cell.read_epoch, pc = cell.reader.pc;
-  if (cell.earlier_epoch >= launch_epoch) {
+void check_readers(const Cell& cell, uint8_t halves, const Accessor& who, const Place& place, Access kind) {
+  uint32_t when = cell.read_halves & halves ? cell.read_epoch : 0, pc = cell.reader.pc;
+  if (cell.earlier_epoch >= launch_epoch && cell.earlier_halves & halves) {
     when = cell.earlier_epoch;
     pc = cell.earlier_pc;
   }
@@ -205,7 +208,7 @@ void check_readers(const Cell& cell, const Accessor& who, const Place& place, Ac
   if (cell.read_epoch != epoch) return;
   const Reader* reader = &cell.reader;
   for (;;) {
-    for (uint32_t left = reader->mask; left; left &= left - 1) {
+    for (uint32_t left = reader->halves & halves ? reader->mask : 0; left; left &= left - 1) {
       const int thread = 32 * reader->warp + __builtin_ctz(left);
       if (!who.after(epoch, thread, reader->clock))
         report(who, place, kind, unordered(epoch, thread, reader->pc, "read"));
@@ -215,16 +218,18 @@ void check_readers(const Cell& cell, const Accessor& who, const Place& place, Ac
   }
 }
 
-void write_cell(Cell& cell, const Accessor& who, const Place& place, Access kind) {
+void write_cell(Cell& cell, uint8_t halves, const Accessor& who, const Place& place, Access kind) {
   const bool both_atomic = kind == Access::atomic && cell.atomic;
-  if (cell.write_epoch && !both_atomic && !who.after(cell.write_epoch, cell.writer, cell.write_clock))
+  if (cell.write_epoch && cell.write_halves & halves && !both_atomic &&
+      !who.after(cell.write_epoch, cell.writer, cell.write_clock))
     report(who, place, kind,
            unordered(cell.write_epoch, cell.writer, cell.write_pc, cell.atomic ? "atomic operation" : "write"));
-  check_readers(cell, who, place, kind);
+  check_readers(cell, halves, who, place, kind);
   cell.write_epoch = epoch;
   cell.write_pc = who.pc;
   cell.writer = static_cast<uint16_t>(who.thread.index);
   cell.write_clock = who.group[0].clock;
+  cell.write_halves = halves;
   cell.atomic = kind == Access::atomic;
   cell.asynchronous = who.asynchronous;
   cell.read_epoch = cell.earlier_epoch = 0;
@@ -240,8 +245,10 @@ std::string what_is_guarded(size_t offset) {
 // `by_host`: of device memory; null for shared memory, which is not the same memory in the next block.
 void touch(Cell* cells, const uint8_t* by_host, const Accessor& who, const Place& place, Access kind) {
   size_t unwritten = 0;
-  for (size_t i = place.offset / 2; i <= (place.offset + place.bytes - 1) / 2; i++) {
+  const size_t end = place.offset + place.bytes;
+  for (size_t i = place.offset / 2; 2 * i < end; i++) {
     Cell& cell = cells[i];
+    const auto halves = static_cast<uint8_t>((2 * i >= place.offset ? 1 : 0) | (2 * i + 1 < end ? 2 : 0));
     if (!by_host && cell.write_epoch < block_epoch) cell.write_epoch = 0;
     if (!by_host && cell.read_epoch < block_epoch) cell.read_epoch = 0;
     if (cell.guard) report(who, place, kind, what_is_guarded(2 * i));
@@ -260,9 +267,9 @@ void touch(Cell* cells, const uint8_t* by_host, const Accessor& who, const Place
     if (!written && kind != Access::write && !padding)
       report(who, place, kind, "nobody has written this memory before");
     if (kind == Access::read || kind == Access::copy)
-      read_cell(cell, who, place);
+      read_cell(cell, halves, who, place);
     else
-      write_cell(cell, who, place, kind);
+      write_cell(cell, halves, who, place, kind);
   }
 }
 

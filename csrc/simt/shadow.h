@@ -8,14 +8,16 @@ namespace simt {
 struct Reader {
   uint32_t pc, mask, next;  // next: index in `pool`, 0 for none
   uint16_t clock, warp;
+  uint8_t halves;
 };
 
 // Two bytes of memory. An access is dated by the epoch, which every block and every __syncthreads begins anew, and
-// within it by the clock of the thread.
+// within it by the clock of the thread. `halves`: which of the bytes it touched, 1, 2 or 3; of bytes that are written
+// apart the last write is known.
 struct Cell {
   uint32_t write_epoch, write_pc;  // epoch 0: never written by a kernel
   uint16_t write_clock, writer;    // thread of its block
-  uint16_t atomic : 1, flying : 1, guard : 1, asynchronous : 1;
+  uint16_t atomic : 1, flying : 1, guard : 1, asynchronous : 1, write_halves : 2, read_halves : 2, earlier_halves : 2;
   uint32_t read_epoch;
   Reader reader;
   uint32_t earlier_epoch, earlier_pc;  // a read by a block before this one

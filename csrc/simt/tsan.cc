@@ -15,6 +15,9 @@ inline void hook(const void* p, size_t bytes, Access kind, const void* site, boo
     return;
   access(*thread, p, bytes, kind, site, 1u << thread->lane);
   if (!aligned || reinterpret_cast<uintptr_t>(p) % bytes == 0) return;
+  // Of a launch's arguments the host's compiler copies what lies side by side, which says nothing of a GPU.
+  const size_t argument = reinterpret_cast<uintptr_t>(p) - reinterpret_cast<uintptr_t>(block->call->arguments.get());
+  if (argument < block->call->bytes) return;
   const Quiet silence;
   fail_as(*thread, std::string(kind < Access::write ? "read" : "write") + " of " + std::to_string(bytes) +
                        " bytes at " + describe_site(site) + ": the address is not a multiple of " +

@@ -2,7 +2,7 @@
 // shared memory than its bytes need (ldmatrix: one for each matrix), and every sector of device memory is used whole.
 // What does not is listed here, with the reason. Runs on the race flavour of the emulator, from scripts/test.js.
 import { spawnSync } from 'node:child_process'
-import { mkdtempSync, readdirSync, readFileSync, rmSync } from 'node:fs'
+import { existsSync, mkdtempSync, readdirSync, readFileSync, rmSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
@@ -31,9 +31,10 @@ interface Exception {
   reason: string
 }
 
-const halves = 'eight f32 are two requests of every other 16 bytes, and the second one finds the sectors of the first'
+const halves = 'eight f32 are two requests of every other 16 bytes: one that follows finds the sectors in a cache'
 const once = 'once a block, after its loop'
 const scattered = 'where a token goes is up to the data'
+const before = 'a token starts where the one before it ends: one number off its sector'
 const oneOfRow = 'one number of a row of products'
 const EXCEPTIONS: Exception[] = [
   ...['rmsnorm_fwd_kernel', 'rmsnorm_bwd_kernel'].map((kernel): Exception => ({
@@ -91,6 +92,7 @@ const EXCEPTIONS: Exception[] = [
   { kernel: 'attention_delta_kernel', access: 'device store', text: 'delta[(b * heads', ratio: 4, reason: oneOfRow },
   { kernel: 'embedding_bwd_count_kernel', access: 'device store', text: 'atomicAdd(', ratio: 8, reason: scattered },
   { kernel: 'embedding_bwd_order_kernel', access: 'device store', text: 'order[to', ratio: 4, reason: scattered },
+  { kernel: 'embedding_bwd_order_kernel', access: 'device load', text: 'int32_t start_of(', ratio: 2, reason: before },
 ]
 
 /** Whole tiles of every kind. Flat tensors are multiples of what a block takes. */
@@ -112,10 +114,13 @@ function wholeCases(): EveryCase[] {
 const self = fileURLToPath(import.meta.url)
 const sources = fileURLToPath(new URL('../../csrc/cuda', import.meta.url))
 
-/** The text of "gemm_mma.h:186". */
+/** The text of "gemm_mma.h:186", or of what both backends include. */
 function textOf(place: string): string {
   const [name, line] = place.split(':') as [string, string]
-  return readFileSync(join(sources, name), 'utf8').split('\n')[Number(line) - 1]!.trim()
+  const own = join(sources, name)
+  return readFileSync(existsSync(own) ? own : join(sources, '..', name), 'utf8')
+    .split('\n')
+    [Number(line) - 1]!.trim()
 }
 
 /** What the emulator has seen, which it writes at the end of a process. */

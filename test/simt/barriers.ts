@@ -20,7 +20,8 @@ const sites = (): string[] => (existsSync(list) ? readFileSync(list, 'utf8').tri
 
 /** "gemm_mma.h:186": where the kernels' files have barriers. */
 function placesInSources(): string[] {
-  const wanted = /^[^/]*(__syncthreads\(|__syncwarp\(|named_barrier\(|\w+_wait\w*[<(]|fence_\w+\()/
+  const wanted =
+    /^[^/]*(__syncthreads\(|__syncwarp\(|named_barrier\(|(cp_async|bulk|mbarrier|wgmma)_wait\w*[<(]|\w*fence\w*\()/
   const files = readdirSync(kernels).filter((name) => /\.(cu|h)$/.test(name) && !name.startsWith('ptx'))
   return files.flatMap((name) =>
     readFileSync(join(kernels, name), 'utf8')

@@ -330,6 +330,28 @@ bool run_roles() {
   return right;
 }
 
+// ---- bytes, of which a cell of the race detector has two
+// ---------------------------------------------------------------------------------------------
+
+enum class Bytes { right, reads_the_neighbours };
+
+// Each thread has three bytes and changes the first one.
+template <Bytes Bug>
+__global__ void bytes_kernel(uint8_t* x) {
+  uint8_t* own = x + 1 + 3 * (blockIdx.x * blockDim.x + threadIdx.x);
+  own[0] = static_cast<uint8_t>(own[0] + own[Bug == Bytes::reads_the_neighbours ? 3 : 2]);
+}
+
+template <Bytes Bug>
+bool run_bytes() {
+  const Array<uint8_t> x(std::vector<uint8_t>(3 * 2 * kThreads + 2, 1));
+  launch({2, kThreads, 0, nullptr}, bytes_kernel<Bug>, x.get());
+  const std::vector<uint8_t> y = x.values();
+  bool right = true;
+  for (size_t i = 0; i < y.size() - 1; i++) right &= y[i] == (i % 3 == 1 ? 2 : 1);
+  return right;
+}
+
 // ---- the host
 // ---------------------------------------------------------------------------------------------------------
 
@@ -369,10 +391,12 @@ struct Case {
   { "pipeline: " #bug, run_pipeline<Pipeline::bug> }
 #define BLOCKS(bug) \
   { "blocks: " #bug, run_blocks<Blocks::bug> }
+#define BYTES(bug) \
+  { "bytes: " #bug, run_bytes<Bytes::bug> }
 #define ROLES(bug) \
   { "roles: " #bug, run_roles<Roles::bug> }
 
-const Case right[] = {TILE(right), LANES(right), PIPELINE(right), BLOCKS(right), ROLES(right)};
+const Case right[] = {TILE(right), LANES(right), PIPELINE(right), BLOCKS(right), BYTES(right), ROLES(right)};
 const Case bugs[] = {TILE(no_barrier_before_read),
                      TILE(no_barrier_before_write),
                      TILE(read_past_array),
@@ -416,6 +440,7 @@ const Case bugs[] = {TILE(no_barrier_before_read),
                      BLOCKS(reads_result_of_another),
                      BLOCKS(overlapping_tiles),
                      BLOCKS(atomic_and_plain),
+                     BYTES(reads_the_neighbours),
                      ROLES(no_full_barrier),
                      ROLES(no_empty_barrier),
                      ROLES(wrong_count),
