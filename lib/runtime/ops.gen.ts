@@ -293,8 +293,18 @@ export const OPS = [
     flops: () => 0,
   },
   {
-    name: 'add',
+    name: 'scale',
     opcode: 22,
+    fields: [
+      { kind: 'IN', name: 'x', dtype: 'F', dims: ['N'] },
+      { kind: 'OUT', name: 'y', dtype: 'F', dims: ['N'] },
+      { kind: 'FLT', name: 'a' },
+    ],
+    flops: ({ N }) => N,
+  },
+  {
+    name: 'add',
+    opcode: 23,
     fields: [
       { kind: 'IN', name: 'a', dtype: 'F', dims: ['N'] },
       { kind: 'IN', name: 'b', dtype: 'F', dims: ['N'] },
@@ -304,7 +314,7 @@ export const OPS = [
   },
   {
     name: 'cast',
-    opcode: 23,
+    opcode: 24,
     fields: [
       { kind: 'IN', name: 'x', dtype: 'F', dims: ['N'] },
       { kind: 'OUT', name: 'y', dtype: 'G', dims: ['N'] },
@@ -313,7 +323,7 @@ export const OPS = [
   },
   {
     name: 'fill',
-    opcode: 24,
+    opcode: 25,
     fields: [
       { kind: 'OUT', name: 'y', dtype: 'F', dims: ['N'] },
       { kind: 'FLT', name: 'value' },
@@ -632,6 +642,17 @@ export function copyWait(recorder: Recorder, args: CopyWait): void {
   recorder.emit(OPS[21], args)
 }
 
+export interface Scale {
+  x: Tensor // F (N)
+  y?: Tensor | undefined // F (N)
+  a: number
+}
+
+/** y = a x. */
+export function scale(recorder: Recorder, args: Scale): { y: Tensor } {
+  return recorder.emit(OPS[22], args) as { y: Tensor }
+}
+
 export interface Add {
   a: Tensor // F (N)
   b: Tensor // F (N)
@@ -639,7 +660,7 @@ export interface Add {
 }
 
 export function add(recorder: Recorder, args: Add): { y: Tensor } {
-  return recorder.emit(OPS[22], args) as { y: Tensor }
+  return recorder.emit(OPS[23], args) as { y: Tensor }
 }
 
 export interface Cast {
@@ -648,7 +669,7 @@ export interface Cast {
 }
 
 export function cast(recorder: Recorder, args: Cast): { y: Tensor } {
-  return recorder.emit(OPS[23], args) as { y: Tensor }
+  return recorder.emit(OPS[24], args) as { y: Tensor }
 }
 
 export interface Fill {
@@ -657,8 +678,8 @@ export interface Fill {
 }
 
 export function fill(recorder: Recorder, args: Fill): { y: Tensor } {
-  return recorder.emit(OPS[24], args) as { y: Tensor }
+  return recorder.emit(OPS[25], args) as { y: Tensor }
 }
 
 /** Of the table; the addon and every backend must have been built from the same one. */
-export const TABLE_HASH = '9b3d0a9064c7b68f'
+export const TABLE_HASH = '35f91e87cad8f726'
