@@ -456,7 +456,10 @@ export class Llama {
   async addAdapter(settings: LoraSettings, seed: number): Promise<void> {
     this.passes.clear()
     this.lora = new Lora(this.weights, this.config, settings)
-    await this.lora.initialize(seed)
+    await this.lora.initialize(seed).catch((error: unknown) => {
+      this.dropAdapter()
+      throw error
+    })
   }
 
   /** @internal Inside `exclusive`. */

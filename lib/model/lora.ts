@@ -1,6 +1,7 @@
 import { didYouMean, quote } from '../errors.js'
 import { cast, matmulNn, scale as scaled } from '../runtime/ops.gen.js'
 import { Recorder } from '../runtime/recorder.js'
+import type { Tensor } from '../runtime/tensor.js'
 import { type LlamaConfig, parameterShapes } from './config.js'
 import { uniform } from './generate.js'
 import { type Parameter, Parameters, type Segment } from './parameters.js'
@@ -78,7 +79,7 @@ function choose<T extends string>(given: readonly T[], known: readonly T[], name
 }
 
 /** Whether a parameter of the base is one of those that `alsoTrain` names. */
-function isTrained(name: string, dims: readonly number[], alsoTrain: LoraSettings['alsoTrain']): boolean {
+export function isTrained(name: string, dims: readonly number[], alsoTrain: LoraSettings['alsoTrain']): boolean {
   const part = dims.length < 2 ? 'norm' : name === 'lm_head.weight' ? 'head' : name.includes('embed') && 'embed'
   return part !== false && alsoTrain.includes(part)
 }
@@ -102,6 +103,8 @@ export function checkLora(config: LlamaConfig, { rank, targets, alsoTrain }: Lor
 /** The adapter of a model: its matrices in one buffer of float32, hung on the base's parameters. */
 export class Lora {
   readonly parameters: Parameters
+  /** Of a folder with the adapter, but for headers. */
+  readonly savedBytes: number
   private readonly adapted: readonly Parameter[]
 
   /** Throws what `checkLora` throws. All of its values are garbage until `initialize`, or until they are read. */
@@ -128,6 +131,11 @@ export class Lora {
       parameter.adapter = { a: a!, b: b!, scale: this.scale }
     }
     base.version++
+    const { tied } = config
+    // PEFT wants a tied embedding twice.
+    const copies = ({ dims }: Tensor): number => (tied && dims.length > 1 ? 2 : 1)
+    const ofBase = this.trained.reduce((sum, { value }) => sum + value.bytes * copies(value), 0)
+    this.savedBytes = ofBase + this.parameters.buffer.bytes
   }
 
   get scale(): number {
