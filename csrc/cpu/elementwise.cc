@@ -1,5 +1,5 @@
-// add: y = a + b. scale: y = a x. cast: y = x in another (or the same) dtype. fill: y = value. All flat, memory-bound: each element is
-// read and written once.
+// add: y = a + b. scale: y = a x. cast: y = x in another (or the same) dtype. fill: y = value. All flat, memory-bound:
+// each element is read and written once.
 #include "elementwise.h"
 
 namespace rw::cpu::RW_ISA {

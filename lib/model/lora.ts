@@ -48,7 +48,9 @@ export function readLora(options: LoraOptions, name = 'lora'): LoraSettings {
   const known = ['rank', 'alpha', 'targets', 'alsoTrain']
   for (const key of Object.keys(options)) {
     if (known.includes(key)) continue
-    throw new TypeError(`unknown option ${quote(`${name}.${key}`)}${didYouMean(key, known) || `; known are ${known.join(", ")}`}`)
+    throw new TypeError(
+      `unknown option ${quote(`${name}.${key}`)}${didYouMean(key, known) || `; known are ${known.join(', ')}`}`,
+    )
   }
   const { rank = 8, alpha = 16, targets = loraTargets.slice(0, 4), alsoTrain = [] } = options
   for (const [key, value] of Object.entries({ rank, alpha })) {
@@ -57,7 +59,8 @@ export function readLora(options: LoraOptions, name = 'lora'): LoraSettings {
   if (!Number.isSafeInteger(rank) || rank < 1) {
     throw new RangeError(`${name}.rank is ${rank}, but must be a whole number >= 1`)
   }
-  if (!(alpha > 0 && alpha < Infinity)) throw new RangeError(`${name}.alpha is ${alpha}, but must be a finite number > 0`)
+  if (!(alpha > 0 && alpha < Infinity))
+    throw new RangeError(`${name}.alpha is ${alpha}, but must be a finite number > 0`)
   return {
     rank,
     alpha,

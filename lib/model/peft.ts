@@ -25,7 +25,10 @@ const UNDERSTOOD = new Set([
 const PLAIN_STARTS: unknown[] = [undefined, true, false, 'gaussian', 'orthogonal', 'eva']
 
 const isOff = (value: unknown): boolean =>
-  value === null || value === false || value === 'none' || (typeof value === 'object' && Object.keys(value).length === 0)
+  value === null ||
+  value === false ||
+  value === 'none' ||
+  (typeof value === 'object' && Object.keys(value).length === 0)
 
 /** What the config says of the adapter. Throws RopewalkError ERR_CONFIG for what is not plain LoRA. */
 function readAdapterConfig(folder: AdapterFolder): { rank: number; alpha: number; rankStabilized: boolean } {

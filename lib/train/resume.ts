@@ -97,7 +97,11 @@ export async function frozenWeights({ device, weights }: Llama, { alsoTrain }: L
 }
 
 /** What decides the model beside its weights, as it stands in trainer.json; `frozen` are those that are not saved. */
-export function decisiveModel({ config, dtype, lora }: Llama, settings: Settings, frozen?: string): TrainerRecord['model'] {
+export function decisiveModel(
+  { config, dtype, lora }: Llama,
+  settings: Settings,
+  frozen?: string,
+): TrainerRecord['model'] {
   const { raw: _, bosId: _bos, eosIds: _eos, originalMaxPositionEmbeddings: original, ...fields } = config
   // As config.json says it: a config that was read, stretched or not, and one that was saved are then the same.
   const rope = writeRope(config.rope, original)
