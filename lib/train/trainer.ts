@@ -371,7 +371,8 @@ export class Trainer {
   /** The passes for micro-batches of a shape; those of one shape are held at a time. */
   private passesFor(rows: number, time: number, accumulate: number): TrainingPasses {
     const { passes, model, validates } = this
-    if (passes?.rows === rows && passes.time === time && passes.accumulate === accumulate) return passes
+    const same = passes?.rows === rows && passes.time === time && passes.accumulate === accumulate
+    if (same && passes.version === model.weights.version) return passes
     passes?.dispose()
     this.passes = undefined
     model.releasePasses()
