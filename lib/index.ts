@@ -60,6 +60,7 @@ export {
   type SaveOptions,
 } from './model/llama.js'
 export type { LoadOptions } from './model/load.js'
+export type { LoraOptions, LoraTarget } from './model/lora.js'
 export {
   extendRope,
   inverseFrequencies,

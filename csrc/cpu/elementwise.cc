@@ -1,5 +1,5 @@
-// add: y = a + b. cast: y = x in another (or the same) dtype. fill: y = value. All flat, memory-bound: each element is
-// read and written once.
+// add: y = a + b. scale: y = a x. cast: y = x in another (or the same) dtype. fill: y = value. All flat, memory-bound:
+// each element is read and written once.
 #include "elementwise.h"
 
 namespace rw::cpu::RW_ISA {
@@ -10,6 +10,13 @@ template <typename F>
 void add_as(Context& context, const add_args& a) {
   for_each_vector(context, a.y.size(), [&](int64_t i, auto load, auto store) {
     store(a.y.as<F>() + i, load(a.a.as<F>() + i) + load(a.b.as<F>() + i));
+  });
+}
+
+template <typename F>
+void scale_as(Context& context, const scale_args& a) {
+  for_each_vector(context, a.y.size(), [&](int64_t i, auto load, auto store) {
+    store(a.y.as<F>() + i, load(a.x.as<F>() + i) * splat(static_cast<float>(a.a)));
   });
 }
 
@@ -30,6 +37,11 @@ void fill_as(Context& context, const fill_args& a) {
 void add(Context& context, const add_args& a) {
   if (a.y.dtype == DType::bf16) return add_as<bf16>(context, a);
   add_as<float>(context, a);
+}
+
+void scale(Context& context, const scale_args& a) {
+  if (a.y.dtype == DType::bf16) return scale_as<bf16>(context, a);
+  scale_as<float>(context, a);
 }
 
 void cast(Context& context, const cast_args& a) {

@@ -47,7 +47,7 @@ export async function profileStep(
   const config = readConfig({ ...raw, max_position_embeddings: Math.max(time, raw.max_position_embeddings) }, 'bench')
   const weights = new Parameters(device, device.name === 'cpu' ? 'f32' : 'bf16', parameterShapes(config))
   await randomWeights(weights)
-  const optimizer = new AdamW(weights, { betas: [0.9, 0.95], eps: 1e-8, weightDecay: 0, maxGradNorm: 0 })
+  const optimizer = new AdamW(weights.segments(), { betas: [0.9, 0.95], eps: 1e-8, weightDecay: 0, maxGradNorm: 0 })
   await optimizer.reset()
   const { gradients } = optimizer
   const pass = recordPass(device, config, weights, 'gradients', 1, time, { gradients })

@@ -16,7 +16,7 @@ const SETTINGS = { betas: [0.9, 0.95], eps: 1e-8, weightDecay: 0, maxGradNorm: 1
 function prepare(device: Device, raw: ModelConfig, time: number) {
   const config = readConfig({ ...raw, max_position_embeddings: Math.max(time, raw.max_position_embeddings) }, 'bench')
   const weights = new Parameters(device, 'bf16', parameterShapes(config))
-  const optimizer = new AdamW(weights, SETTINGS)
+  const optimizer = new AdamW(weights.segments(), SETTINGS)
   const passes = new TrainingPasses(config, weights, optimizer, 1, time, 1, false)
   return { config, weights, optimizer, passes }
 }

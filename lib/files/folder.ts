@@ -30,7 +30,7 @@ const maxConfigBytes = 16 << 20
 const maxIndexBytes = 100_000_000
 export const indexName = 'model.safetensors.index.json'
 export const singleName = 'model.safetensors'
-const pickleNames = /\.(bin|pt|pth|ckpt|pkl|pickle)$/i
+export const pickleNames = /\.(bin|pt|pth|ckpt|pkl|pickle)$/i
 
 /** Opens a folder and checks everything that can be checked without reading a weight. Throws RopewalkError. */
 export async function openModelFolder(dir: string): Promise<ModelFolder> {
@@ -137,7 +137,7 @@ function blobsOf(root: string): string | undefined {
   return join(model, 'blobs')
 }
 
-async function readConfig(dir: string, root: string, name: string): Promise<JsonObject> {
+export async function readConfig(dir: string, root: string, name: string): Promise<JsonObject> {
   const shownPath = join(dir, name)
   const path = await containedFile(root, name, shownPath)
   return readJsonObject(path, { python: true, maxBytes: maxConfigBytes, shownPath })
@@ -214,6 +214,12 @@ function shardName(value: unknown, tensor: string, indexPath: string): string {
 }
 
 function noWeights(dir: string, names: Set<string>): RopewalkError {
+  if (names.has('adapter_config.json')) {
+    return new RopewalkError(
+      'ERR_NOT_FOUND',
+      `${dir}: an adapter, not a model: give the model that it was trained for, and this folder as its adapter`,
+    )
+  }
   const pickles = [...names].filter((name) => pickleNames.test(name) || name.endsWith('.bin.index.json'))
   if (pickles.length > 0) return pickleError(join(dir, pickles[0]))
   const others = [...names].filter((name) => name.endsWith('.safetensors') || name.endsWith('.gguf'))

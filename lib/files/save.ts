@@ -12,6 +12,7 @@ import {
   writeFailure,
   writeNewFile,
 } from './durable.js'
+import { adapterConfigName, adapterWeightsName } from './adapter.js'
 import { containedFile, indexName, realFolder, singleName } from './folder.js'
 import { stringifyJson } from './json.js'
 import { type TensorEntry, writeSafetensors } from './safetensors.js'
@@ -78,9 +79,57 @@ export async function saveModelFolder(target: string, options: SaveOptions): Pro
   if (!(maxShardBytes > 0)) throw new RangeError(`maxShardBytes: ${maxShardBytes}, but it must be above 0`)
   const tensors = [...options.tensors]
   const metadata = [...(options.metadata ?? [['format', 'pt'] as [string, string]])]
-  const needed = tensors.reduce((sum, tensor) => sum + tensor.bytes, 0)
   if (!overwrite && (await isTaken(target))) throw existsError(target)
   const copies = copyFrom === undefined ? [] : await findCompanions(copyFrom)
+  return saveFolder(target, { needed: bytesOf(tensors), overwrite, signal }, async (temporary) => {
+    const saved = await writeWeights(temporary, tensors, metadata, maxShardBytes, signal)
+    const texts: [string, string][] = [['config.json', configText(config)]]
+    if (generationConfig !== undefined) texts.push(['generation_config.json', configText(generationConfig)])
+    saved.push(...(await writeTexts(temporary, texts)))
+    for (const { name, path } of copies) {
+      if (texts.some(([written]) => written === name)) continue
+      saved.push(await copyDurable(path, temporary, name))
+    }
+    return saved
+  })
+}
+
+export interface AdapterSaveOptions {
+  /** adapter_config.json, as PEFT has it. */
+  adapterConfig: Record<string, unknown>
+  /** config.json of the base as the adapter wants it. */
+  config: Record<string, unknown>
+  /** README.md. */
+  card: string
+  tensors: readonly TensorEntry[]
+  overwrite?: boolean
+}
+
+/** Writes an adapter's folder in the way that `saveModelFolder` does. */
+export async function saveAdapterFolder(target: string, options: AdapterSaveOptions): Promise<SavedFile[]> {
+  const { adapterConfig, config, card, tensors, overwrite = false } = options
+  if (!overwrite && (await isTaken(target))) throw existsError(target)
+  return saveFolder(target, { needed: bytesOf(tensors), overwrite }, async (temporary) => {
+    const weights = join(temporary, adapterWeightsName)
+    const written = await writeSafetensors(weights, tensors, [['format', 'pt']], { sync: true })
+    const texts: [string, string][] = [
+      [adapterConfigName, `${stringifyJson(adapterConfig)}\n`],
+      ['config.json', configText(config)],
+      ['README.md', card],
+    ]
+    return [{ name: adapterWeightsName, ...written }, ...(await writeTexts(temporary, texts))]
+  })
+}
+
+const bytesOf = (tensors: readonly TensorEntry[]): number => tensors.reduce((sum, { bytes }) => sum + bytes, 0)
+
+const configText = (config: Record<string, unknown>): string => `${stringifyJson(config, { floats: floatFields })}\n`
+
+async function saveFolder(
+  target: string,
+  { needed, overwrite, signal }: { needed: number; overwrite: boolean; signal?: AbortSignal | undefined },
+  write: (temporary: string) => Promise<SavedFile[]>,
+): Promise<SavedFile[]> {
   const parent = dirname(resolve(target))
   await mkdir(parent, { recursive: true }).catch(async (error) => {
     throw await writeFailure(error, parent, needed)
@@ -89,20 +138,7 @@ export async function saveModelFolder(target: string, options: SaveOptions): Pro
   const temporary = temporaryName(target)
   try {
     await mkdir(temporary)
-    const saved = await writeWeights(temporary, tensors, metadata, maxShardBytes, signal)
-    const texts: [string, string][] = [['config.json', `${stringifyJson(config, { floats: floatFields })}\n`]]
-    if (generationConfig !== undefined) {
-      texts.push(['generation_config.json', `${stringifyJson(generationConfig, { floats: floatFields })}\n`])
-    }
-    for (const [name, text] of texts) {
-      const bytes = Buffer.from(text)
-      await writeNewFile(join(temporary, name), bytes)
-      saved.push({ name, bytes: bytes.length, sha256: sha256(bytes) })
-    }
-    for (const { name, path } of copies) {
-      if (texts.some(([written]) => written === name)) continue
-      saved.push(await copyDurable(path, temporary, name))
-    }
+    const saved = await write(temporary)
     signal?.throwIfAborted()
     await replaceFolder(temporary, target, { overwrite })
     return saved
@@ -110,6 +146,16 @@ export async function saveModelFolder(target: string, options: SaveOptions): Pro
     await rm(temporary, { recursive: true, force: true })
     throw await writeFailure(error, target, needed)
   }
+}
+
+async function writeTexts(dir: string, texts: readonly [string, string][]): Promise<SavedFile[]> {
+  const saved: SavedFile[] = []
+  for (const [name, text] of texts) {
+    const bytes = Buffer.from(text)
+    await writeNewFile(join(dir, name), bytes)
+    saved.push({ name, bytes: bytes.length, sha256: sha256(bytes) })
+  }
+  return saved
 }
 
 async function writeWeights(

@@ -1,5 +1,6 @@
 import { quote } from '../errors.js'
 import { rotationTable } from '../rope.js'
+import { fromBfloat16, toBfloat16 } from '../runtime/bfloat16.js'
 import type { Device } from '../runtime/device.js'
 import type { LlamaConfig } from './config.js'
 import type { BatchTensors } from './forward.js'
@@ -223,4 +224,34 @@ export async function uploadBatch(
 /** 1 / targets for every prediction that counts, 0 for the others. */
 export function meanWeights({ labels, targets }: Batch): Float32Array {
   return Float32Array.from(labels, (label) => (label < 0 ? 0 : 1 / targets))
+}
+
+/** Throws where nothing is predicted. */
+export function requireTargets(batch: Batch): void {
+  if (batch.targets === 0) {
+    throw new RangeError(
+      'no label counts: every row needs at least two tokens, and a label that is not -100 after the first',
+    )
+  }
+}
+
+/** Of the predictions that count. */
+export function mean(nll: Float32Array, { targets }: Batch): number {
+  let sum = 0
+  for (const value of nll) sum += value
+  return sum / targets
+}
+
+/** The elements in another dtype, float32 rounded to the nearest bfloat16. */
+export function convert(name: string, tensor: HostTensor, dtype: 'float32' | 'bfloat16'): ArrayBufferView {
+  const { type, data } = tensor
+  if (type === 'float32' && data instanceof Float32Array) {
+    return dtype === 'float32' ? data.slice() : Uint16Array.from(data, toBfloat16)
+  }
+  if (type === 'bfloat16' && data instanceof Uint16Array) {
+    return dtype === 'bfloat16' ? data.slice() : Float32Array.from(data, fromBfloat16)
+  }
+  throw new TypeError(
+    `${name}: type is ${quote(type)} with ${data.constructor.name}; expected float32 with Float32Array or bfloat16 with Uint16Array`,
+  )
 }

@@ -89,7 +89,7 @@ export function trunk(
     for (let layer = first; layer < first + count; layer++) {
       const of = (name: string): Parameter => parameters.get(`model.layers.${layer}.${name}.weight`)
       const weights = Object.fromEntries(Object.entries(BLOCK).map(([key, name]) => [key, of(name)])) as BlockWeights
-      tape.completes(Object.values(weights))
+      tape.completes(Object.values(weights).flatMap((w) => (w.adapter ? [w, w.adapter.a, w.adapter.b] : [w])))
       const one = (tape: Tape, x: Tensor) => [block(tape, config, layer, weights, x, batch, attend)] as const
       // Of several layers that are computed again, the inputs are kept then; and each is computed once more on its turn.
       if (checkpointLayers > 1 && count > 1) [x] = tape.checkpoint(x, one)

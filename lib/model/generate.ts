@@ -30,8 +30,8 @@ export class Continuation {
   private readonly passes = new Map<number, Pass>()
   private readonly buffers: Buffer[] = []
   private readonly activations: DType
-  /** What the weights were when the passes were recorded. */
-  private mapped: boolean
+  /** Of the weights when the passes were recorded. */
+  private version: number
 
   constructor(
     private readonly device: Device,
@@ -39,7 +39,7 @@ export class Continuation {
     private readonly parameters: Parameters,
     readonly capacity: number,
   ) {
-    this.mapped = parameters.mapped
+    this.version = parameters.version
     this.activations = device.activationsFor(parameters.dtype)
     const dims = [1, capacity, config.kvHeads, config.headDim]
     for (let layer = 0; layer < config.layers; layer++) {
@@ -100,11 +100,11 @@ export class Continuation {
   }
 
   private pass(time: number): Pass {
-    if (this.mapped !== this.parameters.mapped) {
-      // The weights have moved since (Parameters.own), and may have been changed there.
+    if (this.version !== this.parameters.version) {
+      // The weights have moved since, and may have been changed there.
       for (const { plan } of this.passes.values()) plan.dispose()
       this.passes.clear()
-      this.mapped = this.parameters.mapped
+      this.version = this.parameters.version
     }
     let pass = this.passes.get(time)
     if (!pass) this.passes.set(time, (pass = this.record(time)))

@@ -4,6 +4,7 @@ import {
   attentionBwd,
   attentionDelta,
   attentionFwd,
+  cast,
   embeddingBwd,
   embeddingFwd,
   linearCrossEntropyBwd,
@@ -14,10 +15,12 @@ import {
   matmulTn,
   rmsnormBwd,
   rmsnormFwd,
+  scale,
   swigluBwd,
+  swigluFwd,
 } from '../runtime/ops.gen.js'
 import type { Tensor } from '../runtime/tensor.js'
-import type { Parameter } from './parameters.js'
+import type { LowRank, Parameter } from './parameters.js'
 import type { Tape } from './tape.js'
 
 /** ids (N) -> rows of w (V,C): (N,C) */
@@ -42,11 +45,13 @@ export function rmsnorm(tape: Tape, x: Tensor, w: Parameter, eps: number): Tenso
   return y
 }
 
-/** x (N,I), w (O,I) -> x w^T (+ residual): (N,O), in `out` if that is given */
+/** x (N,I), w (O,I) -> x w^T (+ residual), and what w's adapter adds: (N,O), in `out` if that is given */
 export function linear(tape: Tape, x: Tensor, w: Parameter, residual?: Tensor, out?: Tensor): Tensor {
   const { c: y } = matmulNt(tape.recorder, { a: x, b: w.value, add: residual, c: out })
+  const adapterBackward = w.adapter && adapt(tape, x, w.adapter, y)
   tape.backward(y, (dy) => {
     linearBackward(tape, x, w, dy)
+    adapterBackward?.(dy)
     // The gradient passes through the residual as it is; only operations that make a new tensor add to it later.
     if (residual) tape.setGradient(residual, dy)
   })
@@ -61,14 +66,55 @@ function linearBackward(tape: Tape, x: Tensor, w: Parameter, dy: Tensor): void {
   tape.setGradient(x, dx)
 }
 
+/** y (N,O) += scale (x a^T) b^T, x (N,I), a (r,I), b (O,r). Gives what records the way back from y's gradient. */
+function adapt(tape: Tape, x: Tensor, { a, b, scale: factor }: LowRank, y: Tensor): (dy: Tensor) => void {
+  const { recorder } = tape
+  const [wa, wb] = [narrowed(tape, a), narrowed(tape, b)]
+  const { c: low } = matmulNt(recorder, { a: x, b: wa })
+  scale(recorder, { x: low, a: factor, y: low })
+  matmulNt(recorder, { a: low, b: wb, add: y, c: y })
+  return (dy) => {
+    const db = tape.parameterGradient(b)
+    if (db) matmulTn(recorder, { a: dy, b: low, add: db.add, c: db.out })
+    const { c: dlow } = matmulNn(recorder, { a: dy, b: wb })
+    scale(recorder, { x: dlow, a: factor, y: dlow })
+    const da = tape.parameterGradient(a)
+    if (da) matmulTn(recorder, { a: dlow, b: x, add: da.add, c: da.out })
+    const dx = tape.gradient(x)!
+    matmulNn(recorder, { a: dlow, b: wa, add: dx, c: dx })
+  }
+}
+
+/** An adapter's matrix as the activations are: tensor cores take no float32 beside bfloat16. */
+function narrowed({ recorder }: Tape, { name, value }: Parameter): Tensor {
+  if (value.dtype === recorder.activations) return value
+  return cast(recorder, { x: value, y: recorder.scratch(recorder.activations, value.dims, name) }).y
+}
+
+/** gate and up (N,I) -> silu(gate) up: (N,I) */
+function swiglu(tape: Tape, gate: Tensor, up: Tensor): Tensor {
+  const { recorder } = tape
+  const { y } = swigluFwd(recorder, { gate, up, y: recorder.scratch(gate.dtype, gate.dims, 'mlp.y') })
+  tape.backward(y, (dy) => {
+    const { dgate, dup } = swigluBackward(tape, gate, up, dy)
+    tape.setGradient(gate, dgate)
+    tape.setGradient(up, dup)
+  })
+  return y
+}
+
+function swigluBackward({ recorder }: Tape, gate: Tensor, up: Tensor, dy: Tensor): { dgate: Tensor; dup: Tensor } {
+  const dgate = recorder.scratch(gate.dtype, gate.dims, 'mlp.dgate')
+  const dup = recorder.scratch(up.dtype, up.dims, 'mlp.dup')
+  return swigluBwd(recorder, { gate, up, dy, dgate, dup })
+}
+
 /** x (N,C), wGate and wUp (I,C) -> silu(x wGate^T) (x wUp^T): (N,I) */
 export function gatedLinear(tape: Tape, x: Tensor, wGate: Parameter, wUp: Parameter): Tensor {
-  const { recorder } = tape
-  const { gate, up, y } = matmulSwiglu(recorder, { a: x, w_gate: wGate.value, w_up: wUp.value })
+  if (wGate.adapter || wUp.adapter) return swiglu(tape, linear(tape, x, wGate), linear(tape, x, wUp))
+  const { gate, up, y } = matmulSwiglu(tape.recorder, { a: x, w_gate: wGate.value, w_up: wUp.value })
   tape.backward(y, (dy) => {
-    const dgate = recorder.scratch(gate.dtype, gate.dims, 'mlp.dgate')
-    const dup = recorder.scratch(up.dtype, up.dims, 'mlp.dup')
-    swigluBwd(recorder, { gate, up, dy, dgate, dup })
+    const { dgate, dup } = swigluBackward(tape, gate, up, dy)
     linearBackward(tape, x, wUp, dup)
     linearBackward(tape, x, wGate, dgate)
   })

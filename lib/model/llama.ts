@@ -1,13 +1,22 @@
 import { stat } from 'node:fs/promises'
 import { join, resolve } from 'node:path'
 import { quote, RopewalkError } from '../errors.js'
+import { openAdapterFolder } from '../files/adapter.js'
 import { type ModelFolder, openModelFolder } from '../files/folder.js'
-import { saveModelFolder } from '../files/save.js'
+import { saveAdapterFolder, saveModelFolder } from '../files/save.js'
 import { loadTokenizer, type Tokenizer } from '../files/tokenizer.js'
-import { fromBfloat16, toBfloat16 } from '../runtime/bfloat16.js'
 import { Device } from '../runtime/device.js'
-import type { DType, Tensor } from '../runtime/tensor.js'
-import { type Batch, type BatchOptions, type HostTensor, readBatch, type Tokens } from './batch.js'
+import type { DType } from '../runtime/tensor.js'
+import {
+  type Batch,
+  type BatchOptions,
+  convert,
+  type HostTensor,
+  mean,
+  readBatch,
+  requireTargets,
+  type Tokens,
+} from './batch.js'
 import {
   contextWindow,
   extendConfig,
@@ -21,8 +30,10 @@ import { requireFinite } from './finite.js'
 import { initialize } from './initialize.js'
 import { Continuation, sampler, type SamplingOptions } from './generate.js'
 import { checkLoadOptions, checkpointDtype, checkTensors, type LoadOptions, loadWeights } from './load.js'
-import { type Parameter, Parameters } from './parameters.js'
-import { disposePass, type Pass, PassCache, type PassKind, recordPass, runPass } from './passes.js'
+import { Lora, type LoraOptions, type LoraSettings } from './lora.js'
+import { Parameters } from './parameters.js'
+import { gradientsOf, PassCache, type PassKind, recordPass, runPass } from './passes.js'
+import { adapterPositions, checkAdapter, readAdapter, writeAdapter } from './peft.js'
 
 /**
  * Options of {@link Llama.create}; dtype is float32 unless given.
@@ -93,6 +104,8 @@ export class Llama {
   /** Calls that are waiting or at work. */
   private open = 0
   private cachedTokenizer: Tokenizer | undefined
+  /** @internal What `adapter` describes. */
+  lora: Lora | undefined
 
   private constructor(
     /** Dimensions and positions; an extension of the context is already in it. */
@@ -123,6 +136,9 @@ export class Llama {
       let config = readConfig(folder.config, `${path}/config.json`)
       if (options.rope) config = options.rope === 'none' ? unscaled(config) : extendConfig(config, options.rope)
       const warnings = [...folder.warnings]
+      const adapter = options.adapter === undefined ? undefined : await openAdapterFolder(options.adapter)
+      if (adapter) config = adapterPositions(config, adapter, options.rope !== undefined, warnings)
+      const changesBase = adapter && checkAdapter(adapter, config).settings.alsoTrain.length > 0
       checkTensors(folder, config, path, warnings)
       const dtype = options.dtype ?? checkpointDtype(folder)
       device = Device.open(options.device, options.threads === undefined ? {} : { threads: options.threads })
@@ -133,7 +149,10 @@ export class Llama {
         generationConfig,
         tokenizerPath: tokenizerPath && resolve(tokenizerPath),
       }
-      return new Llama(config, device, weights, path, warnings, kept)
+      const model = new Llama(config, device, weights, path, warnings, kept)
+      if (changesBase) await weights.own()
+      if (adapter) model.lora = await readAdapter(adapter, weights, config)
+      return model
     } catch (error) {
       device?.dispose()
       throw error
@@ -173,7 +192,12 @@ export class Llama {
     return contextWindow(this.config)
   }
 
-  /** Number of weights. */
+  /** The adapter that is part of what the model computes: from {@link LoadOptions} or a {@link Trainer}. */
+  get adapter(): Required<LoraOptions> | undefined {
+    return this.lora && { ...this.lora.settings }
+  }
+
+  /** Number of weights, those of an adapter not counted. */
   get parameterCount(): number {
     return this.weights.count
   }
@@ -226,41 +250,26 @@ export class Llama {
 
   /**
    * Gradients of `loss` by Hugging Face parameter name, with the parameter's dims, in float32 (4 bytes a weight, on the
-   * device and here); a tied embedding is one parameter. RangeError where no label counts.
+   * device and here); a tied embedding is one parameter. With an adapter, its own come with them, under names such as
+   * model.layers.0.self_attn.q_proj.lora_A.weight. RangeError where no label counts.
    */
   async gradients(tokens: Tokens, options: BatchOptions = {}): Promise<Map<string, HostTensor<Float32Array>>> {
     const batch = readBatch(tokens, this.config, options)
     requireTargets(batch)
-    return this.exclusive(async () => {
-      const buffer = this.device.alloc(this.weights.elements * 4, 'gradients (f32)')
-      let pass: Pass | undefined
-      try {
-        const of = ({ name }: Parameter): Tensor => this.weights.in(buffer, 'f32', name)
-        pass = recordPass(this.device, this.config, this.weights, 'gradients', batch.rows, batch.time, {
-          gradients: { of },
-        })
-        await runPass(this.device, this.config, pass, batch)
-        const result = new Map<string, HostTensor<Float32Array>>()
-        for (const parameter of this.weights) {
-          const gradient = of(parameter)
-          const data = await this.device.downloadFloats(gradient)
-          result.set(parameter.name, { type: 'float32', dims: gradient.dims, data })
-        }
-        return result
-      } finally {
-        if (pass) disposePass(pass)
-        buffer.dispose()
-      }
+    const { device, config, weights } = this
+    return this.exclusive(() => {
+      const groups = this.lora ? [weights, this.lora.parameters] : [weights]
+      return gradientsOf(device, config, groups, batch)
     })
   }
 
-  /** A parameter's values, in the model's dtype. RangeError for an unknown name. */
+  /** A parameter's values, in the model's dtype, of an adapter's in float32. RangeError for an unknown name. */
   async read(name: string): Promise<HostTensor<Float32Array | Uint16Array>> {
     const parameter = this.find(name)
     const { value } = parameter
     const bytes = await this.exclusive(() => this.device.download(parameter.value))
-    const data = this.dtype === 'float32' ? new Float32Array(bytes.buffer) : new Uint16Array(bytes.buffer)
-    return { type: this.dtype, dims: [...value.dims], data }
+    const data = value.dtype === 'f32' ? new Float32Array(bytes.buffer) : new Uint16Array(bytes.buffer)
+    return { type: value.dtype === 'f32' ? 'float32' : 'bfloat16', dims: [...value.dims], data }
   }
 
   /**
@@ -276,9 +285,9 @@ export class Llama {
     if (tensor.dims.join() !== value.dims.join() || tensor.data.length !== value.size) {
       throw new RangeError(`${name}: dims are (${tensor.dims.join(',')}), expected (${value.dims.join(',')})`)
     }
-    const data = convert(name, tensor, this.dtype)
+    const data = convert(name, tensor, value.dtype === 'f32' ? 'float32' : 'bfloat16')
     await this.exclusive(async () => {
-      await this.own()
+      if (this.weights.has(name)) await this.own()
       await this.device.upload(parameter.value, data)
     })
   }
@@ -328,9 +337,11 @@ export class Llama {
 
   /**
    * Writes a Hugging Face folder, whole or not at all: config.json with the new positions, weights, tokenizer. Throws
-   * RopewalkError ERR_EXISTS, ERR_NO_SPACE, ERR_WRITE, and ERR_NOT_FINITE where a weight is NaN or infinite.
+   * RopewalkError ERR_EXISTS, ERR_NO_SPACE, ERR_WRITE, and ERR_NOT_FINITE where a weight is NaN or infinite. A model
+   * with an adapter has to be merged first.
    */
   async save(path: string, options: SaveOptions = {}): Promise<void> {
+    if (this.lora) throw new Error('this model has an adapter: merge() it first, or saveAdapter() to save it alone')
     await this.exclusive(async () => {
       await this.requireFinite()
       const fileDtype = FILE_DTYPE_OF[this.dtype]
@@ -347,6 +358,32 @@ export class Llama {
         ...(await this.companions()),
         ...options,
       })
+    })
+  }
+
+  /**
+   * Makes the adapter a part of the weights: W + (alpha / rank) B A, computed in float32 and rounded once. The adapter is
+   * gone then. Throws an Error where there is none.
+   */
+  async merge(): Promise<void> {
+    await this.exclusive(async () => {
+      const lora = this.requireLora()
+      await this.own()
+      await lora.merge()
+      this.dropAdapter()
+    })
+  }
+
+  /**
+   * Writes the adapter as PEFT reads it, whole or not at all: adapter_config.json, adapter_model.safetensors, and in
+   * config.json the positions that it was trained with, which {@link LoadOptions} `adapter` takes up. Throws what `save`
+   * throws, and an Error where there is no adapter.
+   */
+  async saveAdapter(path: string, { overwrite = false }: Pick<SaveOptions, 'overwrite'> = {}): Promise<void> {
+    await this.exclusive(async () => {
+      const lora = this.requireLora()
+      await this.requireFinite()
+      await saveAdapterFolder(path, { ...writeAdapter(lora, this.config, this.dtype, this.path), overwrite })
     })
   }
 
@@ -410,8 +447,31 @@ export class Llama {
   }
 
   /** @internal Throws, naming the first, where a weight is NaN or infinite. */
-  requireFinite(): Promise<void> {
-    return requireFinite(this.weights, this.path)
+  async requireFinite(): Promise<void> {
+    await requireFinite(this.weights, this.path)
+    if (this.lora) await requireFinite(this.lora.parameters, 'adapter')
+  }
+
+  /** @internal Inside `exclusive`: a new adapter, which changes nothing yet. */
+  async addAdapter(settings: LoraSettings, seed: number): Promise<void> {
+    this.passes.clear()
+    this.lora = new Lora(this.weights, this.config, settings)
+    await this.lora.initialize(seed).catch((error: unknown) => {
+      this.dropAdapter()
+      throw error
+    })
+  }
+
+  /** @internal Inside `exclusive`. */
+  dropAdapter(): void {
+    this.passes.clear()
+    this.lora?.dispose()
+    this.lora = undefined
+  }
+
+  private requireLora(): Lora {
+    if (!this.lora) throw new Error('this model has no adapter: load one with it, or train one (Trainer, option lora)')
+    return this.lora
   }
 
   private async runPass(kind: PassKind, batch: Batch): Promise<Float32Array> {
@@ -424,6 +484,7 @@ export class Llama {
   }
 
   private find(name: string) {
+    if (this.lora?.parameters.has(name)) return this.lora.parameters.get(name)
     if (!this.weights.has(name)) {
       throw new RangeError(
         `no parameter is called ${quote(name)}; parameters() lists them` +
@@ -432,33 +493,6 @@ export class Llama {
     }
     return this.weights.get(name)
   }
-}
-
-function requireTargets(batch: Batch): void {
-  if (batch.targets === 0) {
-    throw new RangeError(
-      'no label counts: every row needs at least two tokens, and a label that is not -100 after the first',
-    )
-  }
-}
-
-function mean(nll: Float32Array, { targets }: Batch): number {
-  let sum = 0
-  for (const value of nll) sum += value
-  return sum / targets
-}
-
-function convert(name: string, tensor: HostTensor, dtype: 'float32' | 'bfloat16'): ArrayBufferView {
-  const { type, data } = tensor
-  if (type === 'float32' && data instanceof Float32Array) {
-    return dtype === 'float32' ? data.slice() : Uint16Array.from(data, toBfloat16)
-  }
-  if (type === 'bfloat16' && data instanceof Uint16Array) {
-    return dtype === 'bfloat16' ? data.slice() : Float32Array.from(data, fromBfloat16)
-  }
-  throw new TypeError(
-    `${name}: type is ${quote(type)} with ${data.constructor.name}; expected float32 with Float32Array or bfloat16 with Uint16Array`,
-  )
 }
 
 /** Without the replacement characters at the end, which stand for the beginning of a character yet to come. */

@@ -28,6 +28,11 @@ export interface LoadOptions {
    * may be replaced or deleted, but calls reject with ERR_FILE_CHANGED once one is modified in place. false reads them.
    */
   map?: boolean
+  /**
+   * Folder of a LoRA adapter that PEFT or `saveAdapter` wrote for this model. Where it says which positions it was
+   * trained with (its config.json), they hold unless `rope` is given.
+   */
+  adapter?: string
   /** Called while weights are read or checked, with the bytes of the files' tensors. */
   onProgress?: (done: { bytes: number; totalBytes: number }) => void
 }
@@ -37,13 +42,16 @@ const DERIVED = /\.rotary_emb\.inv_freq$/
 
 export function checkLoadOptions(path: string, options: LoadOptions): void {
   if (typeof path !== 'string' || path === '') throw new TypeError(`path must be a folder's name, is ${quote(path)}`)
-  const known = ['device', 'dtype', 'rope', 'threads', 'map', 'onProgress']
+  const known = ['device', 'dtype', 'rope', 'threads', 'map', 'adapter', 'onProgress']
   for (const key of Object.keys(options)) {
     if (!known.includes(key)) {
       throw new TypeError(`unknown option ${quote(key)}${didYouMean(key, known)}; known are ${known.join(', ')}`)
     }
   }
-  const { dtype, map } = options
+  const { dtype, map, adapter } = options
+  if (adapter !== undefined && (typeof adapter !== 'string' || adapter === '')) {
+    throw new TypeError(`adapter is ${quote(adapter)}, but must be a folder's name`)
+  }
   if (map !== undefined && typeof map !== 'boolean')
     throw new TypeError(`map is ${quote(map)}, but must be true or false`)
   if (dtype !== undefined && dtype !== 'float32' && dtype !== 'bfloat16') {

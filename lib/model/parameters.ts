@@ -10,12 +10,25 @@ export interface Parameter {
   readonly name: string
   /** Another one after Parameters.own. */
   value: Tensor
+  /** What is added to products with this matrix. */
+  adapter?: LowRank | undefined
+}
+
+/** A change of a matrix (O,I) by a product of low rank r, scale b a: LoRA, arXiv 2106.09685. */
+export interface LowRank {
+  /** (r,I) */
+  a: Parameter
+  /** (O,r) */
+  b: Parameter
+  scale: number
 }
 
 /** Parameters that are updated together: a stretch of the layout. */
 export interface Segment {
   /** 'vectors', or what the names of matrices have in common: 'model.layers.3'. */
   readonly name: string
+  /** Whose layout it is a part of. */
+  readonly of: Parameters
   /** First element in the layout, and how many, padding included. */
   readonly first: number
   readonly elements: number
@@ -29,6 +42,8 @@ export interface Segment {
  */
 export class Parameters {
   readonly elements: number
+  /** Another one when what is recorded of these weights no longer holds: they have moved, or an adapter came or went. */
+  version = 0
   private memory: Buffer | undefined
   private readonly byName = new Map<string, Parameter>()
   private readonly offsets = new Map<string, number>()
@@ -87,6 +102,7 @@ export class Parameters {
     for (const parameter of this) parameter.value = this.in(memory, this.dtype, parameter.name)
     for (const file of files) file.dispose()
     this.memory = memory
+    this.version++
   }
 
   get(name: string): Parameter {
@@ -135,6 +151,7 @@ export class Parameters {
     }
     const all = Array.from(groups, ([name, parameters]) => ({
       name,
+      of: this,
       parameters,
       first: this.offset(parameters[0]!.name),
     }))
@@ -155,6 +172,12 @@ export class Parameters {
       const at = (this.offsets.get(name)! + value.size) * bytes
       await this.device.upload(new Tensor(buffer, at, this.dtype, [gap]), new Uint8Array(gap * bytes))
     }
+  }
+
+  /** Frees memory of their own. */
+  dispose(): void {
+    this.memory?.dispose()
+    this.memory = undefined
   }
 
   private alloc(): Buffer {

@@ -2,11 +2,11 @@ import type { Buffer, Device } from '../runtime/device.js'
 import type { Plan } from '../runtime/plan.js'
 import { Recorder } from '../runtime/recorder.js'
 import type { Tensor } from '../runtime/tensor.js'
-import { allocBatch, type Batch, freeBatch, uploadBatch } from './batch.js'
+import { allocBatch, type Batch, freeBatch, type HostTensor, uploadBatch } from './batch.js'
 import type { LlamaConfig } from './config.js'
 import { type Attend, type BatchTensors, logits, losses, trunk } from './forward.js'
 import { attention } from './layers.js'
-import type { Parameters } from './parameters.js'
+import type { Parameter, Parameters } from './parameters.js'
 import { type ActivationOptions, type Gradients, Tape } from './tape.js'
 
 export type PassKind = 'logits' | 'loss' | 'gradients' | 'accumulate'
@@ -90,6 +90,39 @@ export async function runPass(
 export function disposePass(pass: Pass): void {
   pass.plan.dispose()
   freeBatch(pass.tensors)
+}
+
+/** Gradients of the mean loss of a batch in float32, for all parameters of the groups, the first of which is the model. */
+export async function gradientsOf(
+  device: Device,
+  config: LlamaConfig,
+  groups: readonly Parameters[],
+  batch: Batch,
+): Promise<Map<string, HostTensor<Float32Array>>> {
+  const buffers = new Map<Parameters, Buffer>()
+  let pass: Pass | undefined
+  try {
+    for (const group of groups) buffers.set(group, device.alloc(group.elements * 4, 'gradients (f32)'))
+    const of = ({ name }: Parameter): Tensor => {
+      const group = groups.find((one) => one.has(name))!
+      return group.in(buffers.get(group)!, 'f32', name)
+    }
+    pass = recordPass(device, config, groups[0]!, 'gradients', batch.rows, batch.time, { gradients: { of } })
+    await runPass(device, config, pass, batch)
+    const result = new Map<string, HostTensor<Float32Array>>()
+    for (const parameter of groups.flatMap((group) => [...group])) {
+      const gradient = of(parameter)
+      result.set(parameter.name, {
+        type: 'float32',
+        dims: gradient.dims,
+        data: await device.downloadFloats(gradient),
+      })
+    }
+    return result
+  } finally {
+    if (pass) disposePass(pass)
+    for (const buffer of buffers.values()) buffer.dispose()
+  }
 }
 
 /** How many passes are kept for calls of the same shape, and the bytes of all but the newest. */

@@ -328,8 +328,18 @@ export const OPS = [
     flops: () => 0,
   },
   {
-    name: 'add',
+    name: 'scale',
     opcode: 24,
+    fields: [
+      { kind: 'IN', name: 'x', dtype: 'F', dims: ['N'] },
+      { kind: 'OUT', name: 'y', dtype: 'F', dims: ['N'] },
+      { kind: 'FLT', name: 'a' },
+    ],
+    flops: ({ N }) => N,
+  },
+  {
+    name: 'add',
+    opcode: 25,
     fields: [
       { kind: 'IN', name: 'a', dtype: 'F', dims: ['N'] },
       { kind: 'IN', name: 'b', dtype: 'F', dims: ['N'] },
@@ -339,7 +349,7 @@ export const OPS = [
   },
   {
     name: 'cast',
-    opcode: 25,
+    opcode: 26,
     fields: [
       { kind: 'IN', name: 'x', dtype: 'F', dims: ['N'] },
       { kind: 'OUT', name: 'y', dtype: 'G', dims: ['N'] },
@@ -348,7 +358,7 @@ export const OPS = [
   },
   {
     name: 'fill',
-    opcode: 26,
+    opcode: 27,
     fields: [
       { kind: 'OUT', name: 'y', dtype: 'F', dims: ['N'] },
       { kind: 'FLT', name: 'value' },
@@ -717,6 +727,17 @@ export function copyWait(recorder: Recorder, args: CopyWait): void {
   recorder.emit(OPS[23], args)
 }
 
+export interface Scale {
+  x: Tensor // F (N)
+  y?: Tensor | undefined // F (N)
+  a: number
+}
+
+/** y = a x. */
+export function scale(recorder: Recorder, args: Scale): { y: Tensor } {
+  return recorder.emit(OPS[24], args) as { y: Tensor }
+}
+
 export interface Add {
   a: Tensor // F (N)
   b: Tensor // F (N)
@@ -724,7 +745,7 @@ export interface Add {
 }
 
 export function add(recorder: Recorder, args: Add): { y: Tensor } {
-  return recorder.emit(OPS[24], args) as { y: Tensor }
+  return recorder.emit(OPS[25], args) as { y: Tensor }
 }
 
 export interface Cast {
@@ -733,7 +754,7 @@ export interface Cast {
 }
 
 export function cast(recorder: Recorder, args: Cast): { y: Tensor } {
-  return recorder.emit(OPS[25], args) as { y: Tensor }
+  return recorder.emit(OPS[26], args) as { y: Tensor }
 }
 
 export interface Fill {
@@ -742,8 +763,8 @@ export interface Fill {
 }
 
 export function fill(recorder: Recorder, args: Fill): { y: Tensor } {
-  return recorder.emit(OPS[26], args) as { y: Tensor }
+  return recorder.emit(OPS[27], args) as { y: Tensor }
 }
 
 /** Of the table; the addon and every backend must have been built from the same one. */
-export const TABLE_HASH = '211ef587731c9d48'
+export const TABLE_HASH = 'd8f5d80436740b83'

@@ -11,20 +11,24 @@ import {
   writeFailure,
   writeNewFile,
 } from '../files/durable.js'
+import { openAdapterFolder } from '../files/adapter.js'
 import { openModelFolder } from '../files/folder.js'
 import { isObject, type JsonValue, parseJson } from '../files/json.js'
 import { openSafetensors, type TensorEntry, writeSafetensors } from '../files/safetensors.js'
-import { saveModelFolder } from '../files/save.js'
+import { saveAdapterFolder, saveModelFolder } from '../files/save.js'
 import { writeConfig } from '../model/config.js'
 import type { Llama } from '../model/llama.js'
+import type { Lora } from '../model/lora.js'
 import type { Parameters } from '../model/parameters.js'
+import { readAdapterTensors, writeAdapter } from '../model/peft.js'
 import type { Device, FileDType } from '../runtime/device.js'
 import { type DType, Tensor } from '../runtime/tensor.js'
 import type { DataCursor } from './data.js'
 import type { AdamW } from './optimizer.js'
 
 /**
- * A checkpoint is a Hugging Face folder `checkpoint-000123` that Llama.load takes as it is, and beside the model
+ * A checkpoint is a Hugging Face folder `checkpoint-000123` that Llama.load takes as it is (of a run that trains an
+ * adapter: the adapter, as PEFT has it), and beside the model
  *
  *   trainer.safetensors   moments and masters as they are kept: m.<parameter>, v.<parameter>, master.<parameter> ...
  *   trainer.json          step, counters, options that decide the run, place in the data
@@ -60,8 +64,8 @@ type Sums = Record<string, { bytes: number; sha256: string }>
 export const checkpointName = (step: number): string => `checkpoint-${String(step).padStart(6, '0')}`
 
 /** Bytes of a checkpoint, but for headers and the tokenizer. */
-export function checkpointBytes(weights: Parameters, optimizer: AdamW): number {
-  return weights.buffer.bytes + optimizer.stateBytes
+export function checkpointBytes(weights: Parameters, lora: Lora | undefined, optimizer: AdamW): number {
+  return (lora ? lora.savedBytes : weights.buffer.bytes) + optimizer.stateBytes
 }
 
 /** Checkpoints in a folder, the newest first; healthy or not. */
@@ -99,25 +103,27 @@ export async function writeCheckpoint(
 ): Promise<string> {
   const target = join(output, checkpointName(record.step))
   await model.requireFinite()
-  const needed = checkpointBytes(model.weights, optimizer)
+  const needed = checkpointBytes(model.weights, model.lora, optimizer)
   await makeFolder(output, needed)
   await removeLeftovers(output)
   await requireSpace(output, needed)
   const temporary = temporaryName(target)
-  const { device, weights } = model
+  const { device, weights, config, dtype, lora } = model
   const sums: Sums = {}
   try {
-    const saved = await saveModelFolder(temporary, {
-      config: writeConfig(model.config, model.dtype),
-      tensors: Array.from(weights, ({ name, value }) => ({
-        name,
-        dtype: model.dtype === 'float32' ? 'F32' : 'BF16',
-        dims: [...value.dims],
-        bytes: value.bytes,
-        data: () => device.downloadChunks(value),
-      })),
-      ...(companions !== undefined && { copyFrom: companions }),
-    })
+    const saved = lora
+      ? await saveAdapterFolder(temporary, writeAdapter(lora, config, dtype, model.path))
+      : await saveModelFolder(temporary, {
+          config: writeConfig(config, dtype),
+          tensors: Array.from(weights, ({ name, value }) => ({
+            name,
+            dtype: dtype === 'float32' ? 'F32' : 'BF16',
+            dims: [...value.dims],
+            bytes: value.bytes,
+            data: () => device.downloadChunks(value),
+          })),
+          ...(companions !== undefined && { copyFrom: companions }),
+        })
     for (const { name, bytes, sha256 } of saved) sums[name] = { bytes, sha256 }
     const entries: TensorEntry[] = Array.from(optimizer.entries(), ({ name, tensor }) => {
       const { bytes, dims, dtype } = tensor
@@ -277,7 +283,24 @@ export async function findCheckpoint(
 
 /** Reads weights, moments and masters of a verified checkpoint into a model and an optimizer of the same layout. */
 export async function readCheckpoint(path: string, model: Llama, optimizer: AdamW): Promise<void> {
-  const { device, weights } = model
+  const { device } = model
+  if (model.lora) await readAdapterTensors(await openAdapterFolder(path), model.lora, model.config.tied)
+  else await readModel(path, model)
+  const state = await openSafetensors(join(path, STATE))
+  const file = await open(join(path, STATE))
+  try {
+    for (const { name, tensor } of optimizer.entries()) {
+      const saved = state.tensors.get(name)
+      if (!saved) throw new RopewalkError('ERR_CHECKPOINT', `${join(path, STATE)}: there is no ${name}`)
+      await readBytes(device, file, saved.offset, tensor)
+    }
+  } finally {
+    await file.close()
+    await state.close()
+  }
+}
+
+async function readModel(path: string, { device, weights }: Llama): Promise<void> {
   const folder = await openModelFolder(path)
   try {
     for (const { name, value } of weights) {
@@ -292,17 +315,5 @@ export async function readCheckpoint(path: string, model: Llama, optimizer: Adam
     }
   } finally {
     await folder.close()
-  }
-  const state = await openSafetensors(join(path, STATE))
-  const file = await open(join(path, STATE))
-  try {
-    for (const { name, tensor } of optimizer.entries()) {
-      const saved = state.tensors.get(name)
-      if (!saved) throw new RopewalkError('ERR_CHECKPOINT', `${join(path, STATE)}: there is no ${name}`)
-      await readBytes(device, file, saved.offset, tensor)
-    }
-  } finally {
-    await file.close()
-    await state.close()
   }
 }

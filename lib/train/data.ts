@@ -3,6 +3,7 @@ import { basename } from 'node:path'
 import { RopewalkError } from '../errors.js'
 import { openTokens, type TokenFile, type TokenOptions, type TokenProgress } from '../files/tokens.js'
 import type { BatchOptions, Tokens } from '../model/batch.js'
+import { chunksOf, type PoseSettings } from './pose.js'
 import { permutation } from './shuffle.js'
 
 /**
@@ -21,6 +22,8 @@ export interface DataSettings extends Omit<TokenOptions, 'encode' | 'tokenizerHa
   context: number
   packing: Packing
   seed: number
+  /** Of training windows: chunks of longer texts. */
+  pose?: PoseSettings | undefined
   /** A fraction (below 1) or number of windows to keep out of training, or files of their own. */
   validation: number | readonly string[] | undefined
 }
@@ -74,7 +77,7 @@ export class DataLoader {
 
   /** Reads, tokenises (or finds in the cache) and splits. Throws RopewalkError where there is less than one window. */
   static async open(settings: DataSettings, encoder: Encoder): Promise<DataLoader> {
-    const { data, context, packing, seed, validation } = settings
+    const { data, context, packing, seed, pose, validation } = settings
     const options = { ...settings, encode: (text: string) => encoder.encode(text), tokenizerHash: encoder.hash }
     const file = await openTokens(data, options)
     let other: TokenFile | undefined
@@ -98,7 +101,7 @@ export class DataLoader {
       const windows = countWindows(other, validation, context, 'validation')
       held = { file: other, windows: Uint32Array.from({ length: windows }, (_, i) => i) }
     }
-    const identity = [file.key, other?.key ?? validation ?? null, context, packing]
+    const identity = [file.key, other?.key ?? validation ?? null, context, packing, ...(pose ? [pose] : [])]
     const hash = createHash('sha256').update(JSON.stringify(identity)).digest('hex')
     return new DataLoader(file, held, training, settings, hash)
   }
@@ -117,14 +120,18 @@ export class DataLoader {
   async next(cursor: DataCursor, rows: number): Promise<{ sample: Sample; cursor: DataCursor }> {
     let { epoch, index } = cursor
     const windows: number[] = []
+    const epochs: number[] = []
     while (windows.length < rows) {
       if (index >= this.training.length) {
         epoch++
         index = 0
       }
       windows.push(this.epoch(epoch)[index++]!)
+      epochs.push(epoch)
     }
-    return { sample: await this.sample(this.file, windows), cursor: { epoch, index } }
+    const { pose } = this.settings
+    const sample = pose ? await this.skipping(pose, windows, epochs) : await this.sample(this.file, windows)
+    return { sample, cursor: { epoch, index } }
   }
 
   /**
@@ -148,6 +155,27 @@ export class DataLoader {
       this.order = { epoch, windows: order.map((i) => this.training[i]!) }
     }
     return this.order.windows
+  }
+
+  /** Windows of PoSE: what a window skips stays inside the document that it begins in. */
+  private async skipping(pose: PoseSettings, windows: readonly number[], epochs: readonly number[]): Promise<Sample> {
+    const { file, settings } = this
+    const { context, seed } = settings
+    const dims = [windows.length, context]
+    const data = new Int32Array(windows.length * context)
+    const positions = new Int32Array(data.length)
+    const rows = windows.map(async (window, row) => {
+      const start = window * context
+      const room = file.ends[documentAt(file.ends, start)]! - start
+      for (const chunk of chunksOf(pose, context, { start, room }, seed, epochs[row]!, window)) {
+        const to = row * context + chunk.at
+        data.set(await file.read(chunk.token, chunk.length), to)
+        for (let t = 0; t < chunk.length; t++) positions[to + t] = chunk.position + t
+      }
+    })
+    await Promise.all(rows)
+    const origin = windows.map((window) => `${describe(file, window, context)} and what follows there`)
+    return { tokens: { dims, data }, options: { positions: { dims, data: positions } }, origin }
   }
 
   private async sample(file: TokenFile, windows: readonly number[]): Promise<Sample> {

@@ -1,6 +1,6 @@
 import { PADDING, type Parameter, type Parameters, type Segment } from '../model/parameters.js'
 import type { Gradients } from '../model/tape.js'
-import type { Buffer } from '../runtime/device.js'
+import type { Buffer, Device } from '../runtime/device.js'
 import { adamw, adamw8bit, add, cast, clip, fill, sumSquares } from '../runtime/ops.gen.js'
 import type { Plan } from '../runtime/plan.js'
 import { Recorder } from '../runtime/recorder.js'
@@ -37,7 +37,7 @@ const SEGMENT_SQUARES_AT = 10
 
 /**
  * AdamW (arXiv 1711.05101, one group over all parameters) on the device: gradients, moments and what bfloat16 weights
- * are updated in (see MemoryOptions), in the layout of the weights. Whether an update may be applied is decided on the
+ * are updated in (see MemoryOptions), in the layout of the weights. Of these it knows the segments that are trained. Whether an update may be applied is decided on the
  * device, so that a NaN reaches neither weights nor moments.
  *
  * A step is `begin`, the passes with `gradients`, `end`.
@@ -50,7 +50,9 @@ export class AdamW {
   applied = 0
 
   private readonly memory: MemorySettings
-  private readonly segments: readonly Segment[]
+  private readonly device: Device
+  /** Where each layout begins among all elements: rounding by chance draws another number for each of them. */
+  private readonly starts = new Map<Parameters, number>()
   private readonly segmentOf = new Map<Parameter, Segment>()
   private readonly layout: StateLayout
   private readonly states: Buffer
@@ -61,15 +63,20 @@ export class AdamW {
   private readonly owned: Buffer[] = []
 
   constructor(
-    private readonly weights: Parameters,
+    private readonly segments: readonly Segment[],
     private readonly settings: AdamWSettings,
     onRefused: (message: string) => void = () => undefined,
   ) {
-    const { device, dtype } = weights
+    const device = (this.device = segments[0]!.of.device)
     this.memory = settings.memory ?? MEMORY_DEFAULTS
-    this.segments = weights.segments()
-    for (const segment of this.segments) for (const one of segment.parameters) this.segmentOf.set(one, segment)
-    this.layout = new StateLayout(this.segments, dtype, this.memory)
+    let elements = 0
+    for (const segment of segments) {
+      for (const one of segment.parameters) this.segmentOf.set(one, segment)
+      if (this.starts.has(segment.of)) continue
+      this.starts.set(segment.of, elements)
+      elements += segment.of.elements
+    }
+    this.layout = new StateLayout(segments, this.memory)
     try {
       this.states = this.memory.offloadOptimizer
         ? this.own(device.allocHost(this.layout.bytes, 'optimizer states', onRefused))
@@ -113,7 +120,7 @@ export class AdamW {
   *entries(): IterableIterator<{ name: string; state: StateName; tensor: Tensor }> {
     for (const segment of this.segments) {
       for (const parameter of segment.parameters) {
-        const states = this.layout.ofParameter(this.weights, segment, parameter, this.states)
+        const states = this.layout.ofParameter(segment, parameter, this.states)
         for (const [state, tensor] of states) yield { name: `${state}.${parameter.name}`, state, tensor }
       }
     }
@@ -121,15 +128,14 @@ export class AdamW {
 
   /** The state before the first update: moments 0, masters as the weights are now. */
   async reset(): Promise<void> {
-    const { weights } = this
-    const recorder = new Recorder(weights.device, 'optimizer start')
+    const recorder = new Recorder(this.device, 'optimizer start')
     // All bytes 0 is the start of every kind of moment. Of gradients too: the padding between parameters is never
     // written, and it counts in the norm.
     const all = new Tensor(this.states, 0, 'f32', [this.states.bytes / 4])
     for (const y of [all, ...this.buffers.values()]) fill(recorder, { y, value: 0 })
     for (const segment of this.segments) {
       const { master } = this.layout.of(segment, this.states)
-      if (master) cast(recorder, { x: weights.part(weights.buffer, weights.dtype, segment), y: master })
+      if (master) cast(recorder, { x: weightsOf(segment), y: master })
     }
     const plan = recorder.plan()
     try {
@@ -146,13 +152,13 @@ export class AdamW {
     const t = this.applied + 1
     const scalars = new Float32Array(SCALARS)
     scalars.set([learningRate, 1 - beta1 ** t, 1 - beta2 ** t, this.settings.maxGradNorm, 0, 0, 0, t])
-    await this.weights.device.upload(new Tensor(this.scalars, 0, 'f32', [SCALARS]), scalars)
+    await this.device.upload(new Tensor(this.scalars, 0, 'f32', [SCALARS]), scalars)
   }
 
   /** After them: applies the gradients, unless they or the loss are not finite. */
   async end(): Promise<Update> {
     await this.plan?.run()
-    const scalars = await this.weights.device.downloadFloats(new Tensor(this.scalars, 0, 'f32', [SCALARS]))
+    const scalars = await this.device.downloadFloats(new Tensor(this.scalars, 0, 'f32', [SCALARS]))
     const loss = scalars[LOSS_AT]!
     const gradNorm = Math.sqrt(scalars[SQUARES_AT]!)
     const applied = this.fused ? Number.isFinite(loss) && Number.isFinite(gradNorm) : scalars[6] === 1
@@ -172,12 +178,12 @@ export class AdamW {
 
   /** One block for all, or with fused updates for the vectors, whose gradients come from all layers. */
   private allocGradients(): void {
-    const { device } = this.weights
     const held = this.segments.filter(({ name }) => !this.fused || name === 'vectors')
     const dtypes = held.map((segment) => this.gradientDtype(segment))
     const bytes = held.map(({ elements }, i) => elements * DTYPE_BYTES[dtypes[i]!])
     const total = bytes.reduce((sum, one) => sum + one, 0)
-    const buffer = this.own(device.alloc(total, 'gradients'))
+    if (total === 0) return
+    const buffer = this.own(this.device.alloc(total, 'gradients'))
     let at = 0
     held.forEach((segment, i) => {
       this.buffers.set(segment, new Tensor(buffer, at, dtypes[i]!, [segment.elements]))
@@ -195,7 +201,7 @@ export class AdamW {
     const segment = this.segmentOf.get(parameter)
     const gradient = segment && (whole ?? this.buffers.get(segment))
     if (!gradient) return undefined
-    const start = this.weights.offset(parameter.name) - segment.first
+    const start = segment.of.offset(parameter.name) - segment.first
     const offset = gradient.offset + start * DTYPE_BYTES[gradient.dtype]
     return new Tensor(gradient.storage, offset, gradient.dtype, parameter.value.dims)
   }
@@ -249,7 +255,7 @@ export class AdamW {
   }
 
   private record(): Plan {
-    const recorder = new Recorder(this.weights.device, 'update')
+    const recorder = new Recorder(this.device, 'update')
     const squares = this.scalar(SQUARES_AT)
     let first = true
     for (const g of this.buffers.values()) {
@@ -262,16 +268,16 @@ export class AdamW {
   }
 
   private update(recorder: Recorder, segment: Segment, g: Tensor): void {
-    const { weights, settings, hyper } = this
+    const { settings, hyper } = this
     const { m, v, m_scale, v_scale, master, low }: SegmentStates = this.layout.of(segment, this.states)
-    const p = weights.part(weights.buffer, weights.dtype, segment)
+    const p = weightsOf(segment)
     const scalars = {
       beta1: settings.betas[0],
       beta2: settings.betas[1],
       eps: settings.eps,
       weight_decay: settings.weightDecay,
       seed: settings.seed ?? 0,
-      first: segment.first,
+      first: this.starts.get(segment.of)! + segment.first,
     }
     const common = { p, master, low, g, m: m!, v: v!, hyper, ...scalars }
     if (m_scale && v_scale) adamw8bit(recorder, { ...common, m_scale, v_scale })
@@ -286,3 +292,5 @@ export class AdamW {
     return new Tensor(this.scalars, at * 4, 'f32', [1])
   }
 }
+
+const weightsOf = (segment: Segment): Tensor => segment.of.part(segment.of.buffer, segment.of.dtype, segment)

@@ -1,7 +1,9 @@
 import { didYouMean, quote } from '../errors.js'
+import { type LoraOptions, type LoraSettings, readLora } from '../model/lora.js'
 import { MEMORY_DEFAULTS, type MemoryOptions, type MemorySettings } from './memory.js'
 import type { TokenProgress } from './data.js'
 import type { Packing } from './data.js'
+import type { PoseOptions, PoseSettings } from './pose.js'
 import { type Schedule, schedules } from './schedule.js'
 import type { Trainer } from './trainer.js'
 
@@ -64,10 +66,14 @@ export interface TrainerOptions {
   finalFraction?: number
   /** Decides the order of the windows, the validation split, and rounding by chance; default 0. */
   seed?: number
+  /** Trains an adapter of low rank, and leaves the model's weights as they are; `{}` for the defaults. */
+  lora?: LoraOptions
   /** What a step keeps in memory, and in which form; default: everything, in full. */
   memory?: MemoryOptions
   /** 'concat' (default): documents follow each other in a window. 'documents': they do not see each other. */
   packing?: Packing
+  /** Windows are parts of longer texts, with the positions that they have there: PoSE. */
+  pose?: PoseOptions
   /** End-of-sequence token after each document; default true where the tokenizer or the config names one. */
   appendEos?: boolean
   /** Field or column that holds the text; default 'text'. */
@@ -115,8 +121,10 @@ export interface Settings {
   schedule: Schedule
   finalFraction: number
   seed: number
+  lora: LoraSettings | undefined
   memory: MemorySettings
   packing: Packing
+  pose: PoseSettings | undefined
   appendEos: boolean | undefined
   field: string
   cacheDir: string | undefined
@@ -201,7 +209,14 @@ const CHECKS: Record<keyof TrainerOptions, Check> = {
       throw new TypeError(`${name} is ${quote(value)}, but must be an object`)
     checkKnown(value, MEMORY_CHECKS, `${name}.`)
   },
+  lora: (value, name) => readLora(value as LoraOptions, name),
   packing: oneOf('concat', 'documents'),
+  pose: (value, name) => {
+    if (typeof value !== 'object' || value === null)
+      throw new TypeError(`${name} is ${quote(value)}, but must be an object`)
+    checkKnown(value, { length: whole(2), chunks: whole(2) }, `${name}.`)
+    if ((value as Partial<PoseOptions>).length === undefined) throw new TypeError(`${name}.length is missing`)
+  },
   appendEos: flag,
   field: text,
   cacheDir: text,
@@ -247,6 +262,27 @@ function checkKnown(options: object, checks: Record<string, Check>, prefix = '')
   }
 }
 
+/** Throws where windows of PoSE cannot be made. */
+function checkPose({ length, chunks }: PoseSettings, { context, packing, validation }: TrainerOptions): void {
+  if (context !== undefined && length < context) {
+    throw new RangeError(`pose.length is ${length}, but context is ${context}: positions are to be spread, not pressed`)
+  }
+  if (context !== undefined && chunks > context) {
+    throw new RangeError(`pose.chunks is ${chunks}, but context is ${context}: a chunk has at least one token`)
+  }
+  if (packing === 'documents') {
+    throw new RangeError(
+      "packing is 'documents', whose positions restart with each, but pose spreads those of a window: use 'concat'",
+    )
+  }
+  if (typeof validation === 'number') {
+    throw new RangeError(
+      `validation is ${validation}, but with pose a training window takes tokens from further on, which may be a ` +
+        "validation window's: give validation files of their own",
+    )
+  }
+}
+
 /** Throws where options exclude each other. */
 function checkMemory(memory: MemorySettings, accumulate: number): void {
   if (memory.gradients === 'fused' && accumulate > 1) {
@@ -285,6 +321,8 @@ export function readOptions(options: TrainerOptions): Settings {
   }
   const memory = { ...MEMORY_DEFAULTS, ...given(options.memory) }
   checkMemory(memory, options.accumulate ?? 1)
+  const pose = options.pose && { chunks: 2, ...given(options.pose), length: options.pose.length }
+  if (pose) checkPose(pose, options)
   return {
     data: list(options.data),
     context: options.context,
@@ -300,8 +338,10 @@ export function readOptions(options: TrainerOptions): Settings {
     schedule: options.schedule ?? 'constant',
     finalFraction: options.finalFraction ?? 0.1,
     seed: options.seed ?? 0,
+    lora: options.lora && readLora(options.lora),
     memory,
     packing: options.packing ?? 'concat',
+    pose,
     appendEos: options.appendEos,
     field: options.field ?? 'text',
     cacheDir: options.cacheDir,

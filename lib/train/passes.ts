@@ -17,6 +17,8 @@ export class TrainingPasses {
   readonly batchBytes: number
   /** Floating-point operations of a step. */
   readonly flops: number
+  /** Of the weights that they were recorded for. */
+  readonly version: number
 
   private readonly passes = new Map<PassKind, Pass>()
   private readonly arena: Buffer
@@ -36,6 +38,7 @@ export class TrainingPasses {
     private readonly memory = MEMORY_DEFAULTS,
     onRefused: (message: string) => void = () => undefined,
   ) {
+    this.version = weights.version
     const kinds: PassKind[] = ['gradients']
     if (accumulate > 1) kinds.push('accumulate')
     if (validates) kinds.push('loss')

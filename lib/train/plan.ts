@@ -1,5 +1,6 @@
 import { parameterShapes } from '../model/config.js'
 import type { Llama } from '../model/llama.js'
+import { Lora } from '../model/lora.js'
 import { Parameters } from '../model/parameters.js'
 import { checkpointBytes } from './checkpoint.js'
 import { AdamW } from './optimizer.js'
@@ -12,7 +13,10 @@ import { TrainingPasses } from './passes.js'
  * @category Training
  */
 export interface TrainingPlan {
-  /** Weights in the model's dtype, each parameter padded to a multiple of 128 elements. */
+  /**
+   * Weights in the model's dtype, and an adapter's in float32, each parameter padded to a multiple of 256 elements. With
+   * `lora` they may stay in their files, in the page cache, and are counted here all the same.
+   */
   weightsBytes: number
   /** Gradients that are held from the backward pass to the update: none or few with fused updates. */
   gradientBytes: number
@@ -39,7 +43,8 @@ export function planTraining(model: Llama, settings: Settings, context: number):
   const { batchSize, accumulate, validation } = settings
   const device = model.device.planner()
   const weights = new Parameters(device, model.weights.dtype, parameterShapes(model.config))
-  const optimizer = new AdamW(weights, settings)
+  const lora = settings.lora && new Lora(weights, model.config, settings.lora)
+  const optimizer = new AdamW((lora ?? weights).segments(), settings)
   const validates = validation !== undefined
   const { config } = model
   const passes = new TrainingPasses(
@@ -53,7 +58,7 @@ export function planTraining(model: Llama, settings: Settings, context: number):
     settings.memory,
   )
   return {
-    weightsBytes: weights.buffer.bytes,
+    weightsBytes: weights.buffer.bytes + (lora?.parameters.buffer.bytes ?? 0),
     gradientBytes: optimizer.gradientBytes,
     optimizerBytes: optimizer.stateBytes - optimizer.hostBytes,
     activationBytes: passes.arenaBytes,
@@ -61,7 +66,7 @@ export function planTraining(model: Llama, settings: Settings, context: number):
     hostBytes: device.hostBytes,
     workspaceBytes: device.workspaceBytes,
     totalBytes: device.allocatedBytes,
-    checkpointBytes: checkpointBytes(weights, optimizer),
+    checkpointBytes: checkpointBytes(weights, lora, optimizer),
     flopsPerStep: passes.flops,
   }
 }

@@ -1,11 +1,17 @@
+import { createHash } from 'node:crypto'
 import { relative, resolve } from 'node:path'
 import { quote, RopewalkError } from '../errors.js'
 import type { JsonValue } from '../files/json.js'
 import type { Llama } from '../model/llama.js'
+import { isTrained, type LoraSettings } from '../model/lora.js'
 import { writeRope } from '../rope.js'
+import { Tensor } from '../runtime/tensor.js'
 import { findCheckpoint, listCheckpoints, removeLeftovers, type TrainerRecord } from './checkpoint.js'
 import { MEMORY_DEFAULTS } from './memory.js'
 import type { Settings } from './options.js'
+
+/** Bytes of each weight that tell it from another one. */
+const SAMPLE = 4096
 
 /**
  * The checkpoint that the options ask to go on from, undefined for a start from the beginning. Throws RopewalkError
@@ -61,6 +67,8 @@ export function decisiveOptions(settings: Settings): TrainerRecord['options'] {
     ...(falls && { steps: settings.steps, finalFraction: settings.finalFraction }),
     seed,
     packing,
+    ...(settings.lora && { lora: { ...settings.lora, targets: [...settings.lora.targets] } as unknown as JsonValue }),
+    ...(settings.pose && { pose: { ...settings.pose } }),
     // Where they are as they have always been, records of earlier releases say nothing of them.
     ...decisiveMemory(settings),
   }
@@ -74,16 +82,44 @@ function decisiveMemory({ memory }: Settings): TrainerRecord['options'] {
   )
 }
 
-/** What decides the model beside its weights, as it stands in trainer.json. */
-export function decisiveModel({ config, dtype }: Llama): TrainerRecord['model'] {
+/**
+ * A hash of the beginnings of all weights that training an adapter leaves as they are: its checkpoints do not have them,
+ * and are of use with these alone. Training changes every matrix all over.
+ */
+export async function frozenWeights({ device, weights }: Llama, { alsoTrain }: LoraSettings): Promise<string> {
+  const hash = createHash('sha256')
+  for (const { name, value } of weights) {
+    if (isTrained(name, value.dims, alsoTrain)) continue
+    const { storage, offset, bytes } = value
+    hash.update(await device.download(new Tensor(storage, offset, 'u8', [Math.min(bytes, SAMPLE)])))
+  }
+  return hash.digest('hex')
+}
+
+/** What decides the model beside its weights, as it stands in trainer.json; `frozen` are those that are not saved. */
+export function decisiveModel(
+  { config, dtype, lora }: Llama,
+  settings: Settings,
+  frozen?: string,
+): TrainerRecord['model'] {
   const { raw: _, bosId: _bos, eosIds: _eos, originalMaxPositionEmbeddings: original, ...fields } = config
   // As config.json says it: a config that was read, stretched or not, and one that was saved are then the same.
   const rope = writeRope(config.rope, original)
-  return JSON.parse(JSON.stringify({ ...fields, rope, dtype })) as TrainerRecord['model']
+  const adapter = settings.lora && {
+    frozenWeights: frozen,
+    adapterScale: lora?.scale ?? settings.lora.alpha / settings.lora.rank,
+  }
+  return JSON.parse(JSON.stringify({ ...fields, rope, dtype, ...adapter })) as TrainerRecord['model']
 }
 
 /** Throws RopewalkError ERR_RESUME that names the first difference, what was saved and what is given now. */
-export function requireSame(path: string, saved: TrainerRecord, settings: Settings, model: Llama): void {
+export function requireSame(
+  path: string,
+  saved: TrainerRecord,
+  settings: Settings,
+  model: Llama,
+  frozen: string | undefined,
+): void {
   const compare = (what: string, then: Record<string, JsonValue>, now: Record<string, JsonValue>): void => {
     for (const name of new Set([...Object.keys(then), ...Object.keys(now)])) {
       if (canonical(then[name]) === canonical(now[name])) continue
@@ -95,7 +131,7 @@ export function requireSame(path: string, saved: TrainerRecord, settings: Settin
     }
   }
   compare('option', saved.options, decisiveOptions(settings))
-  compare("the model's", saved.model, decisiveModel(model))
+  compare("the model's", saved.model, decisiveModel(model, settings, frozen))
 }
 
 /** JSON with sorted keys: objects from a file and from a config need not have the same order. */

@@ -1,10 +1,10 @@
 /**
  * Random order that any program can repeat: sfc32 (Chris Doty-Humphrey's Small Fast Counting generator, 32 bits), its
- * state filled by splitmix32 from the seed's halves and the stream number, 12 values thrown away. An order is a
+ * state filled by splitmix32 from the seed's halves and the stream numbers, 12 values thrown away. An order is a
  * function of its arguments alone, so a run that resumes needs no generator state, only the numbers.
  */
-function generator(seed: number, stream: number): () => number {
-  const words = [seed >>> 0, Math.floor(seed / 2 ** 32) >>> 0, stream >>> 0]
+function generator(seed: number, ...streams: number[]): () => number {
+  const words = [seed, Math.floor(seed / 2 ** 32), ...streams].map((word) => word >>> 0)
   let mixed = 0x9e3779b9
   const next = (): number => {
     mixed = (mixed + 0x9e3779b9) | 0
@@ -31,16 +31,23 @@ function generator(seed: number, stream: number): () => number {
   return draw
 }
 
-/** `items` shuffled in place (Fisher-Yates, from the end), without bias. The same seed and stream give the same order. */
-export function shuffle(items: Uint32Array, seed: number, stream: number): Uint32Array {
-  const draw = generator(seed, stream)
-  for (let i = items.length - 1; i > 0; i--) {
-    const range = i + 1
+/** Gives whole numbers below a bound of at most 2^32, without bias: a function of the seed, the streams and the calls. */
+export function integers(seed: number, ...streams: number[]): (range: number) => number {
+  const draw = generator(seed, ...streams)
+  return (range) => {
     // what is left over above a whole number of ranges would make small numbers likelier
     const limit = 2 ** 32 - (2 ** 32 % range)
     let value = draw()
     while (value >= limit) value = draw()
-    const j = value % range
+    return value % range
+  }
+}
+
+/** `items` shuffled in place (Fisher-Yates, from the end), without bias. The same seed and stream give the same order. */
+export function shuffle(items: Uint32Array, seed: number, stream: number): Uint32Array {
+  const below = integers(seed, stream)
+  for (let i = items.length - 1; i > 0; i--) {
+    const j = below(i + 1)
     const item = items[i]!
     items[i] = items[j]!
     items[j] = item

@@ -1,4 +1,4 @@
-import { PADDING, type Parameter, type Parameters, type Segment } from '../model/parameters.js'
+import { PADDING, type Parameter, type Segment } from '../model/parameters.js'
 import type { Buffer } from '../runtime/device.js'
 import { DTYPE_BYTES, type DType, Tensor } from '../runtime/tensor.js'
 import type { MemorySettings } from './memory.js'
@@ -18,8 +18,9 @@ interface State {
 const MOMENTS = { float32: 'f32', bfloat16: 'bf16' } as const
 
 /** The states of a segment. Vectors keep theirs in float32: they are few, and norms are sensitive. */
-function statesOf(segment: Segment, weights: DType, { moments, masters }: MemorySettings): Map<StateName, State> {
+function statesOf(segment: Segment, { moments, masters }: MemorySettings): Map<StateName, State> {
   const states = new Map<StateName, State>()
+  const weights = segment.of.dtype
   const vectors = segment.name === 'vectors'
   if (moments === '8bit' && !vectors) {
     for (const name of ['m', 'v'] as const) {
@@ -40,11 +41,11 @@ export class StateLayout {
   readonly bytes: number
   private readonly places = new Map<Segment, Map<StateName, State & { offset: number; size: number }>>()
 
-  constructor(segments: readonly Segment[], weights: DType, options: MemorySettings) {
+  constructor(segments: readonly Segment[], options: MemorySettings) {
     let at = 0
     for (const segment of segments) {
       const places = new Map<StateName, State & { offset: number; size: number }>()
-      for (const [name, { dtype, per }] of statesOf(segment, weights, options)) {
+      for (const [name, { dtype, per }] of statesOf(segment, options)) {
         const size = segment.elements / per
         places.set(name, { offset: at, size, dtype, per })
         at += Math.ceil((size * DTYPE_BYTES[dtype]) / PADDING) * PADDING
@@ -65,8 +66,8 @@ export class StateLayout {
   }
 
   /** The states of one parameter, by name. Scales are (blocks), all others have the parameter's dims. */
-  ofParameter(weights: Parameters, segment: Segment, parameter: Parameter, buffer: Buffer): Map<StateName, Tensor> {
-    const start = weights.offset(parameter.name) - segment.first
+  ofParameter(segment: Segment, parameter: Parameter, buffer: Buffer): Map<StateName, Tensor> {
+    const start = segment.of.offset(parameter.name) - segment.first
     return new Map(
       Array.from(this.places.get(segment)!, ([name, { offset, dtype, per }]) => {
         const dims = per === 1 ? parameter.value.dims : [Math.ceil(parameter.value.size / per)]

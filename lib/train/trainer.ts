@@ -4,6 +4,7 @@ import { RopewalkError } from '../errors.js'
 import { requireSpace } from '../files/durable.js'
 import { type Batch, type BatchOptions, readBatch, type Tokens } from '../model/batch.js'
 import type { Llama } from '../model/llama.js'
+import { checkLora, type Lora } from '../model/lora.js'
 import {
   checkpointBytes,
   checkpointName,
@@ -21,7 +22,7 @@ import { AdamW } from './optimizer.js'
 import { readOptions, type Settings, type TrainerOptions } from './options.js'
 import { TrainingPasses } from './passes.js'
 import { planTraining, type TrainingPlan } from './plan.js'
-import { checkpointToResume, decisiveModel, decisiveOptions, requireSame } from './resume.js'
+import { checkpointToResume, decisiveModel, decisiveOptions, frozenWeights, requireSame } from './resume.js'
 import { measurePeak } from './peak.js'
 import { learningRateAt } from './schedule.js'
 
@@ -50,7 +51,7 @@ export interface TrainerState {
 }
 
 /**
- * Fine-tunes all weights of a model by AdamW. What is computed depends on model, data and options alone: two runs, a
+ * Fine-tunes all weights of a model, or an adapter (option `lora`), by AdamW. What is computed depends on model, data and options alone: two runs, a
  * run that was stopped and resumed, and runs with other numbers of threads end with the same bits.
  *
  * Gradients and optimizer states are allocated at the first step and freed by `dispose`. While a trainer is in use, a
@@ -75,6 +76,10 @@ export class Trainer {
   private savedStep: number | undefined
   /** The folder whose tokenizer goes with checkpoints: the newest one, before the first the model's, if it has any. */
   private companions: string | undefined
+  /** Hash of the weights that an adapter's checkpoints do not have. */
+  private frozen: string | undefined
+  /** The adapter that is trained. */
+  private lora: Lora | undefined
   private readonly healthy = new Set<string>()
   private running = false
   private peakFlops: number | undefined
@@ -89,7 +94,11 @@ export class Trainer {
     this.settings = readOptions(options)
     checkMemoryOf(model.config, this.settings.memory)
     this.peakFlops = this.settings.peakFlops
-    if (this.settings.context !== undefined) this.requireWindow(this.settings.context, 'context')
+    const { context, pose, lora } = this.settings
+    if (context !== undefined) this.requireWindow(context, 'context')
+    if (pose) this.requireWindow(pose.length, 'pose.length')
+    if (lora) checkLora(model.config, lora)
+    this.requireAdapter()
   }
 
   /**
@@ -177,7 +186,7 @@ export class Trainer {
         version: 1,
         ...{ step, applied: optimizer.applied, skipped, skippedInARow, tokens },
         options: decisiveOptions(settings),
-        model: decisiveModel(model),
+        model: decisiveModel(model, settings, this.frozen),
         data: this.data,
       }
       await this.metrics?.sync()
@@ -224,14 +233,20 @@ export class Trainer {
     const { model, settings } = this
     if (model.device.dry) throw new Error('the dry device plans, it does not train: load the model on another device')
     const checkpoint = await checkpointToResume(settings, (message) => this.warn(message))
-    if (checkpoint) requireSame(checkpoint.path, checkpoint.record, settings, model)
+    this.requireAdapter()
+    this.frozen = settings.lora && (await frozenWeights(model, settings.lora))
+    if (checkpoint) requireSame(checkpoint.path, checkpoint.record, settings, model, this.frozen)
     // A model that was made, not loaded, may have no folder; one that has is not to lose its tokenizer in silence.
     const folder = await stat(model.path).catch(() => undefined)
     this.companions = folder?.isDirectory() ? model.path : undefined
     model.releasePasses()
-    await model.own()
-    const optimizer = new AdamW(model.weights, settings, (message) => this.warn(message))
+    const added = settings.lora !== undefined && !model.lora
+    let optimizer: AdamW | undefined
     try {
+      if (settings.lora && added) await model.addAdapter(settings.lora, settings.seed)
+      if (!settings.lora || settings.lora.alsoTrain.length > 0) await model.own()
+      const segments = (model.lora ?? model.weights).segments()
+      optimizer = new AdamW(segments, settings, (message) => this.warn(message))
       await optimizer.reset()
       if (checkpoint) {
         await readCheckpoint(checkpoint.path, model, optimizer)
@@ -247,8 +262,10 @@ export class Trainer {
         settings.onProgress({ stage: 'resume', path: checkpoint.path, step })
       }
       this.optimizer = optimizer
+      this.lora = model.lora
     } catch (error) {
-      optimizer.dispose()
+      optimizer?.dispose()
+      if (added) model.dropAdapter()
       throw error
     }
   }
@@ -261,7 +278,7 @@ export class Trainer {
     const present = (await listCheckpoints(output)).length
     // While one is written, `keep` older ones may stand beside it.
     const more = Math.max(1, Math.min(keep + 1 - present, Math.ceil(left / saveEvery)))
-    const needed = more * checkpointBytes(this.model.weights, this.optimizer!)
+    const needed = more * checkpointBytes(this.model.weights, this.lora, this.optimizer!)
     await makeFolder(output, needed)
     await requireSpace(output, needed)
   }
@@ -324,8 +341,11 @@ export class Trainer {
   }
 
   private async advance(batches: readonly Batch[], began: number): Promise<StepResult> {
-    const { settings, state } = this
+    const { settings, state, model } = this
     const { rows, time } = batches[0]!
+    if (model.lora !== this.lora) {
+      throw new Error("the model's adapter was merged or added since this trainer began: make a new Trainer")
+    }
     if (!batches.some(({ targets }) => targets > 0)) {
       throw new RangeError(
         'no label counts: every row needs at least two tokens, and a label that is not -100 after the first',
@@ -353,7 +373,8 @@ export class Trainer {
   /** The passes for micro-batches of a shape; those of one shape are held at a time. */
   private passesFor(rows: number, time: number, accumulate: number): TrainingPasses {
     const { passes, model, validates } = this
-    if (passes?.rows === rows && passes.time === time && passes.accumulate === accumulate) return passes
+    const same = passes?.rows === rows && passes.time === time && passes.accumulate === accumulate
+    if (same && passes.version === model.weights.version) return passes
     passes?.dispose()
     this.passes = undefined
     model.releasePasses()
@@ -407,6 +428,18 @@ export class Trainer {
     const { context } = this.settings
     if (context === undefined) throw new TypeError('the option context is missing: the tokens in a training window')
     return context
+  }
+
+  /** An adapter that is there is what is trained, or in the way. */
+  private requireAdapter(): void {
+    const { adapter } = this.model
+    const { lora } = this.settings
+    if (!adapter || JSON.stringify(adapter) === JSON.stringify(lora)) return
+    throw new RangeError(
+      `the model has an adapter (${JSON.stringify(adapter)}), ` +
+        (lora ? `but the option lora is ${JSON.stringify(lora)}` : 'but the option lora is not given') +
+        ': give lora: model.adapter to go on training it, or merge() it first',
+    )
   }
 
   private requireWindow(length: number, name: string): void {

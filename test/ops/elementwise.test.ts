@@ -39,6 +39,36 @@ t.test('add: special values', availability(), async (t) => {
   }
 })
 
+t.test('scale', availability(), async (t) => {
+  const random = new Random(3)
+  for (const [i, N] of SIZES.entries()) {
+    for (const F of FLOATS) {
+      const x = tensor(F, N % 3 === 0 ? [3, N / 3] : [N], () => random.normal())
+      const a = [2, 1 / 3, -0.7, 1e-3, 0, 16][i % 6]!
+      await check(t, {
+        op: 'scale',
+        label: `${N} ${F} by ${a}`,
+        args: { x, y: output(F, x.dims), a },
+        reference: () => ({ y: x.values.map((value) => Math.fround(value * Math.fround(a))) }),
+        bitwise: true,
+      })
+    }
+  }
+  const values = [0, -0, 1, -1, Infinity, -Infinity, NaN, 3.4028234663852886e38, 1e-45, 2 ** -126]
+  for (const a of [2, -0.5, 0, Infinity]) {
+    for (const F of FLOATS) {
+      const x = tensor(F, [values.length], values)
+      await check(t, {
+        op: 'scale',
+        label: `special values ${F} by ${a}`,
+        args: { x, y: output(F, x.dims), a },
+        reference: () => ({ y: x.values.map((value) => Math.fround(value * a)) }),
+        bitwise: true,
+      })
+    }
+  }
+})
+
 t.test('cast', availability(), async (t) => {
   const random = new Random(2)
   for (const N of SIZES) {

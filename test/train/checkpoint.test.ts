@@ -60,6 +60,10 @@ t.test('resuming changes no bit', async (t) => {
     ['accumulated, bfloat16', { accumulate: 2, maxGradNorm: 0.5 }, 'mha-bf16'],
     ['documents', { packing: 'documents', weightDecay: 0.1, validation: 1, seed: 5 }],
     ['falling', { schedule: 'cosine', warmupSteps: 2, betas: [0.8, 0.99] }],
+    ['an adapter', { lora: { rank: 2 }, seed: 3 }],
+    ['an adapter, embedding and norms', { lora: { rank: 3, alsoTrain: ['embed', 'norm'] }, accumulate: 2 }, 'mha-bf16'],
+    ['an adapter, tied', { lora: { alsoTrain: ['embed'] } }, 'sharded-tied-linear8'],
+    ['PoSE', { pose: { length: 100, chunks: 3 }, seed: 2, batchSize: 2 }],
     ['stretched, tied, sharded', {}, 'sharded-tied-linear8', { rope: { type: 'linear', factor: 2 } }],
   ]
   for (const [what, options, name, how] of variants) {

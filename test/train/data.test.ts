@@ -4,6 +4,7 @@ import { join } from 'node:path'
 import t from 'tap'
 import { openTokens } from '../../lib/files/tokens.js'
 import { type DataCursor, DataLoader, type DataSettings, type Sample } from '../../lib/train/data.js'
+import { chunksOf } from '../../lib/train/pose.js'
 import { learningRateAt, type ScheduleSettings } from '../../lib/train/schedule.js'
 import { permutation } from '../../lib/train/shuffle.js'
 
@@ -332,4 +333,122 @@ t.test('a shard for each file: one that is added costs only itself', async (t) =
     'across the border of two shards',
   )
   t.strictSame([...two.ends], [8, 16])
+})
+
+t.test('PoSE: chunks', async (t) => {
+  const pose = { length: 100, chunks: 2 }
+  const [context, start, room] = [10, 50, 40]
+  const gaps = new Map<number, number>()
+  const skips = new Map<number, number>()
+  const splits = new Map<number, number>()
+  const count = (map: Map<number, number>, key: number): unknown => map.set(key, (map.get(key) ?? 0) + 1)
+  const runs = 20000
+  for (let window = 0; window < runs; window++) {
+    const [first, second, ...more] = chunksOf(pose, context, { start, room }, 7, 0, window)
+    if (more.length > 0 || first!.at !== 0 || first!.token !== start || first!.position !== 0) throw new Error('first')
+    if (second!.at !== first!.length || first!.length + second!.length !== context) throw new Error('not a window')
+    count(splits, first!.length)
+    count(gaps, second!.token - start - first!.length)
+    count(skips, second!.position - first!.length)
+  }
+  // As the authors draw them: split 1 .. (n + 1) / 2, text left out 0 .. room - n, positions 0 .. length - n, all uniform.
+  for (const [map, size] of [
+    [splits, 5],
+    [gaps, 31],
+    [skips, 91],
+  ] as const) {
+    const least = map === splits ? 1 : 0
+    t.strictSame(Math.min(...map.keys()), least)
+    t.strictSame(Math.max(...map.keys()), least + size - 1)
+    const expected = runs / size
+    const chi = Array.from({ length: size }, (_, i) => ((map.get(i + least) ?? 0) - expected) ** 2 / expected)
+    const sum = chi.reduce((a, b) => a + b)
+    t.ok(sum < size - 1 + 5 * Math.sqrt(2 * size), `${size} equally likely: chi-square ${sum}`)
+  }
+  for (const [chunks, context, length, room] of [
+    [3, 10, 11, 1000],
+    [10, 10, 50, 30],
+    [7, 10, 10, 5],
+    [2, 2, 3, 3],
+    [2, 3, 1e9, 4e9],
+  ] as const) {
+    for (let window = 0; window < 500; window++) {
+      const parts = chunksOf({ length, chunks }, context, { start: 20, room }, 1, 2, window)
+      let [at, token, position] = [0, 20, 0]
+      for (const part of parts) {
+        const inOrder = part.at === at && part.token >= token && part.position >= position && part.length >= 1
+        if (!inOrder) throw new Error(`out of order: ${JSON.stringify(parts)}`)
+        at += part.length
+        token = part.token + part.length
+        position = part.position + part.length
+      }
+      if (parts.length !== chunks || at !== context || position > length) throw new Error(JSON.stringify(parts))
+      if (token > 20 + Math.max(room, context)) throw new Error(`leaves its document: ${JSON.stringify(parts)}`)
+    }
+  }
+  t.strictSame(chunksOf(pose, 10, { start, room }, 7, 3, 4), chunksOf(pose, 10, { start, room }, 7, 3, 4))
+  const others = [chunksOf(pose, 10, { start, room }, 8, 3, 4), chunksOf(pose, 10, { start, room }, 7, 4, 3)]
+  for (const other of others) t.notSame(other, chunksOf(pose, 10, { start, room }, 7, 3, 4))
+})
+
+t.test('PoSE: windows', async (t) => {
+  // Every token says where it is: documents of 3 to 120 characters, all different.
+  const texts = [90, 3, 120, 7, 60].map((size, d) =>
+    String.fromCodePoint(...Array.from({ length: size }, (_, i) => 0x1000 * (d + 1) + i)),
+  )
+  const stream = texts.flatMap((text) => [BOS, ...Array.from(text, (c) => c.codePointAt(0)!), EOS])
+  const context = 8
+  const pose = { length: 64, chunks: 2 }
+  const data = [file(texts)]
+  const loader = await open({ data, context, pose })
+  const plain = await open({ data, context })
+  t.not(loader.hash, plain.hash)
+  t.strictSame(loader.size, plain.size)
+  const samples: { row: number[]; positions: number[] }[] = []
+  const cursors: DataCursor[] = [start]
+  const windows = loader.size.windows
+  for (let i = 0; i < 3 * windows; i++) {
+    const { sample, cursor } = await loader.next(cursors.at(-1)!, 1)
+    t.strictSame(Object.keys(sample.options), ['positions'], 'labels are the tokens, over the gap too')
+    const { data: positions } = sample.options.positions as { data: Int32Array }
+    samples.push({ row: rowsOf(sample)[0]!, positions: [...positions] })
+    cursors.push(cursor)
+  }
+  let skipped = 0
+  for (const { row, positions } of samples) {
+    const known = row.filter((id) => id > EOS)
+    const places = known.map((id) => stream.indexOf(id))
+    t.ok(
+      places.every((place, i) => i === 0 || place > places[i - 1]!),
+      'no token twice, none out of order',
+    )
+    t.equal(positions[0], 0)
+    t.ok(positions.every((position, i) => i === 0 || position > positions[i - 1]!) && positions.at(-1)! < 64)
+    t.ok(positions.filter((position, i) => i > 0 && position !== positions[i - 1]! + 1).length <= 1, 'one gap at most')
+    // A window that leaves its document is the stream as it is: nothing is left out between documents.
+    const from = places[0]! - row.indexOf(known[0]!)
+    const whole = stream.slice(from, from + context).join() === row.join()
+    const documents = new Set(known.map((id) => id >> 12))
+    t.ok(whole || documents.size === 1, row.join())
+    if (!whole) skipped++
+  }
+  t.ok(skipped > windows, `${skipped} windows leave text out`)
+  t.notSame(samples.slice(0, windows).sort(), samples.slice(windows, 2 * windows).sort(), 'drawn anew in every epoch')
+  // From any cursor on, in rows of any number, the same.
+  const again = await open({ data, context, pose })
+  const { sample } = await again.next(cursors[windows - 2]!, 4)
+  t.strictSame(
+    rowsOf(sample),
+    samples.slice(windows - 2, windows + 2).map(({ row }) => row),
+  )
+  t.strictSame(
+    [...(sample.options.positions as { data: Int32Array }).data],
+    samples.slice(windows - 2, windows + 2).flatMap(({ positions }) => positions),
+  )
+  const other = await open({ data, context, pose, seed: 1 })
+  t.notSame((await other.next(start, 4)).sample, (await again.next(start, 4)).sample)
+
+  // Files of validation are read as they are.
+  const held = await open({ data, context, pose, validation: data })
+  for await (const { sample } of held.validation(2)) t.strictSame(sample.options, {})
 })

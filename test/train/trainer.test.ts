@@ -108,6 +108,15 @@ t.test('options', async (t) => {
     [{ resume: 5 }, TypeError, /resume is 5/],
     [{ appendEos: 'yes' }, TypeError, /appendEos is "yes", but must be true or false/],
     [{ seed: -1 }, RangeError, /seed is -1/],
+    [{ pose: 5 }, TypeError, /pose is 5, but must be an object/],
+    [{ pose: {} }, TypeError, /pose.length is missing/],
+    [{ pose: { lenght: 64 } }, TypeError, /unknown option "pose.lenght"; did you mean "length"\?/],
+    [{ pose: { length: 64, chunks: 1 } }, RangeError, /pose.chunks is 1, but must be a whole number >= 2/],
+    [{ pose: { length: 31 }, context: 32 }, RangeError, /pose.length is 31, but context is 32/],
+    [{ pose: { length: 64, chunks: 33 }, context: 32 }, RangeError, /pose.chunks is 33, but context is 32/],
+    [{ pose: { length: 256 }, context: 32 }, RangeError, /pose.length is 256, but the model's context window is 128/],
+    [{ pose: { length: 64 }, packing: 'documents' }, RangeError, /packing is 'documents', whose positions restart/],
+    [{ pose: { length: 64 }, validation: 0.1 }, RangeError, /validation is 0.1, but with pose .* files of their own/],
     [{ context: 4096 }, RangeError, /context is 4096, but the model's context window is 128: .* factor: 32 /],
   ]
   for (const [options, type, message] of bad)
