@@ -4,7 +4,7 @@ import type { Buffer } from '../runtime/device.js'
 import { adamw as adamw_, add, cast, clip, fill, sumSquares } from '../runtime/ops.gen.js'
 import type { Plan } from '../runtime/plan.js'
 import { Recorder } from '../runtime/recorder.js'
-import { DTYPE_BYTES, type DType, Tensor } from '../runtime/tensor.js'
+import { DTYPE_BYTES, type DType, setPurpose, Tensor } from '../runtime/tensor.js'
 import { MEMORY_DEFAULTS, type MemorySettings } from './memory.js'
 import { type SegmentStates, StateLayout, type StateName } from './states.js'
 
@@ -212,6 +212,7 @@ export class AdamW {
       let gradient = this.buffers.get(segment) ?? alive.get(segment)
       if (!gradient) {
         gradient = recording!.scratch('f32', [segment.elements], `gradients of ${segment.name}`)
+        setPurpose(gradient, 'gradient')
         // zeros between the parameters
         if (segment.parameters.some(({ value }) => value.size % PADDING !== 0)) {
           fill(recording!, { y: gradient, value: 0 })
