@@ -167,10 +167,13 @@ Napi::Value open_device(const Napi::CallbackInfo& info) {
   return Napi::Number::New(env, id);
 }
 
-// (device) -> string
+// (device) -> { description, workspaceBytes }
 Napi::Value describe(const Napi::CallbackInfo& info) {
   Device& device = *handle(info, 0, addon(info).devices, "device")->device;
-  return Napi::String::New(info.Env(), device.backend().describe(device.handle()));
+  Napi::Object result = Napi::Object::New(info.Env());
+  result.Set("description", device.backend().describe(device.handle()));
+  result.Set("workspaceBytes", static_cast<double>(device.backend().workspace));
+  return result;
 }
 
 Napi::Object memory_object(Napi::Env env, uint64_t free_bytes, uint64_t total_bytes) {
@@ -178,12 +181,6 @@ Napi::Object memory_object(Napi::Env env, uint64_t free_bytes, uint64_t total_by
   result.Set("freeBytes", static_cast<double>(free_bytes));
   result.Set("totalBytes", static_cast<double>(total_bytes));
   return result;
-}
-
-// (device) -> bytes that it took for itself when it was opened
-Napi::Value workspace(const Napi::CallbackInfo& info) {
-  Device& device = *handle(info, 0, addon(info).devices, "device")->device;
-  return Napi::Number::New(info.Env(), static_cast<double>(device.backend().workspace));
 }
 
 // (device) -> { freeBytes, totalBytes }, undefined where it uses the host's memory
@@ -290,13 +287,14 @@ Napi::Value download(const Napi::CallbackInfo& info) {
 Napi::Value read(const Napi::CallbackInfo& info) {
   std::shared_ptr<Buffer> buffer = handle(info, 0, addon(info).buffers, "buffer");
   const int64_t offset = integer(info, 1, 0, kMaxSize);
-  const auto dtype = static_cast<DType>(integer(info, 2, 0, 2));
+  const auto dtype = static_cast<DType>(integer(info, 2, 0, kDTypes - 1));
   const int fd = static_cast<int>(integer(info, 3, 0, INT32_MAX));
   const int64_t file_offset = integer(info, 4, 0, kMaxSize);
-  const auto file_dtype = static_cast<FileDType>(integer(info, 5, 0, 4));
+  const auto file_dtype = static_cast<FileDType>(integer(info, 5, 0, kFileDTypes - 1));
   const int64_t count = integer(info, 6, 0, kMaxSize / 8);
-  if ((dtype == DType::i32) != (file_dtype == FileDType::i32))
-    throw Napi::TypeError::New(info.Env(), "integers are not converted to floating point or back");
+  const bool same = static_cast<int>(dtype) == static_cast<int>(file_dtype);
+  const bool floats = is_float(dtype) && (file_dtype >= FileDType::f16 || is_float(static_cast<DType>(file_dtype)));
+  if (!same && !floats) throw Napi::TypeError::New(info.Env(), "integers are not converted to floating point or back");
   check_range(info, *buffer, offset, count * dtype_bytes(dtype));
   check_writable(info, *buffer);
   return enqueue(info.Env(), device_of(info, 0), [=](Outcome& outcome) {
@@ -309,7 +307,7 @@ Napi::Value read(const Napi::CallbackInfo& info) {
 Napi::Value find_not_finite(const Napi::CallbackInfo& info) {
   std::shared_ptr<Buffer> buffer = handle(info, 0, addon(info).buffers, "buffer");
   const int64_t offset = integer(info, 1, 0, kMaxSize);
-  const auto dtype = static_cast<DType>(integer(info, 2, 0, 2));
+  const auto dtype = static_cast<DType>(integer(info, 2, 0, kDTypes - 1));
   const int64_t count = integer(info, 3, 0, kMaxSize / 8);
   check_range(info, *buffer, offset, count * dtype_bytes(dtype));
   if (!buffer->file()) throw Napi::TypeError::New(info.Env(), "argument 0 must be a file that is used in place");
@@ -455,12 +453,8 @@ Napi::Value peer_open(const Napi::CallbackInfo& info) {
 Napi::Value peer_multiply(const Napi::CallbackInfo& info) {
   const auto& entry = handle(info, 0, addon(info).devices, "device");
   const auto size = [&](size_t i) { return integer(info, i, 1, 1 << 24); };
-  const rw_product product = {static_cast<int32_t>(integer(info, 1, 0, 1)),
-                              info[2].ToBoolean(),
-                              info[3].ToBoolean(),
-                              size(4),
-                              size(5),
-                              size(6)};
+  const auto dtype = static_cast<int32_t>(integer(info, 1, 0, 1));
+  const rw_product product = {dtype, info[2].ToBoolean(), info[3].ToBoolean(), size(4), size(5), size(6)};
   const auto matrices = buffers_of(info, 7, entry->device);
   const auto repeats = static_cast<size_t>(size(8));
   Device* device = entry->device.get();
@@ -477,7 +471,6 @@ Napi::Object export_all(Napi::Env env, Napi::Object exports) {
   exports.Set("openDevice", Napi::Function::New<open_device>(env));
   exports.Set("closeDevice", Napi::Function::New<close_device>(env));
   exports.Set("describe", Napi::Function::New<describe>(env));
-  exports.Set("workspace", Napi::Function::New<workspace>(env));
   exports.Set("memory", Napi::Function::New<memory>(env));
   exports.Set("cancel", Napi::Function::New<cancel>(env));
   exports.Set("alloc", Napi::Function::New<alloc>(env));

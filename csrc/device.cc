@@ -134,7 +134,8 @@ void Buffer::download(size_t offset, void* to, size_t bytes) {
 }
 
 size_t file_dtype_bytes(FileDType dtype) {
-  return dtype == FileDType::f64 ? 8 : dtype == FileDType::f32 || dtype == FileDType::i32 ? 4 : 2;
+  if (static_cast<int64_t>(dtype) < kDTypes) return static_cast<size_t>(dtype_bytes(static_cast<DType>(dtype)));
+  return dtype == FileDType::f64 ? 8 : 2;
 }
 
 namespace {
@@ -203,7 +204,7 @@ int64_t first_not_finite(const void* block, int64_t count, Bits exponent) {
 }
 
 int64_t first_not_finite(const void* block, DType dtype, int64_t count) {
-  if (dtype == DType::i32) return -1;
+  if (!is_float(dtype)) return -1;
   return dtype == DType::bf16 ? first_not_finite<uint16_t>(block, count, 0x7f80)
                               : first_not_finite<uint32_t>(block, count, 0x7f800000u);
 }

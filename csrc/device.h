@@ -98,7 +98,9 @@ class Buffer {
   bool host_ = false;
 };
 
-enum class FileDType : int { f32, bf16, i32, f16, f64 };
+// The first are those of DType, in its order.
+enum class FileDType : int { f32, bf16, i32, u8, u16, f16, f64 };
+constexpr int64_t kFileDTypes = 7;
 size_t file_dtype_bytes(FileDType dtype);
 
 // Reads `count` elements of a file straight into device memory, converting the dtype on the way where it differs. No

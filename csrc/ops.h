@@ -5,9 +5,11 @@
 
 namespace rw {
 
-enum class DType : uint32_t { f32, bf16, i32 };
+enum class DType : uint32_t { f32, bf16, i32, u8, u16 };
+constexpr int64_t kDTypes = 5;
 
-constexpr int64_t dtype_bytes(DType t) { return t == DType::bf16 ? 2 : 4; }
+constexpr int64_t dtype_bytes(DType t) { return t == DType::u8 ? 1 : t == DType::bf16 || t == DType::u16 ? 2 : 4; }
+constexpr bool is_float(DType t) { return t == DType::f32 || t == DType::bf16; }
 
 // A dense, row-major tensor on a device. `data` is null where an optional tensor is absent.
 struct Tensor {

@@ -37,8 +37,8 @@ Tensor read_tensor(Reader& reader, const std::vector<Memory>& buffers, const cha
     return tensor;
   }
   const int64_t offset = reader.integer(), dtype = reader.integer(), rank = reader.integer();
-  bool fits = buffer < static_cast<int64_t>(buffers.size()) && offset >= 0 && dtype >= 0 && dtype <= 2 && rank >= 0 &&
-              rank <= 4;
+  bool fits = buffer < static_cast<int64_t>(buffers.size()) && offset >= 0 && dtype >= 0 && dtype < kDTypes &&
+              rank >= 0 && rank <= 4;
   tensor.dtype = static_cast<DType>(dtype);
   tensor.ndim = static_cast<int32_t>(rank);
   int64_t bytes = fits ? dtype_bytes(tensor.dtype) : 0;

@@ -1,7 +1,8 @@
 // Compiles every CUDA kernel for sm_80 and sm_90a, which takes nvcc but no GPU, and compares what came out with
 // docs/kernels.md: registers, shared memory, blocks that fit on a multiprocessor, tensor-core instructions. Any spill and
 // any stack frame fails. `--update` rewrites the page. Results are kept in .cmake/cuda-check by the content of what they
-// were made from. Ends with "cuda-check: N passed, N failed, N skipped".
+// were made from. The programs that `npm run gpu` builds must compile too. Ends with "cuda-check: N passed, N failed, N
+// skipped".
 import { execFileSync, spawn } from 'node:child_process'
 import { createHash } from 'node:crypto'
 import { existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
@@ -14,8 +15,16 @@ const ARCHS = ['sm_80', 'sm_90a']
 const PAGE = join(root, 'docs', 'kernels.md')
 const CACHE = join(root, '.cmake', 'cuda-check')
 const FOLDER = join(root, 'csrc', 'cuda')
+const PROGRAMS = join(root, 'test', 'simt')
 /** As in CMakeLists.txt. */
 const FLAGS = ['-std=c++17', '-O3', '-DNDEBUG', `-I${join(root, 'csrc')}`, '-Xptxas', '-v']
+<<<<<<< HEAD
+/** Their updates have the same bits on every backend (csrc/adamw.h). */
+const NO_CONTRACTION = ['adamw.cu', 'adamw_8bit.cu']
+=======
+const virtual = (arch) => arch.replace('sm', 'compute')
+const TARGETS = ARCHS.flatMap((arch) => ['-gencode', `arch=${virtual(arch)},code=${arch}`])
+>>>>>>> 0ec1da737a35e9697d1f56e0d3dcc56b0c43740b
 const PARALLEL = 2
 
 /** Lower 12 bits of an instruction of sm_80 and sm_90. LDL and STL are the spills that ptxas does not call so. */
@@ -39,10 +48,16 @@ async function main(update) {
   const problems = kernels.flatMap(faults)
   if (update) writeFileSync(PAGE, page(kernels, version))
   else problems.push(...compare(kernels, readPage(readFileSync(PAGE, 'utf8')), version))
+  const programs = readdirSync(PROGRAMS).filter((name) => /^conformance.*\.cu$/.test(name))
+  problems.push(...(await Promise.all(programs.map(buildProgram))).flat())
   for (const problem of problems) console.error(`not ok: ${problem}`)
-  console.log(`cuda-check: ${kernels.length} kernels, ${ARCHS.join(' and ')}, nvcc ${version}`)
+  console.log(
+    `cuda-check: ${kernels.length} kernels, ${programs.length} programs, ${ARCHS.join(' and ')}, nvcc ${version}`,
+  )
   const failed = new Set(problems.map((problem) => problem.split(': ')[0])).size
-  console.log(`cuda-check: ${Math.max(0, kernels.length - failed)} passed, ${failed} failed, 0 skipped`)
+  console.log(
+    `cuda-check: ${Math.max(0, kernels.length + programs.length - failed)} passed, ${failed} failed, 0 skipped`,
+  )
   return problems.length > 0 ? 1 : 0
 }
 
@@ -85,10 +100,13 @@ async function compile(file, version) {
   const work = mkdtempSync(join(tmpdir(), 'ropewalk-cuda-'))
   try {
     const stem = basename(file, '.cu')
-    const virtual = (arch) => arch.replace('sm', 'compute')
-    const targets = ARCHS.flatMap((arch) => ['-gencode', `arch=${virtual(arch)},code=${arch}`])
     const output = ['--keep', '--keep-dir', work, '-c', join(FOLDER, file), '-o', join(work, `${stem}.o`)]
-    const log = await run('nvcc', [...FLAGS, ...targets, ...output])
+<<<<<<< HEAD
+    const own = NO_CONTRACTION.includes(file) ? ['-fmad=false'] : []
+    const log = await run('nvcc', [...FLAGS, ...own, ...targets, ...output])
+=======
+    const log = await run('nvcc', [...FLAGS, ...TARGETS, ...output])
+>>>>>>> 0ec1da737a35e9697d1f56e0d3dcc56b0c43740b
     const byName = new Map()
     for (const arch of ARCHS) {
       const from = (ending) => join(work, `${stem}.${virtual(arch)}.${ending}`)
@@ -108,6 +126,17 @@ async function compile(file, version) {
     return kernels
   } finally {
     rmSync(work, { recursive: true, force: true })
+  }
+}
+
+/** A program of `npm run gpu` (gpu-parts.js) must compile without a warning. */
+async function buildProgram(name) {
+  const flags = ['-std=c++17', '-O2', '-Werror', 'all-warnings', `-I${join(root, 'csrc')}`]
+  try {
+    await run('nvcc', [...flags, ...TARGETS, '-c', join(PROGRAMS, name), '-o', '/dev/null'])
+    return []
+  } catch (error) {
+    return [`${name}: ${error.message}`]
   }
 }
 

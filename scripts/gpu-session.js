@@ -114,7 +114,7 @@ export function tally(results) {
   const problems = []
   for (const { name, text, code, timedOut, missing } of results) {
     const [, ...counts] = /(\d+) passed, (\d+) failed, (\d+) skipped\s*$/.exec(text.trimEnd()) ?? []
-    const bad = text.split('\n').filter((line) => /^\s*not ok\b/.test(line))
+    const bad = text.split('\n').filter((line) => /^\s*(not ok|FAILED)\b/.test(line))
     if (counts.length > 0) ['passed', 'failed', 'skipped'].forEach((key, i) => (total[key] += Number(counts[i])))
     if (counts.length === 0 || (code !== 0 && Number(counts[1]) === 0)) {
       total.failed++

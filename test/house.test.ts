@@ -149,6 +149,7 @@ const KERNEL_HEADERS = new Set([
   'arm_neon.h',
   '../ops.h',
   '../ops.def',
+  '../adamw.h',
 ])
 
 t.test('kernels include plain headers and use no containers of the standard library', async (t) => {

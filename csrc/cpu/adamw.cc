@@ -1,46 +1,34 @@
 // clip: the gradient's norm, the factor that clips it, and whether the update may be applied at all, into `hyper`.
 // adamw, arXiv 1711.05101, as torch.optim.AdamW computes it, with g scaled by hyper's clipping factor:
 //   p -= lr decay p;  m += (1 - b1) (g - m);  v = b2 v + (1 - b2) g^2;  p -= lr / bc1 m / (sqrt(v) / sqrt(bc2) + eps)
+// The arithmetic is that of csrc/adamw.h.
 //
-// p, master, g, m, v flat (N); m, v, master f32. Memory traffic: p, m, v read and written, g read: 28 bytes an element
-// in f32. With bf16 weights `master` holds p in f32 and p is written only.
-#include "elementwise.h"
+// p, g, m, v, master, low flat (N). Memory traffic: p, m, v and master or low read and written, g read: 28 bytes an
+// element in f32, 14 where all is bf16 without masters. With f32 masters p is written only. Tasks are runs of elements.
+#include "weights.h"
 
 namespace rw::cpu::RW_ISA {
 
 namespace {
 
-enum Hyper { kRate, kCorrection1, kCorrection2, kMaxNorm, kScale, kNorm, kApply };
-
-inline vf sqrt(vf x) {
-  for (int64_t i = 0; i < VL; i++) x[i] = __builtin_sqrtf(x[i]);
-  return x;
-}
-
-template <typename W, typename G>
-void update(Context& context, const adamw_args& a) {
+template <Keep keep, typename G, typename S>
+void update_all(Context& context, const adamw_args& a) {
   const float* hyper = a.hyper.as<float>();
-  if (hyper[kApply] == 0.0f) return;
-  const float rate = hyper[kRate], scale = hyper[kScale];
-  const float keep = static_cast<float>(1.0 - rate * a.weight_decay);
-  const float step = rate / hyper[kCorrection1];
-  const float inverse_root = 1.0f / __builtin_sqrtf(hyper[kCorrection2]);
-  // From f64: 1 - 0.999f is off by 1.3e-5 of itself.
-  const float rest1 = static_cast<float>(1.0 - a.beta1), rest2 = static_cast<float>(1.0 - a.beta2);
-  const float beta2 = static_cast<float>(a.beta2), eps = static_cast<float>(a.eps);
-  float* master = a.master.as<float>();
-  W* p = a.p.as<W>();
+  const AdamWSettings settings = adamw_settings(a);
+  const AdamWStep step = adamw_step(settings, hyper);
+  const Noise noise = noise_of(settings.seed, hyper[kStep]);
   for_each_vector(context, a.p.size(), [&](int64_t i, auto load, auto store) {
-    const vf g = load(a.g.as<G>() + i) * scale;
-    vf m = load(a.m.as<float>() + i), v = load(a.v.as<float>() + i);
-    m += rest1 * (g - m);
-    v = beta2 * v + rest2 * (g * g);
-    vf weight = master ? load(master + i) : load(p + i);
-    weight = weight * keep - step * (m / (sqrt(v) * inverse_root + eps));
-    store(a.m.as<float>() + i, m);
-    store(a.v.as<float>() + i, v);
-    if (master) store(master + i, weight);
-    store(p + i, weight);
+    vf weight = load_weight<keep>(a, i, load), m = load(a.m.as<S>() + i), v = load(a.v.as<S>() + i);
+    update(step, load(a.g.as<G>() + i), weight, m, v);
+    store_weight<keep>(a, i, weight, noise, settings.first, store);
+    if constexpr (sizeof(S) == 4) {
+      store(a.m.as<S>() + i, m);
+      store(a.v.as<S>() + i, v);
+    } else {
+      const vu random = random_bits(noise.moments, settings.first + i);
+      store(a.m.as<uint16_t>() + i, round_stochastically(m, random & 0xffffu));
+      store(a.v.as<uint16_t>() + i, round_stochastically(v, random >> 16));
+    }
   });
 }
 
@@ -58,11 +46,14 @@ void clip(Context&, const clip_args& a) {
 }
 
 void adamw(Context& context, const adamw_args& a) {
-  const bool p16 = a.p.dtype == DType::bf16, g16 = a.g.dtype == DType::bf16;
-  if (p16 && g16) return update<bf16, bf16>(context, a);
-  if (p16) return update<bf16, float>(context, a);
-  if (g16) return update<float, bf16>(context, a);
-  update<float, float>(context, a);
+  if_applied(a, [&](auto kept) {
+    constexpr Keep keep = decltype(kept)::value;
+    const bool g16 = a.g.dtype == DType::bf16, s16 = a.m.dtype == DType::bf16;
+    if (g16 && s16) return update_all<keep, bf16, bf16>(context, a);
+    if (g16) return update_all<keep, bf16, float>(context, a);
+    if (s16) return update_all<keep, float, bf16>(context, a);
+    update_all<keep, float, float>(context, a);
+  });
 }
 
 }  // namespace rw::cpu::RW_ISA

@@ -15,11 +15,19 @@ inline vf load_some(const T* p, int64_t count) {
   for (int64_t i = 0; i < count; i++) lane[i] = to_float(p[i]);
   return load(lane);
 }
+inline vu load_some(const uint16_t* p, int64_t count) {
+  vu x = {};
+  for (int64_t i = 0; i < count; i++) x[i] = p[i];
+  return x;
+}
 template <typename T>
 inline void store_some(T* p, vf x, int64_t count) {
   float lane[VL];
   store(lane, x);
   for (int64_t i = 0; i < count; i++) store_one(p + i, lane[i]);
+}
+inline void store_some(uint16_t* p, vu x, int64_t count) {
+  for (int64_t i = 0; i < count; i++) p[i] = static_cast<uint16_t>(x[i]);
 }
 
 // body(at, load, store): `load(pointer)` and `store(pointer, vector)` touch only what exists.
@@ -30,11 +38,12 @@ inline void for_each_vector(Context& context, int64_t size, Body&& body) {
     int64_t at = task * kBlock;
     for (; at + VL <= end; at += VL)
       body(
-          at, [](const auto* p) { return load(p); }, [](auto* p, vf x) { store(p, x); });
+          at, [](const auto* p) { return load(p); }, [](auto* p, auto x) { store(p, x); });
     const int64_t rest = end - at;
     if (rest > 0)
       body(
-          at, [rest](const auto* p) { return load_some(p, rest); }, [rest](auto* p, vf x) { store_some(p, x, rest); });
+          at, [rest](const auto* p) { return load_some(p, rest); },
+          [rest](auto* p, auto x) { store_some(p, x, rest); });
   });
 }
 

@@ -5,6 +5,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #if defined(__AVX512F__)
 #define RW_VECTOR_BYTES 64
 #elif defined(__AVX2__)
@@ -20,8 +24,10 @@ constexpr int64_t VL = RW_VECTOR_BYTES / 4;  // floats in a vector
 typedef float vf __attribute__((vector_size(RW_VECTOR_BYTES)));
 typedef int32_t vi __attribute__((vector_size(RW_VECTOR_BYTES)));
 typedef uint32_t vu __attribute__((vector_size(RW_VECTOR_BYTES)));
+typedef uint8_t vb __attribute__((vector_size(RW_VECTOR_BYTES / 4)));
 typedef uint16_t vh __attribute__((vector_size(RW_VECTOR_BYTES / 2)));
 typedef float vf_unaligned __attribute__((vector_size(RW_VECTOR_BYTES), aligned(4), may_alias));
+typedef uint8_t vb_unaligned __attribute__((vector_size(RW_VECTOR_BYTES / 4), aligned(1), may_alias));
 typedef uint16_t vh_unaligned __attribute__((vector_size(RW_VECTOR_BYTES / 2), aligned(2), may_alias));
 
 // bf16 is stored as the upper half of an f32.
@@ -54,6 +60,8 @@ inline vf load(const bf16* p) {
   vh half = *reinterpret_cast<const vh_unaligned*>(p);
   return (vf)(__builtin_convertvector(half, vu) << 16);
 }
+inline vu load(const uint16_t* p) { return __builtin_convertvector(*reinterpret_cast<const vh_unaligned*>(p), vu); }
+inline vu load(const uint8_t* p) { return __builtin_convertvector(*reinterpret_cast<const vb_unaligned*>(p), vu); }
 inline void store(float* p, vf x) { *reinterpret_cast<vf_unaligned*>(p) = x; }
 inline void store(bf16* p, vf x) {
   vu bits = (vu)x;
@@ -62,6 +70,25 @@ inline void store(bf16* p, vf x) {
   vu nan = (vu)((bits & 0x7fffffffu) > 0x7f800000u);
   vu chosen = (nan & quiet) | (~nan & rounded);
   *reinterpret_cast<vh_unaligned*>(p) = __builtin_convertvector(chosen, vh);
+}
+
+// The lower bits of each.
+inline void store(uint16_t* p, vu x) { *reinterpret_cast<vh_unaligned*>(p) = __builtin_convertvector(x, vh); }
+inline void store(uint8_t* p, vu x) { *reinterpret_cast<vb_unaligned*>(p) = __builtin_convertvector(x, vb); }
+
+// table[index % 8].
+inline vf lookup8(const float (&table)[8], vu index) {
+#if defined(__AVX512F__)
+  // masked with all ones: the plain forms make GCC 12 warn of undefined lanes
+  const __m512 twice = _mm512_maskz_broadcast_f32x8(0xffff, _mm256_loadu_ps(table));
+  return (vf)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)index, twice);
+#elif defined(__AVX2__)
+  return (vf)_mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)index);
+#else
+  vf x;
+  for (int64_t i = 0; i < VL; i++) x[i] = table[index[i] % 8];
+  return x;
+#endif
 }
 
 // Sum of the lanes, always in the same order.

@@ -1,56 +1,52 @@
 // clip: the gradient's norm, the factor that clips it, and whether the update may be applied at all, into `hyper`.
 // adamw, arXiv 1711.05101, as torch.optim.AdamW computes it, with g scaled by hyper's clipping factor:
 //   p -= lr decay p;  m += (1 - b1) (g - m);  v = b2 v + (1 - b2) g^2;  p -= lr / bc1 m / (sqrt(v) / sqrt(bc2) + eps)
+// The arithmetic is that of csrc/adamw.h.
 //
-// p, g f32 or bf16, master, m, v f32, flat (N). Memory traffic: p, m, v read and written, g read: 28 bytes an element
-// in f32. With bf16 weights `master` holds p in f32 and p is written only. Nothing is touched where hyper's apply is 0.
-// Grid: at most 5 blocks of 256 threads an SM, each thread 4 elements (16 bytes of f32) at a time; no shared memory.
-// clip: one thread.
-#include "elementwise.h"
+// p, g, m, v f32 or bf16, master f32, low u16, flat (N). Memory traffic: p, m, v and master or low read and written, g
+// read: 28 bytes an element in f32, 14 where all is bf16 without masters. With f32 masters p is written only. Nothing
+// is touched where hyper's apply is not 1. Grid: at most 3 or 5 blocks of 256 threads an SM, each thread the elements
+// of 16 bytes of the widest tensor at a time; no shared memory. clip: one thread.
+#include "weights.h"
 
 namespace rw::cuda {
 
 namespace {
 
-constexpr int kResident = 5;  // blocks of an SM: 48 registers a thread
+// Blocks of an SM: 48 registers a thread with 4 elements, up to 85 with 8.
+constexpr int resident(int pack) { return pack == 8 ? 3 : 5; }
 
-enum Hyper { kRate, kCorrection1, kCorrection2, kMaxNorm, kScale, kNorm, kApply };
-
-struct Settings {
-  double weight_decay;
-  float beta2, eps, rest1, rest2;  // rest = 1 - beta
-};
-
-template <int Pack, bool Master, typename W, typename G>
-__global__ void __launch_bounds__(kFlatThreads, kResident)
-    adamw_kernel(W* p, float* master, const G* g, float* m, float* v, const float* hyper, Settings settings,
+template <int Pack, Keep keep, typename G, typename S>
+__global__ void __launch_bounds__(kFlatThreads, resident(Pack))
+    adamw_kernel(Weights<keep> weights, const G* g, S* m, S* v, const float* hyper, AdamWSettings settings,
                  int64_t size) {
-  if (hyper[kApply] == 0.0f) return;
-  const float scale = hyper[kScale];
-  const float keep = static_cast<float>(1.0 - hyper[kRate] * settings.weight_decay);
-  const float step = hyper[kRate] / hyper[kCorrection1];
-  const float inverse_root = 1.0f / sqrtf(hyper[kCorrection2]);
+  if (hyper[kApply] != 1.0f) return;
+  const AdamWStep step = adamw_step(settings, hyper);
+  const Noise noise = noise_of(settings.seed, hyper[kStep]);
   for_each_pack<Pack>(size, [&](auto width, int64_t at) {
     constexpr int N = decltype(width)::value;
     float weight[N], gradient[N], first[N], second[N];
     load(g + at, gradient);
     load(m + at, first);
     load(v + at, second);
-    if constexpr (Master)
-      load(master + at, weight);
-    else
-      load(p + at, weight);
+    load_weights<true>(weights, at, weight);
 #pragma unroll
-    for (int i = 0; i < N; i++) {
-      const float scaled = gradient[i] * scale;
-      first[i] += settings.rest1 * (scaled - first[i]);
-      second[i] = settings.beta2 * second[i] + settings.rest2 * (scaled * scaled);
-      weight[i] = weight[i] * keep - step * (first[i] / (sqrtf(second[i]) * inverse_root + settings.eps));
+    for (int i = 0; i < N; i++) update(step, gradient[i], weight[i], first[i], second[i]);
+    if constexpr (std::is_same_v<S, float>) {
+      store(m + at, first);
+      store(v + at, second);
+    } else {
+      Raw<N, bf16> m_halves, v_halves;
+#pragma unroll
+      for (int i = 0; i < N; i++) {
+        const uint32_t random = random_bits(noise.moments, settings.first + at + i);
+        set_half(m_halves, i, round_stochastically(first[i], random & 0xffffu));
+        set_half(v_halves, i, round_stochastically(second[i], random >> 16));
+      }
+      put(m + at, m_halves);
+      put(v + at, v_halves);
     }
-    store(m + at, first);
-    store(v + at, second);
-    if constexpr (Master) store(master + at, weight);
-    store(p + at, weight);
+    store_weights<true>(weights, at, weight, noise.weights, settings.first + at);
   });
 }
 
@@ -63,18 +59,14 @@ __global__ void clip_kernel(const float* sum_squares, const float* loss, float* 
   hyper[kScale] = limit < 1.0f ? limit : 1.0f;
 }
 
-template <bool Master, typename W, typename G>
-void update(Context& context, const adamw_args& args) {
-  constexpr int P = kPack<float>;
-  // From f64: 1 - 0.999f is off by 1.3e-5 of itself.
-  const Settings settings = {args.weight_decay, static_cast<float>(args.beta2), static_cast<float>(args.eps),
-                             static_cast<float>(1.0 - args.beta1), static_cast<float>(1.0 - args.beta2)};
-  const bool vector = all_aligned(args.p, args.master, args.g, args.m, args.v);
+template <Keep keep, typename G, typename S>
+void update_all(Context& context, const adamw_args& args, const Weights<keep>& weights, G, S) {
+  constexpr int P = kPack<Weight<keep>, std::conditional_t<keep == Keep::master, float, bf16>, G, S>;
+  const bool vector = all_aligned(args.p, args.master, args.low, args.g, args.m, args.v);
   const int64_t size = args.p.size();
-  launch(flat(context, vector ? size / P : size, kResident),
-         vector ? adamw_kernel<P, Master, W, G> : adamw_kernel<1, Master, W, G>, args.p.as<W>(),
-         args.master.as<float>(), args.g.as<G>(), args.m.as<float>(), args.v.as<float>(), args.hyper.as<float>(),
-         settings, size);
+  launch(flat(context, vector ? size / P : size, resident(vector ? P : 1)),
+         vector ? adamw_kernel<P, keep, G, S> : adamw_kernel<1, keep, G, S>, weights, args.g.as<G>(), args.m.as<S>(),
+         args.v.as<S>(), args.hyper.as<float>(), adamw_settings(args), size);
 }
 
 }  // namespace
@@ -85,10 +77,9 @@ void clip(Context& context, const clip_args& args) {
 }
 
 void adamw(Context& context, const adamw_args& args) {
-  with_float_type(args.p.dtype, [&](auto w) {
+  with_weights(args, [&](auto weights) {
     with_float_type(args.g.dtype, [&](auto g) {
-      if (args.master) return update<true, decltype(w), decltype(g)>(context, args);
-      update<false, decltype(w), decltype(g)>(context, args);
+      with_float_type(args.m.dtype, [&](auto state) { update_all(context, args, weights, g, state); });
     });
   });
 }

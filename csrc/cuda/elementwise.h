@@ -26,8 +26,10 @@ __device__ __forceinline__ Raw<Width, T> fetch(const T* p) {
   if constexpr (Width == 1) {
     if constexpr (std::is_same_v<T, bf16>)
       raw.word[0] = p->bits;
-    else
+    else if constexpr (std::is_same_v<T, float>)
       raw.word[0] = __float_as_uint(*p);
+    else
+      raw.word[0] = *p;
   } else if constexpr (kWords == 2) {
     const uint2 v = *reinterpret_cast<const uint2*>(p);
     raw.word[0] = v.x, raw.word[1] = v.y;
@@ -53,11 +55,8 @@ __device__ __forceinline__ Raw<Width, T> fetch_some(const T* p, int64_t count) {
   } else {
 #pragma unroll
     for (int i = 0; i < Width; i++) {
-      const uint32_t bits = i < count ? fetch<1>(p + i).word[0] : 0;
-      if constexpr (std::is_same_v<T, bf16>)
-        raw.word[i / 2] |= bits << (16 * (i % 2));
-      else
-        raw.word[i] = bits;
+      const int at = i * static_cast<int>(sizeof(T));
+      raw.word[at / 4] |= (i < count ? fetch<1>(p + i).word[0] : 0) << (8 * (at % 4));
     }
   }
   return raw;
@@ -84,27 +83,54 @@ __device__ __forceinline__ void load_some(const T* p, int64_t count, float (&x)[
   to_floats(fetch_some<Vector, Width>(p, count), x);
 }
 
+// What fetch reads, back to where it was; as there, one access where Width > 1.
+template <int Width, typename T>
+__device__ __forceinline__ void put(T* p, const Raw<Width, T>& raw) {
+  constexpr int kWords = Width * static_cast<int>(sizeof(T)) / 4;
+  if constexpr (Width == 1) {
+    if constexpr (std::is_same_v<T, bf16>)
+      p->bits = static_cast<uint16_t>(raw.word[0]);
+    else if constexpr (std::is_same_v<T, float>)
+      *p = __uint_as_float(raw.word[0]);
+    else
+      *p = static_cast<T>(raw.word[0]);
+  } else if constexpr (kWords == 2) {
+    *reinterpret_cast<uint2*>(p) = make_uint2(raw.word[0], raw.word[1]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWords; i += 4)
+      reinterpret_cast<uint4*>(p)[i / 4] = make_uint4(raw.word[i], raw.word[i + 1], raw.word[i + 2], raw.word[i + 3]);
+  }
+}
+
+// All elements; with Vector in one access, to which p is aligned, else one by one.
+template <bool Vector, int Width, typename T>
+__device__ __forceinline__ void put_all(T* p, const Raw<Width, T>& raw) {
+  if constexpr (Vector) {
+    put(p, raw);
+  } else {
+#pragma unroll
+    for (int i = 0; i < Width; i++) {
+      const int at = i * static_cast<int>(sizeof(T));
+      put(p + i, Raw<1, T>{{raw.word[at / 4] >> (8 * (at % 4))}});
+    }
+  }
+}
+
 template <int Width, typename T>
 __device__ __forceinline__ void store(T* p, const float (&x)[Width]) {
   if constexpr (Width == 1) {
     *p = from_float<T>(x[0]);
   } else {
-    constexpr int kWords = Width * static_cast<int>(sizeof(T)) / 4;
-    uint32_t word[kWords];
+    Raw<Width, T> raw;
 #pragma unroll
-    for (int i = 0; i < kWords; i++) {
+    for (int i = 0; i < static_cast<int>(sizeof(raw.word) / 4); i++) {
       if constexpr (std::is_same_v<T, bf16>)
-        word[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
+        raw.word[i] = pack_bf16(x[2 * i], x[2 * i + 1]);
       else
-        word[i] = __float_as_uint(x[i]);
+        raw.word[i] = __float_as_uint(x[i]);
     }
-    if constexpr (kWords == 2) {
-      *reinterpret_cast<uint2*>(p) = make_uint2(word[0], word[1]);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kWords; i += 4)
-        reinterpret_cast<uint4*>(p)[i / 4] = make_uint4(word[i], word[i + 1], word[i + 2], word[i + 3]);
-    }
+    put(p, raw);
   }
 }
 

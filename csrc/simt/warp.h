@@ -70,6 +70,14 @@ __forceinline__ T __shfl_up_sync(uint32_t mask, T value, unsigned delta, int wid
   return simt::shuffle(mask, "__shfl_up_sync", value, (lane & (width - 1)) >= static_cast<int>(delta) ? source : lane);
 }
 
+inline uint32_t __reduce_max_sync(uint32_t mask, uint32_t value) {
+  for (int step = 16; step > 0; step /= 2) {
+    const uint32_t other = simt::shuffle(mask, "__reduce_max_sync", value, simt::lane() ^ step);
+    if (other > value) value = other;
+  }
+  return value;
+}
+
 uint32_t __ballot_sync(uint32_t mask, int predicate);
 int __any_sync(uint32_t mask, int predicate);
 int __all_sync(uint32_t mask, int predicate);

@@ -3,6 +3,7 @@ import { type Case, kernelCases, outOfCache, rooflineSide, type Setting, type St
 import { gpuCases } from './gpu.js'
 import {
   adamw,
+  adamwBytes,
   append,
   attention,
   attentionOfRotated,
@@ -11,6 +12,7 @@ import {
   type Layout,
   linearCrossEntropy,
   matmul,
+  OPTIMIZERS,
   rmsnorm,
   swiglu,
 } from './kernels.js'
@@ -169,11 +171,14 @@ function embeddingCases(setting: Setting): Case[] {
 
 function adamwCases(setting: Setting): Case[] {
   const size = setting.quick ? 1 << 16 : Math.max(26 << 20, Math.ceil(outOfCache(setting) / 16))
-  return kernelCases(setting, {
-    ...{ stem: 'adamw', name: `${size}`, unit: 'GB/s', work: 28 * size, bytes: 28 * size },
-    kernel: adamw(size),
-    peer: { op: 'adamw', size },
-    bar: { side: 'copy', least: 0.8 },
+  return OPTIMIZERS.flatMap(([name, optimizer, least]) => {
+    const bytes = adamwBytes(optimizer) * size
+    return kernelCases(setting, {
+      ...{ stem: 'adamw', name: `${name} ${size}`, unit: 'GB/s', work: bytes, bytes },
+      kernel: adamw(size, optimizer),
+      ...(name === 'f32' && { peer: { op: 'adamw', size } }),
+      bar: { side: 'copy', least },
+    })
   })
 }
 

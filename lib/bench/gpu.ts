@@ -2,6 +2,7 @@
 import { type Case, type KernelCase, kernelCases, rooflineSide, type Setting, targetOf } from './case.js'
 import {
   adamw,
+  adamwBytes,
   append,
   attention,
   type AttentionShape,
@@ -11,6 +12,7 @@ import {
   type Layout,
   linearCrossEntropy,
   matmul,
+  OPTIMIZERS,
   rmsnorm,
   swiglu,
 } from './kernels.js'
@@ -182,14 +184,15 @@ function embeddings({ quick }: Setting): KernelCase[] {
 }
 
 function optimizers({ quick }: Setting): KernelCase[] {
-  const size = quick ? 2000 : 128 << 20
-  const of = (name: string, bytes: number, kernel: KernelCase['kernel'], peer?: KernelCase['peer']): KernelCase => ({
-    ...{ ...COPY, stem: 'adamw', name: `${name} ${size}`, work: bytes, bytes, kernel, ...(peer && { peer }) },
+  const size = quick ? 2048 : 128 << 20
+  return OPTIMIZERS.map(([name, optimizer]) => {
+    const bytes = adamwBytes(optimizer) * size
+    return {
+      ...{ ...COPY, stem: 'adamw', name: `${name} ${size}`, work: bytes, bytes, kernel: adamw(size, optimizer) },
+      ...(name === 'f32' && { peer: { op: 'adamw', size, dtype: 'f32' } }),
+      ...(optimizer.states === 'u8' && { bar: { side: 'copy', least: 0.85 } }),
+    }
   })
-  return [
-    of('f32', 28 * size, adamw(size), { op: 'adamw', size, dtype: 'f32' }),
-    of('bf16 with f32 masters', 30 * size, adamw(size, 'bf16')),
-  ]
 }
 
 function copies({ quick }: Setting): KernelCase[] {

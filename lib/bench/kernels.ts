@@ -3,7 +3,7 @@ import { Device } from '../runtime/device.js'
 import * as ops from '../runtime/ops.gen.js'
 import { type Plan } from '../runtime/plan.js'
 import { Recorder } from '../runtime/recorder.js'
-import type { DType, Tensor } from '../runtime/tensor.js'
+import { DTYPE_BYTES, type DType, Tensor } from '../runtime/tensor.js'
 import { integers, random, result } from './data.js'
 import type { Side } from './measure.js'
 
@@ -226,21 +226,52 @@ export function embedding(
   }
 }
 
-/** `weights` in bf16 have a master in f32. */
-export function adamw(size: number, weights: DType = 'f32'): Kernel {
+/** How an update keeps things; gradients are bf16 where all else is. */
+export interface Optimizer {
+  weights: 'f32' | 'master' | 'low' | 'stochastic'
+  states: 'f32' | 'bf16' | 'u8'
+}
+
+/** What is measured, and the part of the copy's rate that it is to reach. */
+export const OPTIMIZERS: readonly (readonly [name: string, optimizer: Optimizer, least: number])[] = [
+  ['f32', { weights: 'f32', states: 'f32' }, 0.8],
+  ['bf16 with f32 masters', { weights: 'master', states: 'f32' }, 0.8],
+  ['bf16, stochastic, bf16 states', { weights: 'stochastic', states: 'bf16' }, 0.8],
+  ['bf16 with remainders, 8-bit states', { weights: 'low', states: 'u8' }, 0.85],
+  ['bf16, stochastic, 8-bit states', { weights: 'stochastic', states: 'u8' }, 0.85],
+]
+
+const WEIGHT_BYTES = { f32: 8, master: 10, low: 8, stochastic: 4 }
+const STATE_BYTES = { f32: 16, bf16: 8, u8: 4 + 16 / 256 }
+const gradientsOf = ({ weights, states }: Optimizer): DType => (states === 'f32' || weights === 'f32' ? 'f32' : 'bf16')
+
+/** Bytes that an update reads and writes for an element. f32 masters are read and written, their p is written. */
+export const adamwBytes = (optimizer: Optimizer): number =>
+  WEIGHT_BYTES[optimizer.weights] + STATE_BYTES[optimizer.states] + DTYPE_BYTES[gradientsOf(optimizer)]
+
+export function adamw(size: number, optimizer: Optimizer = { weights: 'f32', states: 'f32' }): Kernel {
+  const { weights, states } = optimizer
   return async (device) => {
-    const p = await random(device, weights, [size], 0.02)
-    const master = weights === 'f32' ? undefined : await random(device, 'f32', [size], 0.02)
-    const g = await random(device, 'f32', [size], 0.01)
-    const [m, v] = [result(device, 'f32', [size]), result(device, 'f32', [size])]
+    const p = await random(device, weights === 'f32' ? 'f32' : 'bf16', [size], 0.02)
+    const master = weights === 'master' ? await random(device, 'f32', [size], 0.02) : undefined
+    const g = await random(device, gradientsOf(optimizer), [size], 0.01)
     const zeros = new Recorder(device, 'optimizer start')
-    for (const y of [m, v]) ops.fill(zeros, { y, value: 0 })
+    // zero bytes are 0 in every dtype
+    const zero = (dtype: DType, elements: number): Tensor => {
+      const to = result(device, dtype, [elements])
+      ops.fill(zeros, { y: new Tensor(to.storage, 0, 'f32', [to.bytes / 4]), value: 0 })
+      return to
+    }
+    const low = weights === 'low' ? zero('u16', size) : undefined
+    const [m, v] = [zero(states, size), zero(states, size)]
+    const scales = states === 'u8' && { m_scale: zero('f32', size / 256), v_scale: zero('f32', size / 256) }
     await zeros.plan().run()
     // learning rate, bias corrections of a later step, no clipping, scale 1, the norm, apply
     const hyper = device.tensor('f32', [8], 'hyper')
-    await device.upload(hyper, Float32Array.of(1e-5, 0.9, 0.5, 0, 1, 1, 1, 0))
-    const rest = { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0 }
-    return (recorder) => ops.adamw(recorder, { p, master, g, m, v, hyper, ...rest })
+    await device.upload(hyper, Float32Array.of(1e-5, 0.9, 0.5, 0, 1, 1, 1, 1))
+    const rest = { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0, seed: 0, first: 0 }
+    const args = { p, master, low, g, m, v, hyper, ...rest }
+    return (recorder) => (scales ? ops.adamw8bit(recorder, { ...args, ...scales }) : ops.adamw(recorder, args))
   }
 }
 

@@ -3,8 +3,8 @@ import { type DeviceMemory, native } from './native.js'
 import { DTYPE_BYTES, DTYPE_CODE, type DType, type Storage, Tensor } from './tensor.js'
 
 /** Element types of files; integers stay integers, the others are converted to what the tensor holds. */
-export type FileDType = 'F32' | 'BF16' | 'I32' | 'F16' | 'F64'
-const FILE_DTYPE_CODE: Readonly<Record<FileDType, number>> = { F32: 0, BF16: 1, I32: 2, F16: 3, F64: 4 }
+export type FileDType = 'F32' | 'BF16' | 'I32' | 'U8' | 'U16' | 'F16' | 'F64'
+const FILE_DTYPE_CODE: Readonly<Record<FileDType, number>> = { F32: 0, BF16: 1, I32: 2, U8: 3, U16: 4, F16: 5, F64: 6 }
 
 /** As in csrc/cuda/backend.cu: planning needs it where no GPU's library is. */
 const CUDA_WORKSPACE = 32 << 20
@@ -136,7 +136,8 @@ export class Device {
     const open = (chosen: string, fallback?: string): Device => {
       const id = addon.openDevice(chosen, Number(index), threads)
       const own = Number(index) > 0 ? name : chosen
-      return new Device(own, addon.describe(id), id, threads, fallback, addon.workspace(id))
+      const { description, workspaceBytes } = addon.describe(id)
+      return new Device(own, description, id, threads, fallback, workspaceBytes)
     }
     try {
       if (backend !== 'auto') return open(backend)

@@ -25,8 +25,7 @@ export interface Native {
   backends(): { name: string; available: boolean; detail: string; memory?: DeviceMemory }[]
   openDevice(backend: string, index: number, threads: number): number
   closeDevice(device: number): void
-  describe(device: number): string
-  workspace(device: number): number
+  describe(device: number): { description: string; workspaceBytes: number }
   memory(device: number): DeviceMemory | undefined
   cancel(device: number): void
   alloc(device: number, bytes: number, host: boolean): number

@@ -263,20 +263,45 @@ export const OPS = [
     fields: [
       { kind: 'INOUT', name: 'p', dtype: 'W', dims: ['N'] },
       { kind: 'OPT_INOUT', name: 'master', dtype: 'f32', dims: ['N'] },
+      { kind: 'OPT_INOUT', name: 'low', dtype: 'u16', dims: ['N'] },
       { kind: 'IN', name: 'g', dtype: 'G', dims: ['N'] },
-      { kind: 'INOUT', name: 'm', dtype: 'f32', dims: ['N'] },
-      { kind: 'INOUT', name: 'v', dtype: 'f32', dims: ['N'] },
+      { kind: 'INOUT', name: 'm', dtype: 'S', dims: ['N'] },
+      { kind: 'INOUT', name: 'v', dtype: 'S', dims: ['N'] },
       { kind: 'IN', name: 'hyper', dtype: 'f32', dims: ['8'] },
       { kind: 'FLT', name: 'beta1' },
       { kind: 'FLT', name: 'beta2' },
       { kind: 'FLT', name: 'eps' },
       { kind: 'FLT', name: 'weight_decay' },
+      { kind: 'FLT', name: 'seed' },
+      { kind: 'FLT', name: 'first' },
     ],
     flops: ({ N }) => 14 * N,
   },
   {
-    name: 'copy_start',
+    name: 'adamw_8bit',
     opcode: 20,
+    fields: [
+      { kind: 'INOUT', name: 'p', dtype: 'W', dims: ['N'] },
+      { kind: 'OPT_INOUT', name: 'master', dtype: 'f32', dims: ['N'] },
+      { kind: 'OPT_INOUT', name: 'low', dtype: 'u16', dims: ['N'] },
+      { kind: 'IN', name: 'g', dtype: 'G', dims: ['N'] },
+      { kind: 'INOUT', name: 'm', dtype: 'u8', dims: ['N'] },
+      { kind: 'INOUT', name: 'm_scale', dtype: 'f32', dims: ['N/256'] },
+      { kind: 'INOUT', name: 'v', dtype: 'u8', dims: ['N'] },
+      { kind: 'INOUT', name: 'v_scale', dtype: 'f32', dims: ['N/256'] },
+      { kind: 'IN', name: 'hyper', dtype: 'f32', dims: ['8'] },
+      { kind: 'FLT', name: 'beta1' },
+      { kind: 'FLT', name: 'beta2' },
+      { kind: 'FLT', name: 'eps' },
+      { kind: 'FLT', name: 'weight_decay' },
+      { kind: 'FLT', name: 'seed' },
+      { kind: 'FLT', name: 'first' },
+    ],
+    flops: ({ N }) => 30 * N,
+  },
+  {
+    name: 'copy_start',
+    opcode: 21,
     fields: [
       { kind: 'IN', name: 'x', dtype: 'F', dims: ['N'] },
       { kind: 'OUT', name: 'y', dtype: 'F', dims: ['N'] },
@@ -285,7 +310,7 @@ export const OPS = [
   },
   {
     name: 'copy_wait',
-    opcode: 21,
+    opcode: 22,
     fields: [
       { kind: 'IN', name: 'x', dtype: 'F', dims: ['N'] },
       { kind: 'INOUT', name: 'y', dtype: 'F', dims: ['N'] },
@@ -294,7 +319,7 @@ export const OPS = [
   },
   {
     name: 'add',
-    opcode: 22,
+    opcode: 23,
     fields: [
       { kind: 'IN', name: 'a', dtype: 'F', dims: ['N'] },
       { kind: 'IN', name: 'b', dtype: 'F', dims: ['N'] },
@@ -304,7 +329,7 @@ export const OPS = [
   },
   {
     name: 'cast',
-    opcode: 23,
+    opcode: 24,
     fields: [
       { kind: 'IN', name: 'x', dtype: 'F', dims: ['N'] },
       { kind: 'OUT', name: 'y', dtype: 'G', dims: ['N'] },
@@ -313,7 +338,7 @@ export const OPS = [
   },
   {
     name: 'fill',
-    opcode: 24,
+    opcode: 25,
     fields: [
       { kind: 'OUT', name: 'y', dtype: 'F', dims: ['N'] },
       { kind: 'FLT', name: 'value' },
@@ -583,9 +608,9 @@ export interface Clip {
 }
 
 /**
- * hyper = [learning rate, 1 - beta1^t, 1 - beta2^t, max norm or 0, gradient scale, gradient norm, apply, free].
+ * hyper = [learning rate, 1 - beta1^t, 1 - beta2^t, max norm or 0, gradient scale, gradient norm, apply, step].
  * Fills in norm = sqrt(sum_squares), scale = min(1, max norm / (norm + 1e-6)) and apply = 1, or apply = 0 where the norm
- * or the loss is not finite: the update is then skipped without asking the host.
+ * or the loss is not finite: the update is then skipped without asking the host. The step (t) is left alone.
  */
 export function clip(recorder: Recorder, args: Clip): void {
   recorder.emit(OPS[18], args)
@@ -594,22 +619,57 @@ export function clip(recorder: Recorder, args: Clip): void {
 export interface Adamw {
   p: Tensor // W (N)
   master?: Tensor | undefined // f32 (N)
+  low?: Tensor | undefined // u16 (N)
   g: Tensor // G (N)
-  m: Tensor // f32 (N)
-  v: Tensor // f32 (N)
+  m: Tensor // S (N)
+  v: Tensor // S (N)
   hyper: Tensor // f32 (8)
   beta1: number
   beta2: number
   eps: number
   weight_decay: number
+  seed: number
+  first: number
 }
 
 /**
- * Decoupled weight decay, arXiv 1711.05101; unchanged p, m, v where hyper's apply is 0. With bf16 weights `master`
- * holds them in f32 and p is their rounding.
+ * Decoupled weight decay, arXiv 1711.05101; nothing changes where hyper's apply is not 1. bf16 weights are kept in one of
+ * three ways. `master` holds them in f32, and p is their rounding, half away from zero. `low` holds the lower 16 bits of
+ * the same masters, whose bits are (p << 16) + low as a signed number. Without both, p is rounded stochastically: the
+ * lower 16 bits are made up to a whole unit with the probability that they are of one. bf16 m, v are rounded so too. The
+ * random bits are a function of seed, hyper's step and the number of the element, `first` being that of the first one.
  */
 export function adamw(recorder: Recorder, args: Adamw): void {
   recorder.emit(OPS[19], args)
+}
+
+export interface Adamw8bit {
+  p: Tensor // W (N)
+  master?: Tensor | undefined // f32 (N)
+  low?: Tensor | undefined // u16 (N)
+  g: Tensor // G (N)
+  m: Tensor // u8 (N)
+  m_scale: Tensor // f32 (N/256)
+  v: Tensor // u8 (N)
+  v_scale: Tensor // f32 (N/256)
+  hyper: Tensor // f32 (8)
+  beta1: number
+  beta2: number
+  eps: number
+  weight_decay: number
+  seed: number
+  first: number
+}
+
+/**
+ * The same with states of 8 bits, arXiv 2110.02861: blocks of 256 elements, each a scale (its largest magnitude) and a
+ * byte an element, an index into the dynamic map: 0, seven decades 10^-7 .. 1 of 2^i linear steps each, and 1. m has the
+ * signed map (i = 0 .. 6 in each sign, no -1), its byte being the index counted from that of 0, modulo 256; v has the
+ * unsigned one (i = 1 .. 7), its byte being the index. So bytes and scales of 0 are the state before the first step. The
+ * nearest value of the map is stored, but for a v > 0 never 0: its root is a divisor.
+ */
+export function adamw8bit(recorder: Recorder, args: Adamw8bit): void {
+  recorder.emit(OPS[20], args)
 }
 
 export interface CopyStart {
@@ -619,7 +679,7 @@ export interface CopyStart {
 
 /** y = x, at the same time as the operations that follow, until copy_wait. Between a device's memory and the host's. */
 export function copyStart(recorder: Recorder, args: CopyStart): { y: Tensor } {
-  return recorder.emit(OPS[20], args) as { y: Tensor }
+  return recorder.emit(OPS[21], args) as { y: Tensor }
 }
 
 export interface CopyWait {
@@ -629,7 +689,7 @@ export interface CopyWait {
 
 /** What follows comes after the copy of x to y. */
 export function copyWait(recorder: Recorder, args: CopyWait): void {
-  recorder.emit(OPS[21], args)
+  recorder.emit(OPS[22], args)
 }
 
 export interface Add {
@@ -639,7 +699,7 @@ export interface Add {
 }
 
 export function add(recorder: Recorder, args: Add): { y: Tensor } {
-  return recorder.emit(OPS[22], args) as { y: Tensor }
+  return recorder.emit(OPS[23], args) as { y: Tensor }
 }
 
 export interface Cast {
@@ -648,7 +708,7 @@ export interface Cast {
 }
 
 export function cast(recorder: Recorder, args: Cast): { y: Tensor } {
-  return recorder.emit(OPS[23], args) as { y: Tensor }
+  return recorder.emit(OPS[24], args) as { y: Tensor }
 }
 
 export interface Fill {
@@ -657,8 +717,8 @@ export interface Fill {
 }
 
 export function fill(recorder: Recorder, args: Fill): { y: Tensor } {
-  return recorder.emit(OPS[24], args) as { y: Tensor }
+  return recorder.emit(OPS[25], args) as { y: Tensor }
 }
 
 /** Of the table; the addon and every backend must have been built from the same one. */
-export const TABLE_HASH = '9b3d0a9064c7b68f'
+export const TABLE_HASH = '95467dbfc09fd7b8'

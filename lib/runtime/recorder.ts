@@ -1,13 +1,13 @@
 import { Buffer, type Device } from './device.js'
 import { Plan, type PlanOptions } from './plan.js'
-import { DTYPE_BYTES, type DType, Scratch, setPurpose, Tensor } from './tensor.js'
+import { DTYPE_BYTES, type DType, isFloat, Scratch, setPurpose, Tensor } from './tensor.js'
 
 export type FieldKind = 'IN' | 'OUT' | 'INOUT' | 'OPT' | 'OPT_INOUT' | 'OPT_OUT' | 'TMP' | 'INT' | 'FLT'
 
 export interface OpField {
   readonly kind: FieldKind
   readonly name: string
-  /** f32, bf16, i32 or a letter bound by its first use (tensors only). */
+  /** A dtype or a letter bound by its first use (tensors only). */
   readonly dtype?: string
   /** Symbols, numbers, quotients such as D/2, or the name of an INT (tensors only). */
   readonly dims?: readonly string[]
@@ -92,6 +92,7 @@ export class Recorder {
       if (!(tensor instanceof Tensor)) throw new TypeError(`${row.name}: ${field.name} must be a Tensor`)
       this.unify(row, field, tensor, symbols, dtypes)
     }
+    checkRule(row.name, args)
     const outputs: Record<string, Tensor> = {}
     const values = row.fields.map((field) => {
       if (!field.dims) return field.kind === 'INT' ? symbols[field.name] : this.real(row, field, args)
@@ -178,7 +179,7 @@ export class Recorder {
       throw new RangeError(`${where}: has ${tensor.size} elements, the limit is ${MOST_IDS} (${tensor.describe()})`)
     }
     if (/^[A-Z]$/.test(field.dtype!)) {
-      if (tensor.dtype === 'i32') throw new TypeError(`${where}: dtype is i32, expected f32 or bf16`)
+      if (!isFloat(tensor.dtype)) throw new TypeError(`${where}: dtype is ${tensor.dtype}, expected f32 or bf16`)
       dtypes[field.dtype!] = tensor.dtype
     }
     if (actual.length !== dims.length) {

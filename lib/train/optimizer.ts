@@ -1,7 +1,7 @@
 import { PADDING, type Parameter, type Parameters, type Segment } from '../model/parameters.js'
 import type { Gradients } from '../model/tape.js'
 import type { Buffer } from '../runtime/device.js'
-import { adamw as adamw_, add, cast, clip, fill, sumSquares } from '../runtime/ops.gen.js'
+import { adamw, adamw8bit, add, cast, clip, fill, sumSquares } from '../runtime/ops.gen.js'
 import type { Plan } from '../runtime/plan.js'
 import { Recorder } from '../runtime/recorder.js'
 import { DTYPE_BYTES, type DType, setPurpose, Tensor } from '../runtime/tensor.js'
@@ -29,10 +29,6 @@ export interface Update {
   applied: boolean
 }
 
-const adamw = (r: Recorder, { low, seed, first, ...a }: any) => adamw_(r, a)
-const adamw8bit = (..._: any[]) => {
-  throw new Error('x')
-}
 /** Floats of the scalar buffer: `hyper` (8, csrc/ops.def: clip), the loss, the sum of squares, that of a segment. */
 const SCALARS = 11
 const LOSS_AT = 8

@@ -3,7 +3,7 @@
 import { Device } from '../../lib/runtime/device.js'
 import * as emitters from '../../lib/runtime/ops.gen.js'
 import { type OpField, type OpRow, Recorder, reads, writes } from '../../lib/runtime/recorder.js'
-import { DTYPE_BYTES, type DType, Tensor } from '../../lib/runtime/tensor.js'
+import { DTYPE_BYTES, type DType, isFloat, Tensor } from '../../lib/runtime/tensor.js'
 import { encode, FLOATS, Random, rowOf, tensor } from './harness.js'
 
 type Shape = Record<string, number>
@@ -53,7 +53,7 @@ function value(row: OpRow, name: string, dims: Shape, random: Random): (i: numbe
     case 'slot':
       return (i) => i % T
     case 'hyper':
-      return (i) => [1e-3, 0.1, 0.05, 1, 1, 1, 1, 0][i]!
+      return (i) => [1e-3, 0.1, 0.05, 1, 1, 1, 1, 1][i]!
     case 'v':
     case 'rstd':
     case 'sum_squares':
@@ -64,11 +64,20 @@ function value(row: OpRow, name: string, dims: Shape, random: Random): (i: numbe
   }
 }
 
-/** K is the depth of a product, but in attention the number of kv heads. */
-const dimsOf = (row: OpRow, dims: Shape): Shape =>
-  row.fields.some(({ dims: names }) => names?.includes('H') || names?.includes('S'))
-    ? { ...dims, K: dims['H']! / 2 }
-    : dims
+/** What may hold weights more exactly: masters, their lower halves, or nothing, as with weights in f32. */
+const besides = (row: OpRow, types: Record<string, DType>): (string | undefined)[] => [
+  undefined,
+  ...row.fields.flatMap(({ kind, name }) =>
+    kind === 'OPT_INOUT' && /^(master|low)$/.test(name) && types['W'] === 'bf16' ? [name] : [],
+  ),
+]
+
+/** K is the depth of a product, but in attention the number of kv heads; N may have to be whole blocks of 8-bit states. */
+function dimsOf(row: OpRow, dims: Shape): Shape {
+  const names = new Set(row.fields.flatMap((field) => field.dims ?? []))
+  if (names.has('N/256')) return { ...dims, N: 256 * Math.ceil(dims['N']! / 256) }
+  return names.has('H') || names.has('S') ? { ...dims, K: dims['H']! / 2 } : dims
+}
 
 const camel = (name: string): string => name.replace(/_(\w)/g, (_, letter: string) => letter.toUpperCase())
 
@@ -79,6 +88,7 @@ async function runOp(
   dims: Shape,
   shift: number,
   times: number,
+  beside: string | undefined,
 ): Promise<Uint8Array[]> {
   const random = new Random(7)
   const args: Record<string, Tensor | number> = {}
@@ -87,17 +97,18 @@ async function runOp(
   for (const field of row.fields) {
     const { kind, name } = field
     if (kind === 'INT') args[name] = dims[name]!
-    if (kind === 'FLT') args[name] = 0.5
+    if (kind === 'FLT') args[name] = name === 'seed' || name === 'first' ? 3 : 0.5
     if (!field.dims || kind === 'TMP') continue
-    // What may be absent is there, but for the masters of weights in f32.
-    if (name === 'master' && types['W'] === 'f32') continue
+    // What may be absent is there, but for what holds weights more exactly.
+    if (kind === 'OPT_INOUT' && name !== beside) continue
     const shape = field.dims.map((dim) => sizeOf(dim, dims))
     const dtype = dtypeOf(field, types)
     const size = shape.reduce((product, dim) => product * dim, 1)
     const buffer = device.alloc((size + shift) * DTYPE_BYTES[dtype], name)
     owned.push(buffer)
     const placed = new Tensor(buffer, shift * DTYPE_BYTES[dtype], dtype, shape)
-    if (reads(kind)) await device.upload(placed, encode(tensor(dtype, shape, value(row, name, dims, random))))
+    const make = isFloat(dtype) || dtype === 'i32' ? value(row, name, dims, random) : () => random.int(0, 255)
+    if (reads(kind)) await device.upload(placed, encode(tensor(dtype, shape, make)))
     if (writes(kind)) written.push(placed)
     args[name] = placed
   }
@@ -134,11 +145,13 @@ export function everyCase(chosen: readonly string[], sizes: readonly Sizes[]): E
   const rows = chosen.length > 0 ? chosen.map(rowOf) : (emitters.OPS as readonly OpRow[])
   return rows.flatMap((row) =>
     bindings(row).flatMap((types) =>
-      sizes.map(({ dims, shift }) => ({
-        op: row.name,
-        label: `${row.name} ${JSON.stringify(types)} shift ${shift}`,
-        run: (device: Device, times = 1) => runOp(device, row, types, dimsOf(row, dims), shift, times),
-      })),
+      sizes.flatMap(({ dims, shift }) =>
+        besides(row, types).map((beside) => ({
+          op: row.name,
+          label: `${row.name} ${JSON.stringify(types)} ${beside ?? ''} shift ${shift}`,
+          run: (device: Device, times = 1) => runOp(device, row, types, dimsOf(row, dims), shift, times, beside),
+        })),
+      ),
     ),
   )
 }

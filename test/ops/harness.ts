@@ -115,15 +115,19 @@ export const output = (dtype: DType, dims: number[]): HostTensor => ({
 export function encode({ dtype, values }: HostTensor): Uint8Array {
   if (dtype === 'f32') return new Uint8Array(Float32Array.from(values).buffer)
   if (dtype === 'i32') return new Uint8Array(Int32Array.from(values).buffer)
+  if (dtype === 'u16') return new Uint8Array(Uint16Array.from(values).buffer)
+  if (dtype === 'u8') return Uint8Array.from(values)
   const bits = new Uint16Array(values.length)
   for (let i = 0; i < bits.length; i++) bits[i] = toBf16Bits(values[i]!)
   return new Uint8Array(bits.buffer)
 }
 
-function decode(dtype: DType, bytes: Uint8Array): Float64Array {
+export function decode(dtype: DType, bytes: Uint8Array): Float64Array {
   const own = bytes.slice().buffer
   if (dtype === 'f32') return Float64Array.from(new Float32Array(own))
   if (dtype === 'i32') return Float64Array.from(new Int32Array(own))
+  if (dtype === 'u16') return Float64Array.from(new Uint16Array(own))
+  if (dtype === 'u8') return Float64Array.from(new Uint8Array(own))
   return Float64Array.from(new Uint16Array(own), fromBf16Bits)
 }
 

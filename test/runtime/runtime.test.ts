@@ -578,7 +578,7 @@ t.test('handles that never were: errors, no crash', async (t) => {
   const nothing = new Uint8Array(1)
   for (const handle of [0, 123456, 4294967295, -1, 1.5, NaN, '1', null, undefined, {}] as number[]) {
     t.throws(() => addon.describe(handle))
-    t.throws(() => addon.alloc(handle, 8))
+    t.throws(() => addon.alloc(handle, 8, false))
     t.throws(() => addon.cancel(handle))
     t.throws(() => addon.run(handle))
     t.throws(() => addon.upload(handle, 0, nothing))
@@ -587,7 +587,7 @@ t.test('handles that never were: errors, no crash', async (t) => {
     t.throws(() => addon.loadPlan(handle, 'x', new Float64Array(0), new Uint32Array(0)))
   }
   const id = addon.openDevice('cpu', 0, 1)
-  const buffer = addon.alloc(id, 64)
+  const buffer = addon.alloc(id, 64, false)
   t.throws(() => addon.upload(buffer, 64, nothing), RangeError)
   t.throws(() => addon.upload(buffer, -1, nothing), RangeError)
   t.throws(() => addon.upload(buffer, 0, [1] as unknown as Uint8Array), TypeError)
