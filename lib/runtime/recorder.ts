@@ -1,5 +1,6 @@
 import { Buffer, type Device } from './device.js'
 import { Plan, type PlanOptions } from './plan.js'
+import { checkRule } from './rules.js'
 import { DTYPE_BYTES, type DType, isFloat, Scratch, setPurpose, Tensor } from './tensor.js'
 
 export type FieldKind = 'IN' | 'OUT' | 'INOUT' | 'OPT' | 'OPT_INOUT' | 'OPT_OUT' | 'TMP' | 'INT' | 'FLT'
