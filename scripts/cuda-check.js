@@ -18,13 +18,10 @@ const FOLDER = join(root, 'csrc', 'cuda')
 const PROGRAMS = join(root, 'test', 'simt')
 /** As in CMakeLists.txt. */
 const FLAGS = ['-std=c++17', '-O3', '-DNDEBUG', `-I${join(root, 'csrc')}`, '-Xptxas', '-v']
-<<<<<<< HEAD
 /** Their updates have the same bits on every backend (csrc/adamw.h). */
 const NO_CONTRACTION = ['adamw.cu', 'adamw_8bit.cu']
-=======
 const virtual = (arch) => arch.replace('sm', 'compute')
 const TARGETS = ARCHS.flatMap((arch) => ['-gencode', `arch=${virtual(arch)},code=${arch}`])
->>>>>>> 0ec1da737a35e9697d1f56e0d3dcc56b0c43740b
 const PARALLEL = 2
 
 /** Lower 12 bits of an instruction of sm_80 and sm_90. LDL and STL are the spills that ptxas does not call so. */
@@ -101,12 +98,8 @@ async function compile(file, version) {
   try {
     const stem = basename(file, '.cu')
     const output = ['--keep', '--keep-dir', work, '-c', join(FOLDER, file), '-o', join(work, `${stem}.o`)]
-<<<<<<< HEAD
     const own = NO_CONTRACTION.includes(file) ? ['-fmad=false'] : []
-    const log = await run('nvcc', [...FLAGS, ...own, ...targets, ...output])
-=======
-    const log = await run('nvcc', [...FLAGS, ...TARGETS, ...output])
->>>>>>> 0ec1da737a35e9697d1f56e0d3dcc56b0c43740b
+    const log = await run('nvcc', [...FLAGS, ...own, ...TARGETS, ...output])
     const byName = new Map()
     for (const arch of ARCHS) {
       const from = (ending) => join(work, `${stem}.${virtual(arch)}.${ending}`)
