@@ -14,6 +14,8 @@ export const isFloat = (dtype: DType): boolean => dtype === 'f32' || dtype === '
 export interface Storage {
   readonly bytes: number
   readonly name: string
+  /** Whether it is in the host's memory, not the device's own. */
+  readonly host: boolean
 }
 
 /** What a place in the arena is for, where that is worth telling apart in a picture of memory. */

@@ -109,6 +109,19 @@ export class AdamW {
     return this.plan?.flops ?? 0
   }
 
+  /** Bytes that its operations read and write, as `flops`. */
+  get traffic(): number {
+    return this.plan?.traffic ?? 0
+  }
+
+  /** Bytes that an update, fused or not, reads and writes: weights and states once each, gradients read for their norm too. */
+  get updateTraffic(): { device: number; host: number } {
+    const { weights, segments, states, layout } = this
+    let device = 2 * weights.elements * DTYPE_BYTES[weights.dtype]
+    for (const one of segments) device += 2 * one.elements * DTYPE_BYTES[this.gradientDtype(one)]
+    return states.host ? { device, host: 2 * layout.bytes } : { device: device + 2 * layout.bytes, host: 0 }
+  }
+
   /** The states of every parameter, for checkpoints: 'm.model.embed_tokens.weight', and so on. */
   *entries(): IterableIterator<{ name: string; state: StateName; tensor: Tensor }> {
     for (const segment of this.segments) {

@@ -20,6 +20,8 @@ export class TrainingPasses {
   readonly flops: number
   /** Those of them that a step which keeps everything would take too. */
   readonly modelFlops: number
+  /** Bytes that the operations of a step read and write. */
+  readonly traffic: number
 
   private readonly passes = new Map<PassKind, Pass>()
   private readonly arena: Buffer
@@ -72,7 +74,9 @@ export class TrainingPasses {
     this.batchBytes = Object.values(share!.tensors).reduce((sum, tensor) => sum + tensor.bytes, 0)
     this.flops = optimizer.flops
     this.modelFlops = optimizer.flops
+    this.traffic = optimizer.traffic
     for (const { plan, runs } of this.plans) {
+      this.traffic += runs * plan.traffic
       this.flops += runs * plan.flops
       for (const { flops, place } of plan.commands) if (!place.again) this.modelFlops += runs * flops
     }
