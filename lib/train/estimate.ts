@@ -65,7 +65,11 @@ function passSeconds(plan: Plan, rates: Rates): Omit<Seconds, 'update'> {
       seconds.waiting += Math.max(0, copied - now)
       now = Math.max(now, copied)
     } else {
-      const kind = /^(matmul|linear_cross)/.test(name) ? 'matmul' : name.startsWith('attention') ? 'attention' : 'memory'
+      const kind = /^(matmul|linear_cross)/.test(name)
+        ? 'matmul'
+        : name.startsWith('attention')
+          ? 'attention'
+          : 'memory'
       const took = Math.max(command.flops / rateOf(command, rates), command.traffic / rates.bandwidth) + LAUNCH
       seconds[kind] += took
       now += took
@@ -98,4 +102,3 @@ export function updateSeconds(optimizer: AdamW, { bandwidth, bus }: Rates): numb
 export function formulaFlops({ layers, heads, headDim }: LlamaConfig, weights: number, context: number): number {
   return 6 * weights + 6 * layers * heads * headDim * context
 }
-

@@ -89,12 +89,15 @@ const MARGIN = 0.01
 /** Sets that are shown: exact ones, and others. */
 const SHOWN = 4
 
-export function search(planning: Planning): FitResult {
+/** `fixed` options are as given in every set. */
+export function search(planning: Planning, fixed: Partial<MemorySettings> = {}): FitResult {
   if (planning.limitBytes === undefined) {
     throw new TypeError('neither device nor limit is given: fit looks for what fits into the memory of one')
   }
   const finder = new Finder(planning)
-  const sets = choose(finder, planning)
+  const options = Object.entries(fixed) as [keyof MemorySettings, unknown][]
+  const allowed = finder.candidates().filter(({ memory }) => options.every(([name, value]) => memory[name] === value))
+  const sets = choose(finder, planning, allowed)
   if (sets.length > 0) return { sets, problem: undefined }
   return { sets, problem: explain(planning, finder) }
 }
@@ -103,7 +106,7 @@ export function search(planning: Planning): FitResult {
  * The sets that fit and are beaten by none in every respect: exclusions, number of roundings, host memory and time; the
  * simplest of equals.
  */
-function choose(finder: Finder, planning: Planning, candidates = finder.candidates()): FitSet[] {
+function choose(finder: Finder, planning: Planning, candidates: readonly Candidate[]): FitSet[] {
   const near = candidates.filter(({ requiredBytes, hostBytes }) =>
     fits({ requiredBytes: requiredBytes * (1 - MARGIN), hostBytes }, planning),
   )
@@ -182,7 +185,7 @@ class Finder {
       memory: changed(memory),
       plan,
       slowdown: seconds / this.plainSeconds,
-      exact: isExact(memory),
+      exact: isExact(memory, planning),
       costs,
     }
   }
@@ -196,7 +199,7 @@ class Finder {
     return { bytes: device.allocatedBytes, host: optimizer.hostBytes, seconds: updateSeconds(optimizer, rates) }
   }
 
-  /** Activations and batch; of deep models from two numbers of layers, so that k always divides them. */
+  /** Activations and batch; of deep models from two numbers of layers, which end in the same way as the whole. */
   private keep(memory: MemorySettings): { arena: number; host: number; seconds: number } {
     const { layers } = this.planning.config
     const fused = memory.gradients === 'fused'
@@ -205,8 +208,8 @@ class Finder {
     let found = this.kept.get(key)
     if (!found) {
       const one = Math.max(1, k)
-      const few = 2 * one
-      const more = 4 * one
+      const few = 4 * one + (layers % one)
+      const more = few + 2 * one
       if (layers <= more) found = this.measure(layers, memory)
       else {
         const [a, b] = [this.measure(few, memory), this.measure(more, memory)]
@@ -225,7 +228,11 @@ class Finder {
     const own = { ...memory, gradients, masters, moments, offloadOptimizer }
     const { passes, optimizer } = this.recordLayers(layers, own, context, settings.batchSize)
     const seconds = estimateStep(passes, optimizer, this.planning.rates)
-    return { arena: passes.arenaBytes + passes.batchBytes, host: passes.hostBytes, seconds: sumOf(withoutUpdate(seconds)) }
+    return {
+      arena: passes.arenaBytes + passes.batchBytes,
+      host: passes.hostBytes,
+      seconds: sumOf(withoutUpdate(seconds)),
+    }
   }
 
   private recordLayers(layers: number, memory: MemorySettings, context: number, batchSize: number): StepRecord {
@@ -266,7 +273,7 @@ function keepings({ config, context, settings, onGpu }: Planning): Keeping[] {
   const rest = { attentionGroups: 1, logitsRows: 0 }
   for (const mlpRows of tiles) {
     found.push({ checkpointLayers: 0, keepAttention: false, offloadCheckpoints: false, mlpRows, ...rest })
-    for (const checkpointLayers of [1, 2, 3, 4, 6].filter((k) => k <= config.layers)) {
+    for (const checkpointLayers of [1, 2, 3, 4].filter((k) => k <= config.layers)) {
       for (const keepAttention of [true, false]) {
         for (const offloadCheckpoints of onGpu ? [false, true] : [false]) {
           found.push({ checkpointLayers, keepAttention, offloadCheckpoints, mlpRows, ...rest })
@@ -277,8 +284,11 @@ function keepings({ config, context, settings, onGpu }: Planning): Keeping[] {
   return found
 }
 
-const isExact = ({ gradients, masters, moments }: MemorySettings): boolean =>
-  gradients !== 'bfloat16' && masters !== 'stochastic' && moments === 'float32'
+/** Clipping by layers is another one. */
+const isExact = ({ gradients, masters, moments }: MemorySettings, { settings }: Planning): boolean =>
+  (gradients === 'float32' || (gradients === 'fused' && settings.maxGradNorm === 0)) &&
+  masters !== 'stochastic' &&
+  moments === 'float32'
 
 function costsOf({ gradients, masters, moments }: MemorySettings, { settings }: Planning): string[] {
   const costs: string[] = []

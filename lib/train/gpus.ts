@@ -83,7 +83,9 @@ export function findGpu(name: string): Gpu {
   if (found) return found
   const names = [...GPUS.map((one) => one.name), 'cuda', 'cpu']
   const guess = didYouMean(name, names)
-  throw new RangeError(`there is no device ${quote(name)}${guess}${guess ? ' Known' : '; known'} are ${names.join(', ')}`)
+  throw new RangeError(
+    `there is no device ${quote(name)}${guess}${guess ? ' Known' : '; known'} are ${names.join(', ')}`,
+  )
 }
 
 /** The known GPU that a driver calls so: the largest that fits the name and is not larger than `capacityBytes`. */
@@ -98,7 +100,8 @@ export const DRIVER_BYTES = 600 << 20
 
 /** '24g', '24GiB' (2^30), '24GB' (10^9), '80000M' or a number of bytes. */
 export function readBytes(value: number | string, name: string): number {
-  const [, digits, prefix = '', binary, b] = /^\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i)?(b)?|b)?\s*$/i.exec(String(value)) ?? []
+  const [, digits, prefix = '', binary, b] =
+    /^\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i)?(b)?|b)?\s*$/i.exec(String(value)) ?? []
   const power = ' kmgt'.indexOf(prefix.toLowerCase() || ' ')
   const bytes = Math.floor(Number(digits) * (b && !binary ? 1000 : 1024) ** power)
   if (Number.isSafeInteger(bytes) && bytes > 0) return bytes

@@ -64,8 +64,11 @@ export interface TrainerOptions {
   finalFraction?: number
   /** Decides the order of the windows, the validation split, and rounding by chance; default 0. */
   seed?: number
-  /** What a step keeps in memory, and in which form; default: everything, in full. */
-  memory?: MemoryOptions
+  /**
+   * What a step keeps in memory, and in which form; default: everything, in full. 'auto': the first of the sets that
+   * {@link fit} finds for the device among those that compute the same.
+   */
+  memory?: MemoryOptions | 'auto'
   /** 'concat' (default): documents follow each other in a window. 'documents': they do not see each other. */
   packing?: Packing
   /** End-of-sequence token after each document; default true where the tokenizer or the config names one. */
@@ -116,6 +119,8 @@ export interface Settings {
   finalFraction: number
   seed: number
   memory: MemorySettings
+  /** Whether `memory` is still to be found. */
+  autoMemory: boolean
   packing: Packing
   appendEos: boolean | undefined
   field: string
@@ -197,8 +202,9 @@ const CHECKS: Record<keyof TrainerOptions, Check> = {
   finalFraction: number('in [0, 1]', (value) => value >= 0 && value <= 1),
   seed: whole(0),
   memory: (value, name) => {
+    if (value === 'auto') return
     if (typeof value !== 'object' || value === null)
-      throw new TypeError(`${name} is ${quote(value)}, but must be an object`)
+      throw new TypeError(`${name} is ${quote(value)}, but must be an object or 'auto'`)
     checkKnown(value, MEMORY_CHECKS, `${name}.`)
   },
   packing: oneOf('concat', 'documents'),
@@ -283,7 +289,8 @@ export function readOptions(options: TrainerOptions): Settings {
   if (resume === true && output === undefined) {
     throw new TypeError('resume is true, but there is no output folder to look in: set output, or give a path')
   }
-  const memory = { ...MEMORY_DEFAULTS, ...given(options.memory) }
+  const autoMemory = options.memory === 'auto'
+  const memory = { ...MEMORY_DEFAULTS, ...(options.memory !== 'auto' && given(options.memory)) }
   checkMemory(memory, options.accumulate ?? 1)
   return {
     data: list(options.data),
@@ -301,6 +308,7 @@ export function readOptions(options: TrainerOptions): Settings {
     finalFraction: options.finalFraction ?? 0.1,
     seed: options.seed ?? 0,
     memory,
+    autoMemory,
     packing: options.packing ?? 'concat',
     appendEos: options.appendEos,
     field: options.field ?? 'text',

@@ -198,7 +198,9 @@ export async function readRequest(request: PlanRequest): Promise<Planning> {
 async function readModel(model: PlanRequest['model']): Promise<{ name: string; config: LlamaConfig }> {
   if (typeof model === 'object' && model !== null) return { name: 'config', config: readConfig(model, 'config') }
   if (typeof model !== 'string' || model === '') {
-    throw new TypeError(`model is ${quote(model)}, but must be a folder, a config.json or one of ${modelPresets.join(', ')}`)
+    throw new TypeError(
+      `model is ${quote(model)}, but must be a folder, a config.json or one of ${modelPresets.join(', ')}`,
+    )
   }
   const info = modelPresets.includes(model) ? undefined : await stat(model).catch(() => undefined)
   if (!info) return { name: model, config: readConfig(presetConfig(model), model) }
@@ -206,10 +208,7 @@ async function readModel(model: PlanRequest['model']): Promise<{ name: string; c
   return { name: model, config: readConfig(await readJsonObject(path, { maxBytes: 16 << 20 }), path) }
 }
 
-type DevicePart = Pick<
-  Planning,
-  'device' | 'onGpu' | 'limitBytes' | 'hostLimitBytes' | 'driverBytes' | 'gpu' | 'rates'
->
+type DevicePart = Pick<Planning, 'device' | 'onGpu' | 'limitBytes' | 'hostLimitBytes' | 'driverBytes' | 'gpu' | 'rates'>
 
 function readDevice({ device: name, limit, hostLimit }: PlanRequest): DevicePart {
   const given = limit === undefined ? undefined : readBytes(limit, 'limit')
@@ -242,10 +241,11 @@ export function presentDevice(device: Device): DevicePart {
   const memory = device.memory()
   const gpu = onGpu ? gpuCalled(description, memory?.totalBytes ?? 0) : undefined
   const host = availableBytes()
+  const free = memory ? memory.freeBytes : host
   return {
     device: { name, description },
     onGpu,
-    limitBytes: memory ? memory.freeBytes + device.allocatedBytes : host === undefined ? undefined : host + device.allocatedBytes + device.hostBytes,
+    limitBytes: free === undefined ? undefined : free + device.allocatedBytes,
     hostLimitBytes: onGpu && host !== undefined ? host + device.hostBytes : undefined,
     driverBytes: 0,
     gpu,
@@ -253,8 +253,10 @@ export function presentDevice(device: Device): DevicePart {
   }
 }
 
-/** Memory that this process can still get, limits of its container included. */
+/** Memory that this process can still get, limits of its container included, or what the environment says instead. */
 function availableBytes(): number | undefined {
+  const given = process.env['ROPEWALK_MEMORY']
+  if (given !== undefined && given !== '') return readBytes(given, 'ROPEWALK_MEMORY')
   const bytes = process.availableMemory()
   return bytes > 0 && Number.isFinite(bytes) ? bytes : undefined
 }
@@ -295,7 +297,9 @@ export function describePlan(planning: Planning, step: StepRecord, memory = plan
     flopsPerStep: summary.flopsPerStep,
     modelFlopsPerStep: summary.modelFlopsPerStep,
     trafficPerStep: summary.trafficPerStep,
-    estimate: planning.gpu && estimate(planning, planning.gpu, estimateStep(step.passes, step.optimizer, planning.gpu), parameterCount),
+    estimate:
+      planning.gpu &&
+      estimate(planning, planning.gpu, estimateStep(step.passes, step.optimizer, planning.gpu), parameterCount),
   }
 }
 
