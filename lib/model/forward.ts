@@ -83,12 +83,14 @@ export function trunk(
   const { checkpointLayers, offload } = tape.options
   const store = offload && tape.training ? new InputStore(tape.recorder) : undefined
   const embed = parameters.get('model.embed_tokens.weight')
+  tape.part('embedding')
   tape.completes([embed])
   let x = embedding(tape, ids, embed)
   const blocks = (first: number, count: number) => (tape: Tape, x: Tensor) => {
     for (let layer = first; layer < first + count; layer++) {
       const of = (name: string): Parameter => parameters.get(`model.layers.${layer}.${name}.weight`)
       const weights = Object.fromEntries(Object.entries(BLOCK).map(([key, name]) => [key, of(name)])) as BlockWeights
+      tape.part(`layer ${layer}`)
       tape.completes(Object.values(weights).flatMap((w) => (w.adapter ? [w, w.adapter.a, w.adapter.b] : [w])))
       const one = (tape: Tape, x: Tensor) => [block(tape, config, layer, weights, x, batch, attend)] as const
       // Of several layers that are computed again, the inputs are kept then; and each is computed once more on its turn.
@@ -134,6 +136,7 @@ export function losses(
   const attend: Attend = (tape, _, q, k, v) => attention(tape, q, k, v, tensors)
   const x = trunk(tape, config, parameters, tensors.ids, batch, attend)
   const norm = parameters.get('model.norm.weight')
+  tape.part('output')
   tape.completes([norm])
   const h = rmsnorm(tape, x, norm, config.rmsNormEps)
   const out = head(config, parameters)

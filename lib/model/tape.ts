@@ -1,6 +1,6 @@
 import { copyStart, copyWait } from '../runtime/ops.gen.js'
 import type { Recorder } from '../runtime/recorder.js'
-import type { Tensor } from '../runtime/tensor.js'
+import { setPurpose, type Tensor } from '../runtime/tensor.js'
 import type { Parameter } from './parameters.js'
 
 /** Where gradients of parameters go. */
@@ -99,7 +99,7 @@ export class Tape {
   /** Registers how to get from the gradient of `output` to those of the inputs. */
   backward(output: Tensor, step: (gradient: Tensor) => void): void {
     if (!this.training) return
-    this.steps.push(() => {
+    this.later(() => {
       const gradient = this.gradients.get(output)
       if (!gradient) return
       step(gradient)
@@ -135,7 +135,30 @@ export class Tape {
   completes(parameters: readonly Parameter[]): void {
     if (!this.training) return
     const { gradients, recorder } = this.pass
-    this.steps.push(() => gradients?.complete?.(parameters, recorder))
+    this.later(() => gradients?.complete?.(parameters, recorder))
+  }
+
+  /** What the operations recorded from now on belong to; their backward ones too. */
+  part(name: string): void {
+    const { recorder } = this
+    recorder.place = { ...recorder.place, part: name }
+  }
+
+  /** A step of the backward pass, which belongs to the same part of the model. */
+  private later(step: () => void): void {
+    const { recorder } = this
+    const { part } = recorder.place
+    this.steps.push(() => {
+      recorder.place = { part, phase: 'backward', again: false }
+      step()
+    })
+  }
+
+  /** In the backward pass, the tape of operations that compute what the forward pass computed already. */
+  private again(kept?: object[]): Tape {
+    const { recorder } = this
+    recorder.place = { ...recorder.place, again: true }
+    return new Tape(this.pass, kept ? { kind: 'training', kept } : { kind: 'training' })
   }
 
   /** Records the backward pass. */
@@ -150,6 +173,7 @@ export class Tape {
   keep<T extends object>(compute: () => T): T {
     const result = (this.mode.kept?.shift() as T | undefined) ?? compute()
     this.mode.keep?.push(result)
+    if (this.mode.keep) for (const tensor of Object.values(result) as Tensor[]) setPurpose(tensor, 'checkpoint')
     return result
   }
 
@@ -162,12 +186,13 @@ export class Tape {
     const keep: object[] = []
     const outputs = body(new Tape(this.pass, { kind: 'forward', kept: this.mode.kept, keep }), x)
     const kept = store?.put(x)
-    this.steps.push(() => {
+    if (!store && !this.recorder.place.again) setPurpose(x, 'checkpoint')
+    this.later(() => {
       const gradients = outputs.map((output) => this.gradients.get(output))
       for (const output of outputs) this.gradients.delete(output)
       if (gradients.every((gradient) => gradient === undefined)) return
       const input = kept ? store!.take(kept) : x
-      const tape = new Tape(this.pass, { kind: 'training', kept: keep })
+      const tape = this.again(keep)
       body(tape, input).forEach((output, i) => {
         if (gradients[i]) tape.setGradient(output, gradients[i])
       })
@@ -196,7 +221,7 @@ export class Tape {
     this.backward(y, (dy) => {
       const dx = recorder.scratch(x.dtype, x.dims, 'tiles.dx')
       for (const start of starts) {
-        const tape = new Tape(this.pass, { kind: 'training' })
+        const tape = this.again()
         const [from, to] = [part(x, start), recorder.scratch(x.dtype, part(y, start).dims, 'tile')]
         body(tape, from, to)
         tape.places.set(from, part(dx, start))

@@ -1,7 +1,7 @@
 import { type Arena, planArena } from './arena.js'
 import { Buffer, type Device } from './device.js'
 import { type Command, reads, writes } from './recorder.js'
-import { DTYPE_CODE, Scratch, type Storage, Tensor } from './tensor.js'
+import { DTYPE_CODE, type Purpose, Scratch, type Storage, Tensor } from './tensor.js'
 
 export interface PlanOptions {
   /** Tensors that the caller reads after a run. */
@@ -18,6 +18,7 @@ export interface PlanOptions {
 /** A scratch tensor's place: when it is alive (operation numbers) and where in the arena. */
 export interface Placement {
   name: string
+  purpose: Purpose
   /** Whether it is in the arena on the host. */
   host: boolean
   bytes: number
@@ -182,8 +183,8 @@ function place(
       if (known !== undefined) placements[known]!.last = at
       else {
         index.set(value.storage, placements.length)
-        const { name, bytes, host } = value.storage
-        placements.push({ name, bytes, host, offset: 0, first: at, last: at })
+        const { name, purpose, bytes, host } = value.storage
+        placements.push({ name, purpose, bytes, host, offset: 0, first: at, last: at })
       }
     }
   })

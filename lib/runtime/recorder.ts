@@ -1,7 +1,7 @@
 import { Buffer, type Device } from './device.js'
 import { Plan, type PlanOptions } from './plan.js'
 import { checkRule } from './rules.js'
-import { DTYPE_BYTES, type DType, isFloat, Scratch, Tensor } from './tensor.js'
+import { DTYPE_BYTES, type DType, isFloat, Scratch, setPurpose, Tensor } from './tensor.js'
 
 export type FieldKind = 'IN' | 'OUT' | 'INOUT' | 'OPT' | 'OPT_INOUT' | 'OPT_OUT' | 'TMP' | 'INT' | 'FLT'
 
@@ -29,6 +29,16 @@ export interface Command {
   readonly flops: number
   /** Bytes read and written, each tensor counted once for each direction. */
   readonly traffic: number
+  readonly place: Place
+}
+
+/** Where in a model's pass an operation stands. */
+export interface Place {
+  /** 'layer 3', 'output'; '' where nobody has said. */
+  readonly part: string
+  readonly phase: 'forward' | 'backward'
+  /** Whether it was computed in the forward pass already. */
+  readonly again: boolean
 }
 
 type Args = { readonly [name: string]: Tensor | number | undefined }
@@ -45,6 +55,8 @@ const WRITES = new Set<FieldKind>(['OUT', 'INOUT', 'OPT_INOUT', 'OPT_OUT'])
  */
 export class Recorder {
   readonly commands: Command[] = []
+  /** Of the operations that follow. */
+  place: Place = { part: '', phase: 'forward', again: false }
   private readonly written = new Set<Scratch>()
 
   /** `activations` is the dtype of outputs that no argument determines: Device.activationsFor the model's weights. */
@@ -90,6 +102,7 @@ export class Recorder {
         const dims = field.dims.map((dim) => this.resolve(row, field, dim, symbols))
         const dtype = dtypeOf(field.dtype!, dtypes) ?? this.activations
         tensor = this.scratch(dtype, dims, `${row.name}.${field.name}`)
+        if (field.name === 'logits') setPurpose(tensor, 'logits')
       }
       if (tensor && field.kind === 'OUT') outputs[field.name] = tensor
       return tensor
@@ -119,7 +132,7 @@ export class Recorder {
         this.written.add(value.storage)
       }
     })
-    this.commands.push({ row, values, flops: row.flops(symbols), traffic })
+    this.commands.push({ row, values, flops: row.flops(symbols), traffic, place: this.place })
     return outputs
   }
 

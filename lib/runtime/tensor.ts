@@ -14,10 +14,17 @@ export const isFloat = (dtype: DType): boolean => dtype === 'f32' || dtype === '
 export interface Storage {
   readonly bytes: number
   readonly name: string
+  /** Whether it is in the host's memory, not the device's own. */
+  readonly host: boolean
 }
+
+/** What a place in the arena is for, where that is worth telling apart in a picture of memory. */
+export type Purpose = 'checkpoint' | 'gradient' | 'logits' | 'activation'
 
 /** A place in the arena of the plan being recorded. It lives from the first to the last operation that names it. */
 export class Scratch implements Storage {
+  purpose: Purpose = 'activation'
+
   constructor(
     readonly bytes: number,
     readonly name: string,
@@ -66,4 +73,9 @@ export class Tensor {
   describe(): string {
     return `${this.storage.name} ${this.dtype} (${this.dims.join(',')})`
   }
+}
+
+/** Says what a scratch tensor is for; others are what their buffer is. */
+export function setPurpose({ storage }: Tensor, purpose: Purpose): void {
+  if (storage instanceof Scratch) storage.purpose = purpose
 }

@@ -71,3 +71,12 @@ export function activationOptions(memory: MemorySettings): ActivationOptions {
   const { checkpointLayers, keepAttention, mlpRows, attentionGroups, logitsRows, offloadCheckpoints } = memory
   return { checkpointLayers, keepAttention, mlpRows, attentionGroups, logitsRows, offload: offloadCheckpoints }
 }
+
+/** Throws RangeError where checkpoints would be further apart than the model is deep. */
+export function requireLayers({ checkpointLayers }: MemorySettings, layers: number): void {
+  if (checkpointLayers <= layers) return
+  throw new RangeError(
+    `memory.checkpointLayers is ${checkpointLayers}, but the model has ${layers} layers: at most ${layers} lie between ` +
+      'two kept inputs, and 1 to 4 need the least memory',
+  )
+}

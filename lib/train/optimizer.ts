@@ -4,7 +4,7 @@ import type { Buffer, Device } from '../runtime/device.js'
 import { adamw, adamw8bit, add, cast, clip, fill, sumSquares } from '../runtime/ops.gen.js'
 import type { Plan } from '../runtime/plan.js'
 import { Recorder } from '../runtime/recorder.js'
-import { DTYPE_BYTES, type DType, Tensor } from '../runtime/tensor.js'
+import { DTYPE_BYTES, type DType, setPurpose, Tensor } from '../runtime/tensor.js'
 import { MEMORY_DEFAULTS, type MemorySettings } from './memory.js'
 import { type SegmentStates, StateLayout, type StateName } from './states.js'
 
@@ -116,6 +116,21 @@ export class AdamW {
     return this.plan?.flops ?? 0
   }
 
+  /** Bytes that its operations read and write, as `flops`. */
+  get traffic(): number {
+    return this.plan?.traffic ?? 0
+  }
+
+  /** Bytes that an update, fused or not, reads and writes: weights and states once each, gradients read for their norm too. */
+  get updateTraffic(): { device: number; host: number } {
+    const { segments, states, layout } = this
+    let device = 0
+    for (const one of segments) {
+      device += 2 * one.elements * (DTYPE_BYTES[one.of.dtype] + DTYPE_BYTES[this.gradientDtype(one)])
+    }
+    return states.host ? { device, host: 2 * layout.bytes } : { device: device + 2 * layout.bytes, host: 0 }
+  }
+
   /** The states of every parameter, for checkpoints: 'm.model.embed_tokens.weight', and so on. */
   *entries(): IterableIterator<{ name: string; state: StateName; tensor: Tensor }> {
     for (const segment of this.segments) {
@@ -214,6 +229,7 @@ export class AdamW {
       let gradient = this.buffers.get(segment) ?? alive.get(segment)
       if (!gradient) {
         gradient = recording!.scratch('f32', [segment.elements], `gradients of ${segment.name}`)
+        setPurpose(gradient, 'gradient')
         // zeros between the parameters
         if (segment.parameters.some(({ value }) => value.size % PADDING !== 0)) {
           fill(recording!, { y: gradient, value: 0 })

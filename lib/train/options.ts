@@ -68,8 +68,11 @@ export interface TrainerOptions {
   seed?: number
   /** Trains an adapter of low rank, and leaves the model's weights as they are; `{}` for the defaults. */
   lora?: LoraOptions
-  /** What a step keeps in memory, and in which form; default: everything, in full. */
-  memory?: MemoryOptions
+  /**
+   * What a step keeps in memory, and in which form; default: everything, in full. 'auto': the first of the sets that
+   * {@link fit} finds for the device among those that compute the same.
+   */
+  memory?: MemoryOptions | 'auto'
   /** 'concat' (default): documents follow each other in a window. 'documents': they do not see each other. */
   packing?: Packing
   /** Windows are parts of longer texts, with the positions that they have there: PoSE. */
@@ -123,6 +126,8 @@ export interface Settings {
   seed: number
   lora: LoraSettings | undefined
   memory: MemorySettings
+  /** Whether `memory` is still to be found. */
+  autoMemory: boolean
   packing: Packing
   pose: PoseSettings | undefined
   appendEos: boolean | undefined
@@ -205,8 +210,9 @@ const CHECKS: Record<keyof TrainerOptions, Check> = {
   finalFraction: number('in [0, 1]', (value) => value >= 0 && value <= 1),
   seed: whole(0),
   memory: (value, name) => {
+    if (value === 'auto') return
     if (typeof value !== 'object' || value === null)
-      throw new TypeError(`${name} is ${quote(value)}, but must be an object`)
+      throw new TypeError(`${name} is ${quote(value)}, but must be an object or 'auto'`)
     checkKnown(value, MEMORY_CHECKS, `${name}.`)
   },
   lora: (value, name) => readLora(value as LoraOptions, name),
@@ -319,7 +325,8 @@ export function readOptions(options: TrainerOptions): Settings {
   if (resume === true && output === undefined) {
     throw new TypeError('resume is true, but there is no output folder to look in: set output, or give a path')
   }
-  const memory = { ...MEMORY_DEFAULTS, ...given(options.memory) }
+  const autoMemory = options.memory === 'auto'
+  const memory = { ...MEMORY_DEFAULTS, ...(options.memory !== 'auto' && given(options.memory)) }
   checkMemory(memory, options.accumulate ?? 1)
   const pose = options.pose && { chunks: 2, ...given(options.pose), length: options.pose.length }
   if (pose) checkPose(pose, options)
@@ -340,6 +347,7 @@ export function readOptions(options: TrainerOptions): Settings {
     seed: options.seed ?? 0,
     lora: options.lora && readLora(options.lora),
     memory,
+    autoMemory,
     packing: options.packing ?? 'concat',
     pose,
     appendEos: options.appendEos,

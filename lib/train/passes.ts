@@ -4,6 +4,7 @@ import type { Parameters } from '../model/parameters.js'
 import { disposePass, type Pass, type PassKind, type PassOptions, recordPass, runPass } from '../model/passes.js'
 import type { Buffer } from '../runtime/device.js'
 import { dot } from '../runtime/ops.gen.js'
+import type { Plan } from '../runtime/plan.js'
 import { activationOptions, MEMORY_DEFAULTS } from './memory.js'
 import type { AdamW, Update } from './optimizer.js'
 
@@ -19,6 +20,10 @@ export class TrainingPasses {
   readonly flops: number
   /** Of the weights that they were recorded for. */
   readonly version: number
+  /** Those of them that a step which keeps everything would take too. */
+  readonly modelFlops: number
+  /** Bytes that the operations of a step read and write. */
+  readonly traffic: number
 
   private readonly passes = new Map<PassKind, Pass>()
   private readonly arena: Buffer
@@ -46,10 +51,11 @@ export class TrainingPasses {
     let arena: Buffer | undefined
     let hostArena: Buffer | undefined
     try {
-      // Once to learn what the largest takes, once more into memory of that size.
+      // Once to learn what the largest takes, once more into memory of that size, where there is any.
       const sizes = kinds.map((kind) => {
         const pass = this.record(kind, { share })
         share = pass
+        this.passes.set(kind, pass)
         return pass.plan
       })
       this.arenaBytes = Math.max(...sizes.map(({ peakBytes }) => peakBytes))
@@ -57,7 +63,9 @@ export class TrainingPasses {
       const what = `activations of ${rows} x ${time} tokens`
       arena = weights.device.alloc(this.arenaBytes, what)
       if (this.hostBytes > 0) hostArena = weights.device.allocHost(this.hostBytes, `${what}, checkpoints`, onRefused)
-      for (const kind of kinds) this.passes.set(kind, this.record(kind, { share, arena, hostArena }))
+      if (!weights.device.dry) {
+        for (const kind of kinds) this.passes.set(kind, this.record(kind, { share, arena, hostArena }))
+      }
     } catch (error) {
       arena?.dispose()
       hostArena?.dispose()
@@ -67,8 +75,22 @@ export class TrainingPasses {
     this.arena = arena
     this.hostArena = hostArena
     this.batchBytes = Object.values(share!.tensors).reduce((sum, tensor) => sum + tensor.bytes, 0)
-    const more = (accumulate - 1) * (this.passes.get('accumulate')?.plan.flops ?? 0)
-    this.flops = this.passes.get('gradients')!.plan.flops + more + optimizer.flops
+    this.flops = optimizer.flops
+    this.modelFlops = optimizer.flops
+    this.traffic = optimizer.traffic
+    for (const { plan, runs } of this.plans) {
+      this.traffic += runs * plan.traffic
+      this.flops += runs * plan.flops
+      for (const { flops, place } of plan.commands) if (!place.again) this.modelFlops += runs * flops
+    }
+  }
+
+  /** What a step runs before the update, and how often. */
+  get plans(): { plan: Plan; runs: number }[] {
+    const gradients = this.passes.get('gradients')!.plan
+    const accumulate = this.passes.get('accumulate')?.plan
+    const more = accumulate ? [{ plan: accumulate, runs: this.accumulate - 1 }] : []
+    return [{ plan: gradients, runs: 1 }, ...more]
   }
 
   /** One step over `accumulate` micro-batches: the gradients of the mean over all of their predictions, and the update. */

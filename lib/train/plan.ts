@@ -1,8 +1,12 @@
-import { parameterShapes } from '../model/config.js'
+import { type LlamaConfig, parameterShapes } from '../model/config.js'
 import type { Llama } from '../model/llama.js'
 import { Lora } from '../model/lora.js'
 import { Parameters } from '../model/parameters.js'
+import type { Device } from '../runtime/device.js'
+import type { Plan } from '../runtime/plan.js'
+import type { DType, Purpose } from '../runtime/tensor.js'
 import { checkpointBytes } from './checkpoint.js'
+import { requireLayers } from './memory.js'
 import { AdamW } from './optimizer.js'
 import type { Settings } from './options.js'
 import { TrainingPasses } from './passes.js'
@@ -24,6 +28,8 @@ export interface TrainingPlan {
   optimizerBytes: number
   /** Activations and temporaries at their peak. */
   activationBytes: number
+  /** What `activationBytes` are, and when. */
+  peak: MemoryPeak
   /** Tokens, labels and rotation tables. */
   batchBytes: number
   /** Pinned memory of the host: checkpoints and optimizer states that were put there. On `cpu`, more of the same. */
@@ -36,37 +42,123 @@ export interface TrainingPlan {
   checkpointBytes: number
   /** Counted floating-point operations of a step: products at 2 M N K, attention over the visible half only. */
   flopsPerStep: number
+  /** The same without what is computed a second time to save memory. */
+  modelFlopsPerStep: number
+  /** Bytes that the operations of a step read and write. */
+  trafficPerStep: number
 }
 
-/** Records the steps of a run in the same way as for running them, but on a device that allocates nothing. */
-export function planTraining(model: Llama, settings: Settings, context: number): TrainingPlan {
-  const { batchSize, accumulate, validation } = settings
-  const device = model.device.planner()
-  const weights = new Parameters(device, model.weights.dtype, parameterShapes(model.config))
-  const lora = settings.lora && new Lora(weights, model.config, settings.lora)
+/**
+ * The operation of a step at which most memory is alive, and what it is. The bytes add up to `activationBytes`.
+ *
+ * @category Training
+ */
+export interface MemoryPeak {
+  /** Name in the op table (docs/ops.md). */
+  operation: string
+  /** 'layer 3', 'output', 'embedding'. */
+  part: string
+  /** On the way to the loss, or to the gradients. */
+  phase: 'forward' | 'backward'
+  /** Inputs of layers that are kept, to compute the rest again. */
+  checkpoints: number
+  /** Of fused updates: gradients that live in the backward pass. */
+  gradients: number
+  /** Rows of logits. */
+  logits: number
+  /** All else. */
+  activations: number
+  /** Alignment, and room that could not be used at this moment. */
+  gaps: number
+  /** The largest tensors, those of one name together. */
+  tensors: { name: string; count: number; bytes: number }[]
+}
+
+/** What decides a step's memory, whatever the weights are. */
+export type StepSettings = Pick<
+  Settings,
+  'batchSize' | 'accumulate' | 'memory' | 'lora' | 'betas' | 'eps' | 'weightDecay' | 'maxGradNorm' | 'validation'
+>
+
+/** A step that was recorded on a device that allocates nothing. */
+export interface StepRecord {
+  device: Device
+  weights: Parameters
+  lora: Lora | undefined
+  optimizer: AdamW
+  passes: TrainingPasses
+}
+
+/** Records the steps of a run in the same way as for running them; `device` plans, and is used for nothing else. */
+export function recordStep(
+  device: Device,
+  config: LlamaConfig,
+  dtype: DType,
+  settings: StepSettings,
+  context: number,
+): StepRecord {
+  const { batchSize, accumulate, validation, memory } = settings
+  requireLayers(memory, config.layers)
+  const weights = new Parameters(device, dtype, parameterShapes(config))
+  const lora = settings.lora && new Lora(weights, config, settings.lora)
   const optimizer = new AdamW((lora ?? weights).segments(), settings)
-  const validates = validation !== undefined
-  const { config } = model
-  const passes = new TrainingPasses(
-    config,
-    weights,
-    optimizer,
-    batchSize,
-    context,
-    accumulate,
-    validates,
-    settings.memory,
-  )
+  const shape = [batchSize, context, accumulate] as const
+  const passes = new TrainingPasses(config, weights, optimizer, ...shape, validation !== undefined, memory)
+  return { device, weights, lora, optimizer, passes }
+}
+
+/** Memory and operations of a model's training steps. */
+export function planTraining(model: Llama, settings: StepSettings, context: number): TrainingPlan {
+  return summarize(recordStep(model.device.planner(), model.config, model.weights.dtype, settings, context))
+}
+
+/** The figures of a record. */
+export function summarize({ device, weights, lora, optimizer, passes }: StepRecord): TrainingPlan {
   return {
     weightsBytes: weights.buffer.bytes + (lora?.parameters.buffer.bytes ?? 0),
     gradientBytes: optimizer.gradientBytes,
     optimizerBytes: optimizer.stateBytes - optimizer.hostBytes,
     activationBytes: passes.arenaBytes,
+    peak: memoryPeak(passes),
     batchBytes: passes.batchBytes,
     hostBytes: device.hostBytes,
     workspaceBytes: device.workspaceBytes,
     totalBytes: device.allocatedBytes,
     checkpointBytes: checkpointBytes(weights, lora, optimizer),
     flopsPerStep: passes.flops,
+    modelFlopsPerStep: passes.modelFlops,
+    trafficPerStep: passes.traffic,
+  }
+}
+
+/** The pass of a step that needs most memory. */
+export function largestPass({ plans }: TrainingPasses): Plan {
+  return plans.map(({ plan }) => plan).reduce((most, plan) => (plan.peakBytes > most.peakBytes ? plan : most))
+}
+
+function memoryPeak(passes: TrainingPasses): MemoryPeak {
+  const { commands, placements, peakAt } = largestPass(passes)
+  const { row, place } = commands[Math.min(peakAt, commands.length - 1)]!
+  const bytes: Record<Purpose, number> = { checkpoint: 0, gradient: 0, logits: 0, activation: 0 }
+  const tensors = new Map<string, { name: string; count: number; bytes: number }>()
+  let alive = 0
+  for (const one of placements) {
+    if (one.host || one.first > peakAt || one.last < peakAt) continue
+    bytes[one.purpose] += one.bytes
+    alive += one.bytes
+    const name = one.purpose === 'checkpoint' ? 'checkpoints' : one.name
+    const known = tensors.get(name) ?? { name, count: 0, bytes: 0 }
+    tensors.set(name, { name, count: known.count + 1, bytes: known.bytes + one.bytes })
+  }
+  return {
+    operation: row.name,
+    part: place.part,
+    phase: place.phase,
+    checkpoints: bytes.checkpoint,
+    gradients: bytes.gradient,
+    logits: bytes.logits,
+    activations: bytes.activation,
+    gaps: passes.arenaBytes - alive,
+    tensors: [...tensors.values()].sort((a, b) => b.bytes - a.bytes).slice(0, 12),
   }
 }

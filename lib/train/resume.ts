@@ -7,7 +7,7 @@ import { isTrained, type LoraSettings } from '../model/lora.js'
 import { writeRope } from '../rope.js'
 import { Tensor } from '../runtime/tensor.js'
 import { findCheckpoint, listCheckpoints, removeLeftovers, type TrainerRecord } from './checkpoint.js'
-import { MEMORY_DEFAULTS } from './memory.js'
+import { MEMORY_DEFAULTS, type MemorySettings } from './memory.js'
 import type { Settings } from './options.js'
 
 /** Bytes of each weight that tell it from another one. */
@@ -75,10 +75,19 @@ export function decisiveOptions(settings: Settings): TrainerRecord['options'] {
 }
 
 /** Where and for how long something is kept does not matter; how it is rounded does. */
+const DECISIVE_MEMORY = ['gradients', 'masters', 'moments', 'mlpRows', 'logitsRows'] as const
+
+/** Those of a checkpoint's options that a resumed run has to keep to. */
+export function savedMemory({ options }: TrainerRecord): Partial<MemorySettings> {
+  const saved = DECISIVE_MEMORY.map((name) => [name, options[`memory.${name}`] ?? MEMORY_DEFAULTS[name]])
+  return Object.fromEntries(saved) as Partial<MemorySettings>
+}
+
 function decisiveMemory({ memory }: Settings): TrainerRecord['options'] {
-  const names = ['gradients', 'masters', 'moments', 'mlpRows', 'logitsRows'] as const
   return Object.fromEntries(
-    names.flatMap((name) => (memory[name] === MEMORY_DEFAULTS[name] ? [] : [[`memory.${name}`, memory[name]]])),
+    DECISIVE_MEMORY.flatMap((name) =>
+      memory[name] === MEMORY_DEFAULTS[name] ? [] : [[`memory.${name}`, memory[name]]],
+    ),
   )
 }
 

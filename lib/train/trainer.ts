@@ -18,11 +18,20 @@ import {
 import { type DataCursor, DataLoader } from './data.js'
 import { checkMemoryOf } from './memory.js'
 import { MetricsLog, type StepResult } from './metrics.js'
+import { fittingMemory, requireFit, type StepShape } from './admit.js'
+import { requireLayers } from './memory.js'
 import { AdamW } from './optimizer.js'
 import { readOptions, type Settings, type TrainerOptions } from './options.js'
 import { TrainingPasses } from './passes.js'
 import { planTraining, type TrainingPlan } from './plan.js'
-import { checkpointToResume, decisiveModel, decisiveOptions, frozenWeights, requireSame } from './resume.js'
+import {
+  checkpointToResume,
+  decisiveModel,
+  decisiveOptions,
+  frozenWeights,
+  requireSame,
+  savedMemory,
+} from './resume.js'
 import { measurePeak } from './peak.js'
 import { learningRateAt } from './schedule.js'
 
@@ -82,6 +91,8 @@ export class Trainer {
   private lora: Lora | undefined
   private readonly healthy = new Set<string>()
   private running = false
+  /** The shape of steps that are known to fit. */
+  private admitted: string | undefined
   private peakFlops: number | undefined
   private disposed = false
 
@@ -94,7 +105,8 @@ export class Trainer {
     this.settings = readOptions(options)
     checkMemoryOf(model.config, this.settings.memory)
     this.peakFlops = this.settings.peakFlops
-    const { context, pose, lora } = this.settings
+    const { context, pose, lora, memory } = this.settings
+    requireLayers(memory, model.config.layers)
     if (context !== undefined) this.requireWindow(context, 'context')
     if (pose) this.requireWindow(pose.length, 'pose.length')
     if (lora) checkLora(model.config, lora)
@@ -106,7 +118,11 @@ export class Trainer {
    * the option `context` is missing.
    */
   plan(): TrainingPlan {
-    return planTraining(this.model, this.settings, this.requireContext())
+    const time = this.requireContext()
+    const { model, settings } = this
+    const { batchSize: rows, accumulate, autoMemory } = settings
+    const memory = autoMemory ? fittingMemory(model, settings, { rows, time, accumulate }, {}) : settings.memory
+    return planTraining(model, { ...settings, memory }, time)
   }
 
   /**
@@ -117,7 +133,7 @@ export class Trainer {
   async step(tokens: Tokens, options: BatchOptions = {}): Promise<StepResult> {
     const batch = readBatch(tokens, this.model.config, options)
     this.requireWindow(batch.time, 'tokens: the row length')
-    await this.start()
+    await this.start({ rows: batch.rows, time: batch.time, accumulate: 1 })
     const result = await this.model.exclusive(() => this.advance([batch], performance.now()))
     this.requireProgress('the tokens given to step()')
     return result
@@ -142,8 +158,8 @@ export class Trainer {
     this.running = true
     state.interrupted = false
     try {
-      this.requireContext()
-      await this.start()
+      const { batchSize: rows, accumulate } = settings
+      await this.start({ rows, time: this.requireContext(), accumulate })
       await this.requireRoom()
       const loader = await this.open(signal)
       if (!loader) return
@@ -217,11 +233,11 @@ export class Trainer {
     return this.settings.validation !== undefined
   }
 
-  /** Allocates the optimizer and takes up the checkpoint to resume, once. */
-  private start(): Promise<void> {
+  /** Allocates the optimizer and takes up the checkpoint to resume, once, if steps of this shape can fit. */
+  private start(shape?: StepShape): Promise<void> {
     if (this.disposed) return Promise.reject(new Error('this trainer was disposed'))
     this.started ??= this.model
-      .exclusive(() => this.prepare())
+      .exclusive(() => this.prepare(shape))
       .catch((error: unknown) => {
         this.started = undefined
         throw error
@@ -229,17 +245,22 @@ export class Trainer {
     return this.started
   }
 
-  private async prepare(): Promise<void> {
+  private async prepare(shape: StepShape | undefined): Promise<void> {
     const { model, settings } = this
     if (model.device.dry) throw new Error('the dry device plans, it does not train: load the model on another device')
     const checkpoint = await checkpointToResume(settings, (message) => this.warn(message))
     this.requireAdapter()
+    model.releasePasses()
+    if (settings.autoMemory && shape) {
+      settings.memory = fittingMemory(model, settings, shape, checkpoint ? savedMemory(checkpoint.record) : {})
+      settings.autoMemory = false
+    }
     this.frozen = settings.lora && (await frozenWeights(model, settings.lora))
     if (checkpoint) requireSame(checkpoint.path, checkpoint.record, settings, model, this.frozen)
     // A model that was made, not loaded, may have no folder; one that has is not to lose its tokenizer in silence.
     const folder = await stat(model.path).catch(() => undefined)
     this.companions = folder?.isDirectory() ? model.path : undefined
-    model.releasePasses()
+    if (shape) this.admit(shape)
     const added = settings.lora !== undefined && !model.lora
     let optimizer: AdamW | undefined
     try {
@@ -370,6 +391,14 @@ export class Trainer {
     return result
   }
 
+  /** Refuses what cannot fit, before it is allocated; once for steps of one shape. */
+  private admit({ rows, time, accumulate }: StepShape): void {
+    const shape = [rows, time, accumulate].join()
+    if (this.admitted === shape) return
+    requireFit(this.model, this.settings, { rows, time, accumulate })
+    this.admitted = shape
+  }
+
   /** The passes for micro-batches of a shape; those of one shape are held at a time. */
   private passesFor(rows: number, time: number, accumulate: number): TrainingPasses {
     const { passes, model, validates } = this
@@ -378,6 +407,7 @@ export class Trainer {
     passes?.dispose()
     this.passes = undefined
     model.releasePasses()
+    this.admit({ rows, time, accumulate })
     const optimizer = this.optimizer!
     const { memory } = this.settings
     const warn = (message: string): void => this.warn(message)

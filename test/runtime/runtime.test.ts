@@ -68,6 +68,35 @@ t.test('arena: seeded lifetimes never overlap, and the bounds are right', async 
   }
 })
 
+/** planArena as it reads: each lifetime is held against all that have their place. */
+function simpleOffsets(lifetimes: readonly Lifetime[]): number[] {
+  const order = lifetimes.map((_, i) => i)
+  order.sort((a, b) => lifetimes[b]!.bytes - lifetimes[a]!.bytes || lifetimes[a]!.first - lifetimes[b]!.first || a - b)
+  const offsets: number[] = lifetimes.map(() => 0)
+  const done: number[] = []
+  for (const i of order) {
+    const { bytes, first, last } = lifetimes[i]!
+    const beside = done.filter((j) => lifetimes[j]!.first <= last && first <= lifetimes[j]!.last)
+    const ends = beside.map((j) => offsets[j]! + aligned(lifetimes[j]!.bytes))
+    const free = (at: number): boolean => beside.every((j, n) => at + aligned(bytes) <= offsets[j]! || ends[n]! <= at)
+    offsets[i] = Math.min(...[0, ...ends].filter(free))
+    done.push(i)
+  }
+  return offsets
+}
+
+t.test('arena: the same places as the simple search finds', async (t) => {
+  const random = new Random(2)
+  for (let round = 0; round < 300; round++) {
+    const end = random.int(1, random.pick([3, 40, 300]))
+    const lifetimes = Array.from({ length: random.int(1, random.pick([5, 60, 200])) }, () => {
+      const first = random.int(0, end)
+      return { bytes: 256 * random.int(1, random.pick([2, 6, 50])), first, last: random.int(first, end) }
+    })
+    t.strictSame(planArena(lifetimes).offsets, simpleOffsets(lifetimes), `round ${round}`)
+  }
+})
+
 t.test('arena: known optima', async (t) => {
   t.match(planArena([]), { offsets: [], bytes: 0, lowerBound: 0 })
   t.match(planArena([{ bytes: 1, first: 3, last: 3 }]), { offsets: [0], bytes: 256, lowerBound: 256, peakAt: 3 })
