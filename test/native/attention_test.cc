@@ -335,13 +335,15 @@ struct Isa {
   const char* name;
   bool present;
   void (*forward)(cpu::Context&, const attention_fwd_args&);
+  void (*delta)(cpu::Context&, const attention_delta_args&);
   void (*backward)(cpu::Context&, const attention_bwd_args&);
   void (*append)(cpu::Context&, const kv_append_args&);
   void (*cached)(cpu::Context&, const attention_cached_args&);
 };
 #define ISA(isa, present)                                                                                            \
   {                                                                                                                  \
-#isa, present, cpu::isa::attention_fwd, cpu::isa::attention_bwd, cpu::isa::kv_append, cpu::isa::attention_cached \
+#isa, present, cpu::isa::attention_fwd, cpu::isa::attention_delta, cpu::isa::attention_bwd, cpu::isa::kv_append, \
+        cpu::isa::attention_cached                                                                                   \
   }
 const std::vector<Isa> isas = {
     ISA(baseline, true),
@@ -382,8 +384,10 @@ void run(const Isa& isa, TestContext& context, const Inputs& in, Outputs& out, c
   context.poison();
   isa.forward(context, {in.q, in.k, in.v, in.cos, in.sin, in.pos, in.first, out.o, out.lse, out.kr, in.scale});
   context.poison();
-  isa.backward(context, {in.q, in.k, in.v, in.cos, in.sin, in.pos, in.first, o ? *o : out.o, lse ? *lse : out.lse,
-                         in.dout, out.dq, out.dk, out.dv, out.qr_group, out.kr_group, out.delta, out.groups, in.scale});
+  isa.delta(context, {o ? *o : out.o, in.dout, out.delta});
+  context.poison();
+  isa.backward(context, {in.q, in.k, in.v, in.cos, in.sin, in.pos, in.first, out.delta, lse ? *lse : out.lse, in.dout,
+                         out.dq, out.dk, out.dv, out.qr_group, out.kr_group, out.groups, in.scale});
 }
 
 // Everything outside one document of each sequence becomes NaN or infinite: inside, no bit may change.
