@@ -77,6 +77,10 @@ export {
 export { Device, type DeviceOptions } from './runtime/device.js'
 export type { DeviceMemory } from './runtime/native.js'
 export type { Packing } from './train/data.js'
+export { fit, type FitProblem, type FitResult, type FitSet } from './train/fit.js'
+export type { MemoryOptions } from './train/memory.js'
+export type { MemoryPeak } from './train/plan.js'
+export { type MemoryPlan, plan, type PlannedBytes, type PlanRequest, type StepEstimate } from './train/planner.js'
 export {
   type StepResult,
   Trainer,

@@ -8,6 +8,7 @@ import { evalPasskey, evalPerplexity } from './eval.js'
 import { extend } from './extend.js'
 import { generate } from './generate.js'
 import { inspect } from './inspect.js'
+import { plan } from './plan.js'
 import { type Command, helpText, parseOptions, UsageError } from './options.js'
 import { Output, type Sink } from './output.js'
 
@@ -18,6 +19,7 @@ const commands = [
   evalPasskey,
   generate,
   inspect,
+  plan,
   doctor,
   bench,
   build,

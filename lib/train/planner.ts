@@ -8,7 +8,7 @@ import { Device } from '../runtime/device.js'
 import type { DType } from '../runtime/tensor.js'
 import { CPU_RATES, estimateStep, formulaFlops, type Rates, type Seconds, sumOf } from './estimate.js'
 import { DRIVER_BYTES, findGpu, type Gpu, gpuCalled, gpus, readBytes } from './gpus.js'
-import type { MemoryOptions, MemorySettings } from './memory.js'
+import { type MemoryOptions, type MemorySettings, requireLayers } from './memory.js'
 import { readOptions, type Settings } from './options.js'
 import { type MemoryPeak, recordStep, type StepRecord, summarize } from './plan.js'
 
@@ -189,6 +189,7 @@ export async function readRequest(request: PlanRequest): Promise<Planning> {
   const settings = readOptions({ context, batchSize, accumulate, maxGradNorm, memory, steps })
   if (settings.context === undefined) throw new TypeError('context is missing: the tokens in a training window')
   const { name, config } = await readModel(model)
+  requireLayers(settings.memory, config.layers)
   return {
     ...{ name, config, dtype: dtype === 'float32' ? 'f32' : 'bf16', context: settings.context, settings, steps },
     ...readDevice(request),

@@ -1,0 +1,234 @@
+// The space that fit searches. Bytes of activations do not depend on how weights are updated, and grow by the same for
+// every layer: a few layers are recorded for each way to keep activations, and only what is shown is recorded whole.
+import { parameterShapes } from '../model/config.js'
+import { Parameters } from '../model/parameters.js'
+import { Device } from '../runtime/device.js'
+import { estimateStep, type Seconds, sumOf, updateSeconds } from './estimate.js'
+import type { FitSet } from './fit.js'
+import { MEMORY_DEFAULTS, type MemoryOptions, type MemorySettings } from './memory.js'
+import { AdamW } from './optimizer.js'
+import { recordStep, type StepRecord } from './plan.js'
+import { describePlan, type Planning, record } from './planner.js'
+
+/** How activations are kept. */
+type Keeping = Pick<
+  MemorySettings,
+  'checkpointLayers' | 'keepAttention' | 'offloadCheckpoints' | 'mlpRows' | 'attentionGroups' | 'logitsRows'
+>
+/** How weights are updated. */
+type Updating = Pick<MemorySettings, 'gradients' | 'masters' | 'moments' | 'offloadOptimizer'>
+
+export interface Candidate {
+  memory: MemorySettings
+  requiredBytes: number
+  hostBytes: number
+  seconds: number
+  costs: string[]
+  roundings: number
+  fused: boolean
+  /** Options that differ from the defaults. */
+  changes: number
+}
+
+/** What one half of the options leads to. */
+interface Part {
+  bytes: number
+  host: number
+  seconds: number
+}
+
+/** Estimates for all sets of options, from records of a few layers. */
+export class Finder {
+  private readonly kept = new Map<string, Part>()
+  private readonly updated = new Map<string, Part>()
+  private readonly plainSeconds: number
+
+  constructor(
+    private readonly planning: Planning,
+    /** Options that are not to be chosen. */
+    private readonly fixed: MemoryOptions,
+  ) {
+    this.plainSeconds = this.keep(MEMORY_DEFAULTS).seconds + this.update(MEMORY_DEFAULTS).seconds
+  }
+
+  candidates(only: (keeping: Keeping) => boolean = () => true): Candidate[] {
+    const { planning } = this
+    const found = new Map<string, Candidate>()
+    for (const updating of updates(planning)) {
+      for (const keeping of keepings(planning).filter(only)) {
+        const memory = { ...MEMORY_DEFAULTS, ...keeping, ...updating, ...this.fixed }
+        const key = JSON.stringify(memory)
+        if (found.has(key) || !isPossible(memory, planning)) continue
+        const rest = this.update(memory)
+        const kept = this.keep(memory)
+        const costs = costsOf(memory, planning)
+        found.set(key, {
+          memory,
+          requiredBytes: rest.bytes + kept.bytes + planning.driverBytes,
+          hostBytes: rest.host + kept.host,
+          seconds: rest.seconds + kept.seconds,
+          costs,
+          roundings: costs.length - Number(memory.gradients === 'fused'),
+          fused: memory.gradients === 'fused',
+          changes: Object.keys(changed(memory)).length,
+        })
+      }
+    }
+    return [...found.values()]
+  }
+
+  /** What the leanest update needs on the device, without any activations. */
+  get fixedBytes(): number {
+    const { planning, fixed } = this
+    const bytes = updates(planning).map((one) => this.update({ ...one, ...fixed }).bytes)
+    return Math.min(...bytes) + planning.driverBytes
+  }
+
+  /** The set, recorded whole. */
+  exactly(memory: MemorySettings): FitSet {
+    const { planning } = this
+    const step = record(planning, memory)
+    const plan = describePlan(planning, step, memory)
+    const costs = costsOf(memory, planning)
+    const seconds = sumOf(estimateStep(step.passes, step.optimizer, planning.rates))
+    return {
+      memory: changed(memory),
+      plan,
+      slowdown: seconds / this.plainSeconds,
+      exact: isExact(memory, planning),
+      costs,
+    }
+  }
+
+  /** All but activations and the batch, for the whole model: exact. */
+  private update({ gradients, masters, moments, offloadOptimizer }: Updating): Part {
+    const key = [gradients, masters, moments, offloadOptimizer].join()
+    let found = this.updated.get(key)
+    if (!found) {
+      const { config, dtype, settings, onGpu, rates } = this.planning
+      const device = Device.open(onGpu ? 'dry:cuda' : 'dry')
+      const weights = new Parameters(device, dtype, parameterShapes(config))
+      const memory = { ...MEMORY_DEFAULTS, gradients, masters, moments, offloadOptimizer }
+      const optimizer = new AdamW(weights.segments(), { ...settings, memory })
+      found = { bytes: device.allocatedBytes, host: optimizer.hostBytes, seconds: updateSeconds(optimizer, rates) }
+      this.updated.set(key, found)
+    }
+    return found
+  }
+
+  /** Activations and batch; of deep models from two numbers of layers, which end in the same way as the whole. */
+  private keep(memory: MemorySettings): Part {
+    const { layers } = this.planning.config
+    const fused = memory.gradients === 'fused'
+    const { checkpointLayers: k, keepAttention, offloadCheckpoints, mlpRows, attentionGroups, logitsRows } = memory
+    const key = [k, keepAttention, offloadCheckpoints, mlpRows, attentionGroups, logitsRows, fused].join()
+    let found = this.kept.get(key)
+    if (!found) {
+      const one = Math.max(1, k)
+      const few = 4 * one + (layers % one)
+      const more = few + 2 * one
+      if (layers <= more) found = this.measure(layers, memory)
+      else {
+        const [a, b] = [this.measure(few, memory), this.measure(more, memory)]
+        const scale = (low: number, high: number): number => low + ((high - low) * (layers - few)) / (more - few)
+        found = { bytes: scale(a.bytes, b.bytes), host: scale(a.host, b.host), seconds: scale(a.seconds, b.seconds) }
+      }
+      this.kept.set(key, found)
+    }
+    return found
+  }
+
+  private measure(layers: number, memory: MemorySettings): Part {
+    const { context, settings } = this.planning
+    const updating = memory.gradients === 'fused' ? LEAN_UPDATE : MEMORY_DEFAULTS
+    const { gradients, masters, moments, offloadOptimizer } = updating
+    const own = { ...memory, gradients, masters, moments, offloadOptimizer }
+    const { passes, optimizer } = this.recordLayers(layers, own, context, settings.batchSize)
+    const seconds = estimateStep(passes, optimizer, this.planning.rates)
+    return {
+      bytes: passes.arenaBytes + passes.batchBytes,
+      host: passes.hostBytes,
+      seconds: sumOf(withoutUpdate(seconds)),
+    }
+  }
+
+  private recordLayers(layers: number, memory: MemorySettings, context: number, batchSize: number): StepRecord {
+    const { config, dtype, settings, onGpu } = this.planning
+    const device = Device.open(onGpu ? 'dry:cuda' : 'dry')
+    return recordStep(device, { ...config, layers }, dtype, { ...settings, batchSize, memory }, context)
+  }
+}
+
+const withoutUpdate = (seconds: Seconds): Seconds => ({ ...seconds, update: 0 })
+
+/** Any fused update: how states are kept changes no activation. */
+const LEAN_UPDATE: Updating = { gradients: 'fused', masters: 'stochastic', moments: '8bit', offloadOptimizer: false }
+
+function updates({ dtype, onGpu }: Planning): Updating[] {
+  const found: Updating[] = []
+  // Remainders hold the same masters in half the bytes.
+  const masters = dtype === 'bf16' ? (['remainder', 'stochastic'] as const) : (['float32'] as const)
+  for (const gradients of ['float32', 'bfloat16', 'fused'] as const) {
+    for (const master of masters) {
+      for (const moments of ['float32', 'bfloat16', '8bit'] as const) {
+        for (const offloadOptimizer of onGpu ? [false, true] : [false]) {
+          found.push({ gradients, masters: master, moments, offloadOptimizer })
+        }
+      }
+    }
+  }
+  return found
+}
+
+/** Ways to keep activations. On a CPU the host's memory is no other. */
+function keepings({ config, context, settings, onGpu }: Planning): Keeping[] {
+  const rows = settings.batchSize * context
+  const tile = Math.max(1024, 2 ** Math.ceil(Math.log2(rows / 16)))
+  const tiles = tile < rows ? [0, tile] : [0]
+  const found: Keeping[] = []
+  const rest = { attentionGroups: 1, logitsRows: 0 }
+  for (const mlpRows of tiles) {
+    found.push({ checkpointLayers: 0, keepAttention: false, offloadCheckpoints: false, mlpRows, ...rest })
+    for (const checkpointLayers of [1, 2, 3, 4].filter((k) => k <= config.layers)) {
+      for (const keepAttention of [true, false]) {
+        for (const offloadCheckpoints of onGpu ? [false, true] : [false]) {
+          found.push({ checkpointLayers, keepAttention, offloadCheckpoints, mlpRows, ...rest })
+        }
+      }
+    }
+  }
+  return found
+}
+
+/** Whether the options can go together. */
+function isPossible(memory: MemorySettings, { settings, config }: Planning): boolean {
+  const { checkpointLayers, keepAttention, offloadCheckpoints, gradients } = memory
+  if (checkpointLayers > config.layers || (gradients === 'fused' && settings.accumulate > 1)) return false
+  return checkpointLayers > 0 || !(keepAttention || offloadCheckpoints)
+}
+
+/** Clipping by layers is another one. */
+const isExact = ({ gradients, masters, moments }: MemorySettings, { settings }: Planning): boolean =>
+  (gradients === 'float32' || (gradients === 'fused' && settings.maxGradNorm === 0)) &&
+  masters !== 'stochastic' &&
+  moments === 'float32'
+
+function costsOf({ gradients, masters, moments }: MemorySettings, { settings }: Planning): string[] {
+  const costs: string[] = []
+  if (gradients === 'fused') {
+    const clip = settings.maxGradNorm > 0 ? ', and maxGradNorm limits each layer, not all together' : ''
+    costs.push(`fused updates: no accumulate${clip}`)
+  }
+  if (gradients === 'bfloat16') costs.push('gradients are rounded to bfloat16')
+  if (moments === 'bfloat16') costs.push('moments are rounded to bfloat16')
+  if (moments === '8bit') costs.push('moments are rounded to 8 bits')
+  if (masters === 'stochastic') costs.push('weights are rounded to bfloat16 by chance')
+  return costs
+}
+
+/** Options that are not the defaults. */
+function changed(memory: MemorySettings): MemoryOptions {
+  return Object.fromEntries(
+    Object.entries(memory).filter(([name, value]) => value !== MEMORY_DEFAULTS[name as keyof MemorySettings]),
+  )
+}
