@@ -1,6 +1,6 @@
 // The README's examples are run as they stand there, with smaller numbers and a small model in the place of theirs.
 import { type ChildProcess, spawn } from 'node:child_process'
-import { cp, mkdir, mkdtemp, readFile, rm, writeFile } from 'node:fs/promises'
+import { cp, mkdir, mkdtemp, readdir, readFile, rm, writeFile } from 'node:fs/promises'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import t from 'tap'
@@ -99,10 +99,13 @@ t.test('server', async (t) => {
   t.match(seen, /^data: {"step":1,"loss":\d/)
   await events.cancel().catch(() => undefined)
 
-  // The run was saved: the next visit goes on behind what was seen.
+  // Once the run is saved, the next visit goes on behind what was seen.
+  const pause = () => new Promise((later) => setTimeout(later, 100))
+  const saved = async () => (await readdir(join(place, 'run'))).some((name) => /^checkpoint-\d+$/.test(name))
+  for (let attempt = 0; attempt < 300 && !(await saved()); attempt++) await pause()
   let next = ''
   for (let attempt = 0; attempt < 50 && !/"step":\d+/.test(next); attempt++) {
-    await new Promise((later) => setTimeout(later, 200))
+    await pause()
     const again = new AbortController()
     const reader = (await visit(again.signal)).body!.pipeThrough(new TextDecoderStream()).getReader()
     next = (await reader.read()).value ?? ''
