@@ -1,4 +1,5 @@
 import { Buffer, type Device } from './device.js'
+import { checkLimits } from './limits.js'
 import { Plan, type PlanOptions } from './plan.js'
 import { checkRule } from './rules.js'
 import { DTYPE_BYTES, type DType, isFloat, Scratch, setPurpose, Tensor } from './tensor.js'
@@ -94,6 +95,7 @@ export class Recorder {
       this.unify(row, field, tensor, symbols, dtypes)
     }
     checkRule(row.name, args)
+    if (this.device.gpu) checkLimits(row.name, symbols, dtypes['F'])
     const outputs: Record<string, Tensor> = {}
     const values = row.fields.map((field) => {
       if (!field.dims) return field.kind === 'INT' ? symbols[field.name] : this.real(row, field, args)
