@@ -1,3 +1,4 @@
+import { formatBytes } from '../errors.js'
 import type { Buffer, Device } from '../runtime/device.js'
 import { cast } from '../runtime/ops.gen.js'
 import { Recorder } from '../runtime/recorder.js'
@@ -181,7 +182,10 @@ export class Parameters {
   }
 
   private alloc(): Buffer {
-    return this.device.alloc(this.elements * DTYPE_BYTES[this.dtype], `weights (${this.dtype})`)
+    const bytes = this.elements * DTYPE_BYTES[this.dtype]
+    const narrower = `dtype "bfloat16" takes ${formatBytes(bytes / 2)} less`
+    const remedy = this.dtype === 'f32' ? narrower : 'Free memory of the device, or use a smaller model'
+    return this.device.alloc(bytes, `weights (${this.dtype})`, remedy)
   }
 
   private at(buffer: Buffer, dtype: DType, name: string, dims: readonly number[]): Tensor {

@@ -180,8 +180,8 @@ export class Device {
     return new Buffer(this, bytes, name, id, false, true)
   }
 
-  /** @internal A block of memory; throws ERR_OUT_OF_MEMORY. */
-  alloc(bytes: number, name: string): Buffer {
+  /** @internal A block of memory; throws ERR_OUT_OF_MEMORY, with what would help. */
+  alloc(bytes: number, name: string, remedy = 'Use a shorter context, fewer rows, or dtype bfloat16'): Buffer {
     this.check()
     if (!Number.isSafeInteger(bytes) || bytes < 1) throw new RangeError(`${name}: cannot allocate ${bytes} bytes`)
     let id: number | undefined
@@ -192,7 +192,7 @@ export class Device {
         throw new RopewalkError(
           'ERR_OUT_OF_MEMORY',
           `${name}: ${this.name} could not allocate ${formatBytes(bytes)} (${formatBytes(this.allocatedBytes)} are ` +
-            `in use by this model): ${(error as Error).message}. Use a shorter context, fewer rows, or dtype bfloat16`,
+            `in use by this model): ${(error as Error).message}. ${remedy}`,
         )
       }
     }

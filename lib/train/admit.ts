@@ -5,6 +5,7 @@ import { type FitSet, search } from './fit.js'
 import type { MemoryOptions, MemorySettings } from './memory.js'
 import type { Settings } from './options.js'
 import { describePlan, type MemoryPlan, type Planning, presentDevice, record } from './planner.js'
+import { savings } from './savings.js'
 
 /** Rows, tokens in a row, and micro-batches of a step. */
 export interface StepShape {
@@ -60,8 +61,32 @@ function refuse(planning: Planning, plan: MemoryPlan): never {
   throw new RopewalkError(
     'ERR_OUT_OF_MEMORY',
     `training on ${rows} x ${time} tokens needs ${formatSize(requiredBytes)}${host} (${table}), but ` +
-      `${device?.name ?? 'the device'} has ${formatSize(limitBytes!)} for it${free}. ${remedy(planning)}`,
+      `${device?.name ?? 'the device'} has ${formatSize(limitBytes!)} for it${free}. ${remedy(planning)}` +
+      describeSavings(planning, plan.memory),
   )
+}
+
+/**
+ * An allocation that failed although the step was admitted, because others use the device too or its memory is in pieces,
+ * with what each memory option would free; any other error as it is.
+ */
+export function explainOutOfMemory(
+  error: unknown,
+  model: Llama,
+  settings: Settings,
+  shape: StepShape | undefined,
+): unknown {
+  if (!shape || !(error instanceof RopewalkError) || error.code !== 'ERR_OUT_OF_MEMORY') return error
+  const planning = planningOf(model, settings, shape)
+  const message = `${error.message}${describeSavings(planning, settings.memory)}`
+  return new RopewalkError(error.code, message, { cause: error })
+}
+
+function describeSavings(planning: Planning, memory: MemorySettings): string {
+  const found = savings(planning, memory)
+  if (found.length === 0) return ''
+  const list = found.map(({ memory, bytes }) => `${formatMemory(memory).slice(2, -2)} frees ${formatSize(bytes)}`)
+  return `. Of memory's options, each alone: ${list.join(', ')}`
 }
 
 /** What would fit: the fastest exact set, and one that rounds where it takes less time or memory of the host. */

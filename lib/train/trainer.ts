@@ -18,7 +18,7 @@ import {
 import { type DataCursor, DataLoader } from './data.js'
 import { checkMemoryOf } from './memory.js'
 import { MetricsLog, type StepResult } from './metrics.js'
-import { fittingMemory, requireFit, type StepShape } from './admit.js'
+import { explainOutOfMemory, fittingMemory, requireFit, type StepShape } from './admit.js'
 import { requireLayers } from './memory.js'
 import { AdamW } from './optimizer.js'
 import { readOptions, type Settings, type TrainerOptions } from './options.js'
@@ -287,7 +287,7 @@ export class Trainer {
     } catch (error) {
       optimizer?.dispose()
       if (added) model.dropAdapter()
-      throw error
+      throw explainOutOfMemory(error, model, settings, shape)
     }
   }
 
@@ -412,7 +412,11 @@ export class Trainer {
     const { memory } = this.settings
     const warn = (message: string): void => this.warn(message)
     const shape = [rows, time, accumulate] as const
-    this.passes = new TrainingPasses(model.config, model.weights, optimizer, ...shape, validates, memory, warn)
+    try {
+      this.passes = new TrainingPasses(model.config, model.weights, optimizer, ...shape, validates, memory, warn)
+    } catch (error) {
+      throw explainOutOfMemory(error, model, this.settings, { rows, time, accumulate })
+    }
     return this.passes
   }
 
