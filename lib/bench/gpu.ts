@@ -222,10 +222,9 @@ function steps(setting: Setting): Case[] {
       sides: async (peers) => {
         // 7B fills the memory: its peers do not fit beside it
         const alone = name === '7B'
-        const { config: chosen, remark } = fitting(config, time, alone ? memoryBytes : memoryBytes / 2)
+        const chosen = fitting(config, time, alone ? memoryBytes : memoryBytes / 2)
         const ours = await trainingSide(chosen, time, targetOf(setting, 0))
-        if (remark) ours.remark = remark
-        const peer = { op: 'step', time, config: chosen, dtype: 'bf16' } as const
+        const peer = { op: 'step', time, config: chosen.config, dtype: 'bf16' } as const
         const theirs = alone ? [] : await peers.sides(peer, ours.work, 1, 0)
         return [ours, ...theirs, await rooflineSide('matmul', setting, 0, peers)]
       },

@@ -12,6 +12,7 @@ import type { Report } from '../../lib/bench/run.js'
 import { fitting, stepBytes } from '../../lib/bench/training.js'
 import { runCommand } from '../../lib/cli/commands.js'
 import { Device } from '../../lib/runtime/device.js'
+import { MEMORY_DEFAULTS } from '../../lib/train/memory.js'
 
 const dir = mkdtempSync(join(tmpdir(), 'ropewalk-bench-test-'))
 t.teardown(() => rmSync(dir, { recursive: true, force: true }))
@@ -81,13 +82,27 @@ t.test('every stem has cases, each with a name of its own', async (t) => {
   }
 })
 
-t.test('a model that does not fit is measured with fewer layers', async (t) => {
+t.test('a model that does not fit is measured with memory options, or with fewer layers', async (t) => {
   const whole = stepBytes(LLAMA_7B, 4096)
-  t.strictSame(fitting(LLAMA_7B, 4096, whole), { config: LLAMA_7B })
-  const { config, remark } = fitting(LLAMA_7B, 4096, whole - 1)
-  t.equal(config.num_hidden_layers, 31)
-  t.match(remark, /^31 of its 32 layers: all take \d+\.\d GB/)
-  t.ok(stepBytes(config, 4096) < whole)
+  t.strictSame(fitting(LLAMA_7B, 4096, whole), { config: LLAMA_7B, memory: MEMORY_DEFAULTS })
+  const lean = fitting(LLAMA_7B, 32768, 130e9)
+  t.equal(lean.config, LLAMA_7B)
+  t.match(lean.memory, { gradients: 'fused', masters: 'remainder', moments: 'float32', offloadOptimizer: false })
+  t.match(
+    lean.remark,
+    /^memory: \{ checkpointLayers: 1, .+ \}; with everything kept it takes \d+\.\d GB, 130\.0 GB are free$/,
+  )
+  const leanest = fitting(LLAMA_7B, 32768, 75e9)
+  t.equal(leanest.config, LLAMA_7B, 'all of it, on a GPU of 80 GB')
+  t.match(leanest, { memory: { moments: '8bit' }, remark: /moments: '8bit'/ })
+  for (const { memory, remark } of [lean, leanest]) {
+    t.ok(stepBytes(LLAMA_7B, 32768, memory) <= Number(/([\d.]+) GB are free/.exec(remark!)![1]) * 1e9)
+  }
+  const { config, memory, remark } = fitting(LLAMA_7B, 4096, 20e9)
+  t.match(remark, /^\d+ of its 32 layers, memory: \{ .+ \}; with everything kept it takes/)
+  const layers = config.num_hidden_layers
+  t.ok(layers > 1 && stepBytes(config, 4096, memory) <= 20e9)
+  t.ok(stepBytes({ ...config, num_hidden_layers: layers + 1 }, 4096, memory) > 20e9, 'as many as fit')
   t.throws(() => fitting(LLAMA_7B, 4096, 1e6), { message: /a step with a single layer takes [\d.]+ GB of 0\.0 GB/ })
 })
 
