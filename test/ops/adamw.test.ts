@@ -6,6 +6,7 @@ import {
   availability,
   BLOCKS,
   check,
+  checkShapes,
   combination,
   encode,
   FLOATS,
@@ -15,6 +16,7 @@ import {
   Random,
   RESIDUES,
   runAll,
+  seeds,
   tensor,
   variants,
   worst,
@@ -53,7 +55,7 @@ t.test('adamw', availability(), async (t) => {
   const random = new Random(1)
   // The last size is more than the emulated GPU holds at a time: its grid goes round.
   const sizes = [...ODD, ...RESIDUES, ...BLOCKS, 16383, 16385, 40011]
-  for (let i = 0; i < 4 * sizes.length; i++) {
+  for (const i of seeds(4 * sizes.length)) {
     const [W, G, N] = combination(i, FLOATS, FLOATS, sizes)
     const rate = random.pick([1e-3, 0.1])
     const step = random.pick([1, 2, 1000])
@@ -230,7 +232,7 @@ t.test('adamw: the same bits on every device, whatever the dtypes', availability
   const random = new Random(4)
   const sizes = [...ODD, ...RESIDUES, ...BLOCKS, 16383, 16385, 40011]
   t.equal(sizes.length % 2, 1, '16 ways and the sizes have no common divisor: all ways meet sizes of all kinds')
-  for (let i = 0; i < 4 * sizes.length; i++) {
+  for (const i of seeds(4 * sizes.length)) {
     const [keep, G, S] = combination(i % 16, KEEPS, FLOATS, FLOATS)
     const N = sizes[i % sizes.length]!
     const step = random.pick([1, 2, 70000])
@@ -555,5 +557,7 @@ t.test('clip', availability(), async (t) => {
     }
   }
 })
+
+t.test('at least 200 shapes', availability(), async (t) => checkShapes(t, 'adamw'))
 
 t.teardown(() => t.comment(`largest error: ${worst.ratio.toFixed(2)} of what is allowed, ${worst.label}`))

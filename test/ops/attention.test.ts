@@ -3,6 +3,7 @@ import {
   availability,
   check,
   checkGradient,
+  checkShapes,
   combination,
   encode,
   FLOATS,
@@ -12,6 +13,7 @@ import {
   Random,
   type Round,
   runAll,
+  seeds,
   tensor,
   worst,
 } from './harness.js'
@@ -320,7 +322,7 @@ function noise(scale: number, D: number): Record<string, number> {
 
 t.test('attention_fwd', availability(), async (t) => {
   const random = new Random(1)
-  for (let i = 0; i < SHAPES; i++) {
+  for (const i of seeds(SHAPES)) {
     const [F, mask] = combination(i, FLOATS, MASKS)
     const positions = random.pick(POSITIONS)
     const shape = shapeOf(random, i, 1_500_000)
@@ -351,7 +353,7 @@ function deltas(p: Precision, o: ArrayLike<number>, dout: ArrayLike<number>, dim
 
 t.test('attention_delta', availability(), async (t) => {
   const random = new Random(12)
-  for (let i = 0; i < SHAPES; i++) {
+  for (const i of seeds(SHAPES)) {
     const [F] = combination(i, FLOATS)
     const { B, T, H, D } = shapeOf(random, i, 800_000)
     const dims = [B, T, H, D]
@@ -378,7 +380,7 @@ function withResults(random: Random, inputs: Inputs, scale: number): Gradients {
 
 t.test('attention_bwd', availability(), async (t) => {
   const random = new Random(2)
-  for (let i = 0; i < SHAPES; i++) {
+  for (const i of seeds(SHAPES)) {
     const [F, mask] = combination(i, FLOATS, MASKS)
     const positions = random.pick(POSITIONS)
     const shape = shapeOf(random, i, 800_000)
@@ -555,7 +557,7 @@ t.test('packed documents do not see each other, not a bit', availability(), asyn
         ] as const
       }
       const before = await run(gradients)
-      for (const spoilt of [NaN, Infinity, 1e30, 0.5]) {
+      for (const spoilt of seeds(4).map((i) => [NaN, Infinity, 1e30, 0.5][i]!)) {
         const other = { ...gradients }
         for (const name of ['q', 'k', 'v', 'dout'] as const) {
           const x = gradients[name]
@@ -612,7 +614,7 @@ t.test('the future is not seen, and NaN shows in its own row', availability(), a
 
 t.test('kv_append', availability(), async (t) => {
   const random = new Random(8)
-  for (let i = 0; i < 200; i++) {
+  for (const i of seeds(200)) {
     const [F] = combination(i, FLOATS)
     const B = random.int(1, 3)
     const T = random.pick([1, 1, 2, 5, 17, 64, 67])
@@ -670,7 +672,7 @@ t.test('kv_append', availability(), async (t) => {
 
 t.test('attention_cached', availability(), async (t) => {
   const random = new Random(9)
-  for (let i = 0; i < 224; i++) {
+  for (const i of seeds(224)) {
     const wide = i >= 200 // heads beyond 128 have tiles of their own on a GPU
     const [F, garbage] = combination(i, FLOATS, [NaN, Infinity, 1e30])
     const B = wide ? 1 : random.int(1, 3)
@@ -791,6 +793,10 @@ t.test('a cache filled token by token gives what the whole sequence gives', avai
     }
   }
   t.ok(error < 2e-6, `off by ${error.toExponential(1)}`)
+})
+
+t.test('at least 200 shapes of each op', availability(), async (t) => {
+  checkShapes(t, 'attention_fwd', 'attention_delta', 'attention_bwd', 'kv_append', 'attention_cached')
 })
 
 t.teardown(() => t.comment(`largest error: ${worst.ratio.toFixed(2)} of what is allowed, ${worst.label}`))

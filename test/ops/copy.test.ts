@@ -4,15 +4,17 @@ import t from 'tap'
 import { Device } from '../../lib/runtime/device.js'
 import { add, copyStart, copyWait, fill } from '../../lib/runtime/ops.gen.js'
 import { Recorder } from '../../lib/runtime/recorder.js'
-import { availability, decode, Random } from './harness.js'
+import { availability, BLOCKS, decode, DRAWN, FLOATS, ODD, Random, RESIDUES } from './harness.js'
 
 const name = process.env['ROPEWALK_TEST_DEVICE'] ?? 'cpu'
+const SIZES = new Set([...ODD, ...RESIDUES, ...BLOCKS, ...DRAWN, 255, 256, 1000, 70_001])
 
-for (const dtype of ['f32', 'bf16'] as const) {
+for (const dtype of FLOATS) {
   t.test(`there and back, ${dtype}`, availability(), async (t) => {
+    t.ok(SIZES.size >= 100, 'and as many of the other dtype')
     using device = Device.open(name)
     const random = new Random(5)
-    for (const size of [1, 2, 255, 256, 1000, 70_001]) {
+    for (const size of SIZES) {
       const recorder = new Recorder(device, 'there and back')
       const input = device.tensor(dtype, [size], 'input')
       const x = add(recorder, { a: input, b: input }).y

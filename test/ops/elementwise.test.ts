@@ -1,8 +1,20 @@
 import t from 'tap'
-import { availability, BLOCKS, check, FLOATS, ODD, output, Random, RESIDUES, tensor } from './harness.js'
+import {
+  availability,
+  BLOCKS,
+  check,
+  checkShapes,
+  DRAWN,
+  FLOATS,
+  ODD,
+  output,
+  Random,
+  RESIDUES,
+  tensor,
+} from './harness.js'
 
 // The last ones are more than the emulated GPU holds at a time: its grid goes round.
-const SIZES = [...ODD, ...RESIDUES, ...BLOCKS, 16383, 16384, 16385, 16400, 33001, 70001, 131081]
+const SIZES = [...ODD, ...RESIDUES, ...BLOCKS, ...DRAWN, 16383, 16384, 16385, 16400, 33001, 70001, 131081]
 
 t.test('add', availability(), async (t) => {
   const random = new Random(1)
@@ -139,3 +151,5 @@ t.test('fill', availability(), async (t) => {
     }
   }
 })
+
+t.test('at least 200 shapes of each op', availability(), async (t) => checkShapes(t, 'add', 'scale', 'cast', 'fill'))

@@ -3,6 +3,7 @@ import {
   ADDENDS,
   availability,
   check,
+  checkShapes,
   combination,
   FLOATS,
   type HostTensor,
@@ -10,6 +11,7 @@ import {
   output,
   type Precision,
   Random,
+  seeds,
   tensor,
   worst,
 } from './harness.js'
@@ -40,7 +42,7 @@ const WIDE = [504, 511, 512, 513, 520, 639, 1016, 1023, 1024, 1025, 1032, 1040, 
 
 t.test('embedding_fwd', availability(), async (t) => {
   const random = new Random(1)
-  for (let i = 0; i < 212; i++) {
+  for (const i of seeds(212)) {
     const [W, F, wide] = combination(i, FLOATS, FLOATS, WIDE)
     const N = random.pick(i < 160 ? [...ODD, 200, 257] : [1, 7, 8, 9])
     const V = random.pick(ODD)
@@ -83,7 +85,7 @@ t.test(
 
 t.test('embedding_bwd', availability(), async (t) => {
   const random = new Random(2)
-  for (let i = 0; i < 212; i++) {
+  for (const i of seeds(212)) {
     const [F, G, addend, wide] = combination(i, FLOATS, FLOATS, ADDENDS, WIDE)
     const N = random.pick([...ODD, 200])
     const V = random.pick([1, 2, 3, 7, 30, 31, 32, 33, 64, 131, 257])
@@ -144,6 +146,10 @@ t.test('embedding_bwd: NaN stays in its own row', availability(), async (t) => {
     reference: (p) => ({ dw: scatter(p, ids, dy, undefined, 4) }),
   })
   t.equal(dw!.values.filter((x) => Number.isNaN(x)).length, 1)
+})
+
+t.test('at least 200 shapes of each op', availability(), async (t) => {
+  checkShapes(t, 'embedding_fwd', 'embedding_bwd')
 })
 
 t.teardown(() => t.comment(`largest error: ${worst.ratio.toFixed(2)} of what is allowed, ${worst.label}`))

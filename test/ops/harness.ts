@@ -53,6 +53,12 @@ export const RESIDUES = Array.from({ length: 16 }, (_, i) => 33 + i)
 /** Flat sizes around what a block of the CUDA kernels takes at a time, 256 threads with 4 or 8 elements each. */
 export const BLOCKS = [1016, 1023, 1024, 1025, 1031, ...Array.from({ length: 17 }, (_, i) => 2040 + i)]
 
+/** Flat sizes that nobody has chosen. */
+export const DRAWN = (() => {
+  const random = new Random(0xd1ce)
+  return Array.from({ length: 40 }, () => random.int(130, 3000))
+})()
+
 const scratch32 = new Float32Array(1)
 const scratchBits = new Uint32Array(scratch32.buffer)
 
@@ -262,8 +268,41 @@ function layOut(c: OpCase, row: OpRow, shift: number): { regions: Region[]; tota
   return { regions, total: align(total, 4) }
 }
 
+/** What each op was given so far, by its name: sizes, dtypes, which optional ones, what is the output itself. */
+const shapes = new Map<string, Set<string>>()
+
+const half = process.env['ROPEWALK_TEST_HALF']
+
+/**
+ * The numbers of `count` seeded shapes. The slow flavours of the emulator, which find accesses and races and not numbers,
+ * share them: ROPEWALK_TEST_HALF, 0 or 1, says which half it is to be. What takes turns by the number meets in both.
+ */
+export function seeds(count: number): number[] {
+  const all = Array.from({ length: count }, (_, i) => i)
+  if (!half) return all
+  return all.filter((i) => Math.imul(i, 0x9e3779b1) >>> 31 === Number(half))
+}
+
+/** Each of these ops was given at least 200 different shapes by this file; the last test of every file. */
+export function checkShapes(t: Test, ...ops: string[]): void {
+  if (half) return t.comment('half of the shapes: see ROPEWALK_TEST_HALF')
+  for (const op of ops) {
+    const count = shapes.get(op)?.size ?? 0
+    t.ok(count >= 200, `${op}: ${count} shapes`)
+  }
+}
+
+function countShape({ op, args, alias = {} }: OpCase, row: OpRow): void {
+  const given = row.fields.map(({ kind, name }) => {
+    const value = args[name]
+    return typeof value === 'object' ? [value.dtype, ...value.dims, alias[name]] : kind === 'INT' ? value : null
+  })
+  shapes.set(op, (shapes.get(op) ?? new Set()).add(JSON.stringify(given)))
+}
+
 async function runOnce(c: OpCase, { device, order }: Variant, shift: number): Promise<Outcome> {
   const row = rowOf(c.op)
+  countShape(c, row)
   const problems: string[] = []
   const { regions, total } = layOut(c, row, shift)
   const before = poisoned(total)

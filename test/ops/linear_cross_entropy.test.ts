@@ -4,6 +4,7 @@ import {
   availability,
   check,
   checkGradient,
+  checkShapes,
   combination,
   FLOATS,
   type HostTensor,
@@ -14,6 +15,7 @@ import {
   RESIDUES,
   roundBf16,
   runAll,
+  seeds,
   tensor,
   worst,
 } from './harness.js'
@@ -97,7 +99,7 @@ const labelsOf = (random: Random, N: number, V: number): HostTensor =>
 
 t.test('linear_cross_entropy_fwd', availability(), async (t) => {
   const random = new Random(1)
-  for (let i = 0; i < 200; i++) {
+  for (const i of seeds(200)) {
     const [F, W] = combination(i, FLOATS, FLOATS)
     const shape = shapeOf(random, i)
     const { N, C, V, chunk } = shape
@@ -120,7 +122,7 @@ t.test('linear_cross_entropy_fwd', availability(), async (t) => {
 
 t.test('linear_cross_entropy_bwd', availability(), async (t) => {
   const random = new Random(2)
-  for (let i = 0; i < 140; i++) {
+  for (const i of seeds(140)) {
     const [F, W, addend] = combination(i, FLOATS, FLOATS, ADDENDS)
     const shape = shapeOf(random, i)
     const { N, C, V, chunk } = shape
@@ -146,7 +148,7 @@ t.test('linear_cross_entropy_bwd: rows in whole pieces, of several passes', avai
   // place of the logits: a pass must not write where another one has still to read.
   const random = new Random(8)
   const sizes = [8, 64, 120, 1016, 1020, 1024, 1028, 1032, 1033, 1100, 2040, 2047, 2048, 2052, 2056, 3072, 3080, 4104]
-  for (let i = 0; i < 60; i++) {
+  for (const i of seeds(60)) {
     const [F, W] = i % 3 === 0 ? [random.pick(FLOATS), random.pick(FLOATS)] : (['bf16', 'bf16'] as const)
     const V = sizes[i % sizes.length]!
     const [N, C] = V < 1000 ? [random.int(1, 70), 8 * random.int(1, 9)] : [random.int(1, 10), 8 * random.int(1, 2)]
@@ -327,6 +329,10 @@ t.test('the chunk changes no more than rounding does', availability(), async (t)
       reference: (p) => ({ nll: crossEntropy(p, { x, w, labels }).nll }),
     })
   }
+})
+
+t.test('at least 200 shapes of each op', availability(), async (t) => {
+  checkShapes(t, 'linear_cross_entropy_fwd', 'linear_cross_entropy_bwd')
 })
 
 t.teardown(() => t.comment(`largest error: ${worst.ratio.toFixed(2)} of what is allowed, ${worst.label}`))

@@ -4,6 +4,7 @@ import {
   availability,
   check,
   checkGradient,
+  checkShapes,
   combination,
   FLOATS,
   fromBf16Bits,
@@ -14,6 +15,7 @@ import {
   Random,
   RESIDUES,
   runAll,
+  seeds,
   tensor,
   worst,
 } from './harness.js'
@@ -74,7 +76,7 @@ for (const [seed, layout] of LAYOUTS.entries()) {
       [300, 5, 270],
     ] as const
     // 24 combinations of dtypes and add; few rows, some rows and many rows take different paths
-    for (let i = 0; i < 192; i++) {
+    for (const i of seeds(192)) {
       const [F, W, G, addend] = combination(i, FLOATS, FLOATS, FLOATS, ADDENDS)
       const [M, N, K] =
         i < 7 * 24
@@ -94,24 +96,21 @@ for (const [seed, layout] of LAYOUTS.entries()) {
     }
   })
 
-  t.test(`${op}: every size from 1 to 34 in each dimension`, availability(), async (t) => {
+  t.test(`${op}: every size from 1 to 128 in each dimension`, availability(), async (t) => {
+    // All sizes together: the steps have no divisor in common with 128.
     const random = new Random(11 + seed)
-    for (let size = 1; size <= 34; size++) {
-      for (const [M, N, K] of [
-        [size, 19, 21],
-        [23, size, 18],
-        [20, 22, size],
-      ] as const) {
-        const a = tensor('f32', aDims(layout, M, K), () => random.normal())
-        const b = tensor('f32', bDims(layout, N, K), () => random.normal())
-        await check(t, {
-          op,
-          label: `${M}x${N}x${K}`,
-          args: { a, b, c: output('f32', [M, N]) },
-          reference: (p) => ({ c: multiply(p, layout, a.values, b.values, undefined, M, N, K) }),
-          ...(M * N < 256 && { scale: { c: terms(layout, a, b, M, N, K) } }),
-        })
-      }
+    for (const i of seeds(256)) {
+      const [M, N, K] = [37, 53, 29].map((step) => 1 + ((i * step) % 128)) as [number, number, number]
+      const F = i < 128 ? 'f32' : 'bf16'
+      const a = tensor(F, aDims(layout, M, K), () => random.normal())
+      const b = tensor(F, bDims(layout, N, K), () => random.normal())
+      await check(t, {
+        op,
+        label: `${M}x${N}x${K} ${F}`,
+        args: { a, b, c: output(random.pick(FLOATS), [M, N]) },
+        reference: (p) => ({ c: multiply(p, layout, a.values, b.values, undefined, M, N, K) }),
+        ...(M * N < 256 && { scale: { c: terms(layout, a, b, M, N, K) } }),
+      })
     }
   })
 
@@ -174,14 +173,19 @@ for (const [seed, layout] of LAYOUTS.entries()) {
 
   t.test(`${op}: rows in whole pieces`, availability(), async (t) => {
     // What a GPU reads and writes 16 bytes at a time where rows allow it: their lengths are multiples of 8, every other
-    // size is free. Up to 4 rows and more than 512 terms go ways of their own.
+    // size is free. Up to 4 rows and more than 512 terms go ways of their own. The last 64 are for tensor cores, whose
+    // smaller tile is of 64 x 64 x 64, and meet every residue of it.
     const random = new Random(51 + seed)
-    for (let i = 0; i < 96; i++) {
-      const [F, W, G, addend] = combination(i, FLOATS, FLOATS, FLOATS, ADDENDS)
+    for (const i of seeds(96 + 64)) {
+      const [F, W, G, addend] = combination(i < 96 ? i : 4 * i + 3, FLOATS, FLOATS, FLOATS, ADDENDS)
       const whole = { nn: [false, true, true], nt: [false, i % 3 === 0, true], tn: [true, true, false] }[layout]
-      const few = i % 4 === 1 && layout === 'nt'
-      const [M, N, K] = [few ? random.int(1, 5) : random.int(1, 140), random.int(1, 140), random.int(1, 400)].map(
-        (size, d) => (whole[d] ? Math.ceil(size / 8) * 8 : size) + (d === 2 && i % 8 === 3 ? 640 : 0),
+      const few = i < 96 && i % 4 === 1 && layout === 'nt'
+      const sizes =
+        i < 96
+          ? [few ? random.int(1, 5) : random.int(1, 140), random.int(1, 140), random.int(1, 400)]
+          : [1 + ((i * 37) % 128), 1 + ((i * 53) % 128), 1 + ((i * 29) % 320)]
+      const [M, N, K] = sizes.map(
+        (size, d) => (whole[d] ? Math.ceil(size / 8) * 8 : size) + (d === 2 && i < 96 && i % 8 === 3 ? 640 : 0),
       ) as [number, number, number]
       const a = tensor(F, aDims(layout, M, K), () => random.normal())
       const b = tensor(W, bDims(layout, N, K), () => random.normal())
@@ -202,7 +206,7 @@ for (const [seed, layout] of LAYOUTS.entries()) {
     // of the CUDA kernels (on 4 simulated SMs; a GPU needs larger ones) and cross their edges and pipelines.
     const random = new Random(61 + seed)
     const onGpu = process.env['ROPEWALK_TEST_DEVICE']?.startsWith('cuda')
-    for (let i = 0; i < 30; i++) {
+    for (const i of seeds(30)) {
       const large = i % 2 === 0
       const [m, n] = onGpu ? (large ? [2048, 4096] : [1024, 2048]) : large ? [256, 512] : [256, 256]
       const whole = { nn: [false, true, true], nt: [false, false, true], tn: [true, true, false] }[layout]
@@ -312,7 +316,7 @@ async function checkGated(
 t.test('matmul_swiglu', availability(), async (t) => {
   const random = new Random(1)
   const sizes = [...ODD, ...RESIDUES]
-  for (let i = 0; i < 96; i++) {
+  for (const i of seeds(112)) {
     const [F, W] = combination(i, FLOATS, FLOATS) as [HostTensor['dtype'], HostTensor['dtype']]
     const K = random.pick([...sizes, 200])
     await checkGated(t, random, [random.pick([random.int(1, 40), random.pick(sizes)]), random.pick(sizes), K], F, W)
@@ -323,7 +327,7 @@ t.test('matmul_swiglu: rows in whole pieces, on tensor cores', availability(), a
   // Every number of whole pieces in both tiles of the CUDA kernel (64 and 128 columns of each matrix), every residue of
   // rows, pipelines shorter and longer than their stages.
   const random = new Random(2)
-  for (let i = 0; i < 96; i++) {
+  for (const i of seeds(96)) {
     const M = 5 + ((i * 37) % 140)
     const N = 8 * (1 + (i % 34))
     await checkGated(t, random, [M, N, 8 * random.int(1, i % 8 === 0 ? 60 : 24)], 'bf16', 'bf16')
@@ -356,6 +360,10 @@ t.test('the three layouts are the gradients of each other', async (t) => {
   const f = () => multiply(exact, 'nn', a, b, undefined, M, N, K).reduce((sum, c, i) => sum + c * dc[i]!, 0)
   checkGradient(t, 'da', f, a, multiply(exact, 'nt', dc, b, undefined, M, K, N), random)
   checkGradient(t, 'db', f, b, multiply(exact, 'tn', a, dc, undefined, K, N, M), random)
+})
+
+t.test('at least 200 shapes of each op', availability(), async (t) => {
+  checkShapes(t, 'matmul_nn', 'matmul_nt', 'matmul_tn', 'matmul_swiglu')
 })
 
 t.teardown(() => t.comment(`largest error: ${worst.ratio.toFixed(2)} of what is allowed, ${worst.label}`))

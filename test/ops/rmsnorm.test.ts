@@ -4,6 +4,7 @@ import {
   availability,
   check,
   checkGradient,
+  checkShapes,
   combination,
   FLOATS,
   type HostTensor,
@@ -12,6 +13,7 @@ import {
   type Precision,
   Random,
   RESIDUES,
+  seeds,
   tensor,
   worst,
 } from './harness.js'
@@ -73,7 +75,7 @@ const WIDEST = [4096, 6136, 6145, 6152, 12289, 12296]
 
 t.test('rmsnorm_fwd', availability(), async (t) => {
   const random = new Random(1)
-  for (let i = 0; i < 216; i++) {
+  for (const i of seeds(216)) {
     const [F, W, eps, wide] = combination(i, FLOATS, FLOATS, [1e-5, 1e-6, 0.5], [...WIDE, ...WIDEST])
     const N = i < 160 ? random.pick(ROWS) : random.int(1, 3)
     const C = i < 160 ? CHANNELS[Math.floor(i / 4) % CHANNELS.length]! : wide
@@ -91,7 +93,7 @@ t.test('rmsnorm_fwd', availability(), async (t) => {
 
 t.test('rmsnorm_bwd', availability(), async (t) => {
   const random = new Random(2)
-  for (let i = 0; i < 216; i++) {
+  for (const i of seeds(216)) {
     const [F, W, addend, dwAddend, G] = combination(i, FLOATS, FLOATS, ADDENDS, ADDENDS, FLOATS)
     const N = i < 144 ? random.pick(ROWS) : random.int(1, 9)
     const C =
@@ -226,5 +228,7 @@ t.test('rmsnorm: zero rows, NaN and infinity stay in their rows', availability()
     }
   }
 })
+
+t.test('at least 200 shapes of each op', availability(), async (t) => checkShapes(t, 'rmsnorm_fwd', 'rmsnorm_bwd'))
 
 t.teardown(() => t.comment(`largest error: ${worst.ratio.toFixed(2)} of what is allowed, ${worst.label}`))

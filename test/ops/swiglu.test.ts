@@ -4,6 +4,8 @@ import {
   BLOCKS,
   check,
   checkGradient,
+  checkShapes,
+  DRAWN,
   FLOATS,
   type HostTensor,
   ODD,
@@ -34,7 +36,7 @@ function backward(p: Precision, gate: HostTensor, up: HostTensor, dy: HostTensor
 
 const exact: Precision = { exact: true, r: (x) => x, store: () => (x) => x }
 // The last one is more than the emulated GPU holds at a time: its grid goes round.
-const SIZES = [...ODD, ...RESIDUES, ...BLOCKS, 16383, 16385, 32769, 70001]
+const SIZES = [...ODD, ...RESIDUES, ...BLOCKS, ...DRAWN, 16383, 16385, 32769, 70001]
 
 t.test('swiglu_fwd', availability(), async (t) => {
   const random = new Random(1)
@@ -130,5 +132,7 @@ t.test('swiglu: special values', availability(), async (t) => {
     })
   }
 })
+
+t.test('at least 200 shapes of each op', availability(), async (t) => checkShapes(t, 'swiglu_fwd', 'swiglu_bwd'))
 
 t.teardown(() => t.comment(`largest error: ${worst.ratio.toFixed(2)} of what is allowed, ${worst.label}`))
