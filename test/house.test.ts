@@ -247,6 +247,19 @@ t.test('inline PTX lives in ptx.h, launches in device.h', async (t) => {
   t.strictSame(bad, [], `${cuda.length} files of csrc/cuda`)
 })
 
+t.test('every wrapper of an instruction has its self-test', async (t) => {
+  const tests = filesIn('test/simt', /\.cu$/).map(read).join()
+  const untested: string[] = []
+  for (const path of ['csrc/cuda/ptx.h', 'csrc/cuda/ptx90.h']) {
+    for (const [, name] of read(path).matchAll(/^__device__ __forceinline__ [\w ]*?\b(\w+)\(/gm)) {
+      // what the wrappers make addresses with, and a comment in the assembly
+      if (name === 'shared_address' || name === 'note_dyn_smem') continue
+      if (!new RegExp(`\\b${name!}[(<]`).test(tests)) untested.push(`${path}: ${name}`)
+    }
+  }
+  t.strictSame(untested, [])
+})
+
 // ---- files ----
 
 t.test('no file is longer than 500 lines', async (t) => {

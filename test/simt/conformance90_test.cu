@@ -43,6 +43,7 @@ __global__ void box_kernel(const __grid_constant__ TensorMap from, const __grid_
   }
   __syncthreads();
   if (threadIdx.x == 0) {
+    prefetch_tensor_map(from);
     mbarrier_arrive_expect_tx(smem.full, 2 * elements);
     if (Rank == 2) tma_load(smem.box, from, smem.full, c0, c1);
     if (Rank == 3) tma_load(smem.box, from, smem.full, c0, c1, c2);

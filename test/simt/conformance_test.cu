@@ -286,7 +286,7 @@ __global__ void named_barrier_kernel(int* out) {
   if (warp > 0) named_barrier(warp, 64);
   if (warp > 0 && lane_index() == 0) turn.value = 10 * turn.value + warp;
   if (warp < 3) named_barrier(warp + 1, 64);
-  if (warp == 3 && lane_index() == 0) out[0] = turn.value;
+  if (thread_index_anew() == 96) out[0] = turn.value;  // the last warp's first lane
 }
 
 void test_named_barrier() {
