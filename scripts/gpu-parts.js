@@ -117,9 +117,9 @@ async function ops(session) {
   return tally(await Promise.all(chosen.map(run)))
 }
 
-/** Logits, losses and gradients of the golden checkpoints. */
+/** Logits, losses and gradients of the golden checkpoints; packed documents. */
 async function model(session) {
-  const env = { ROPEWALK_TEST_DEVICE: session.device, ROPEWALK_TEST_ONLY: '^golden' }
+  const env = { ROPEWALK_TEST_DEVICE: session.device, ROPEWALK_TEST_ONLY: '^(golden|packed)' }
   const result = await session.node('model', ['test/model/model.test.js'], { early: true, env })
   return tally([{ name: 'model.test.js', ...result }])
 }

@@ -7,7 +7,7 @@ import { Continuation } from '../../lib/model/generate.js'
 import { Llama } from '../../lib/model/llama.js'
 import { caseNames, fixtures, norm, openGolden, relativeError } from '../golden.js'
 
-/** Of the goldens; all other tests are about the CPU. */
+/** Of the goldens and of packed documents; all other tests are about the CPU. */
 const goldenDevice = process.env['ROPEWALK_TEST_DEVICE'] ?? 'cpu'
 
 // Tolerances are the manifest's: 20 times the noise of transformers' own float32 run, gradients to 1e-4. On a GPU a
@@ -117,7 +117,7 @@ t.test('the same bits from run to run and with 1, 2 and 3 threads', async (t) =>
 })
 
 t.test('packed documents do not see each other, to the bit', async (t) => {
-  using model = await load()
+  using model = await load({ device: goldenDevice })
   const [a, b, c] = [random(37, 400), random(50, 400, 3), random(37, 400, 9)] as [number[], number[], number[]]
   const positions = [[...a.keys(), ...b.keys()]]
   const first = [[...a.map(() => 0), ...b.map(() => a.length)]]
