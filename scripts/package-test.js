@@ -96,6 +96,20 @@ test('ropewalk doctor finds the prebuilt addon', () => {
   equal(checks.find(({ name }) => name === 'addon').detail, PREBUILT, 'addon')
 })
 
+test('ropewalk bench measures, and writes JSON, CSV and a chart', () => {
+  const out = (name) => join(app, name)
+  const files = ['--out', out('bench.json'), '--csv', out('bench.csv'), '--svg', out('bench.svg')]
+  const options = ['--quick', '--time', '0.05', '--no-peers', '--device', 'cpu', '--threads', '1']
+  run('npx', ['--no', 'ropewalk', 'bench', 'matmul,adamw', ...options, ...files], { cwd: app, env: bare })
+  const read = (name) => fs.readFileSync(out(name), 'utf8')
+  const { cases, failures, machine } = JSON.parse(read('bench.json'))
+  equal(failures.length, 0, 'failures')
+  equal([...new Set(cases.map(({ stem }) => stem))].join(), 'matmul,adamw', 'stems')
+  equal(machine.commit, null, 'commit of an installed package')
+  equal(read('bench.csv').trimEnd().split('\n').length, 1 + 2 * cases.length, 'lines of the CSV')
+  contains(read('bench.svg'), '<svg', 'matmul nn 128')
+})
+
 test('its types resolve in .mts and .cts', () => {
   const types = join(root, 'node_modules', '@types')
   const use = 'export const load: (path: string) => Promise<Llama> = (path) => Llama.load(path, { dtype: "float32" })\n'
