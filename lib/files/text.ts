@@ -1,10 +1,9 @@
-import { createReadStream } from 'node:fs'
 import { open, readdir, stat } from 'node:fs/promises'
 import { extname, join } from 'node:path'
-import { didYouMean, formatBytes, quote, RopewalkError } from '../errors.js'
-import { decodeUtf8, readSmallFile } from './bytes.js'
-import { isObject, parseJson } from './json.js'
+import { didYouMean, quote, RopewalkError } from '../errors.js'
+import { readSmallFile } from './bytes.js'
 import { readParquet } from './parquet.js'
+import { decodeText, fieldError, readObjects, textField } from './rows.js'
 
 /** One text to train on or to measure; `source` is file, file:line or file#row. */
 export type TextDocument = { text: string; source: string }
@@ -26,7 +25,6 @@ const refused: Record<string, string | undefined> = {
 
 /** V8 holds strings of up to 2^29 - 24 characters. */
 const maxTextBytes = 500_000_000
-const maxLineBytes = 256 << 20
 
 /**
  * The documents of files and folders, in the order of `paths`; folders are read recursively, sorted by name, and only
@@ -94,18 +92,9 @@ async function* readText(path: string): AsyncGenerator<TextDocument> {
 }
 
 async function* readLines(path: string, field: string): AsyncGenerator<TextDocument> {
-  let line = 0
   let found = 0
-  for await (const bytes of splitLines(path)) {
-    line++
-    const source = `${path}:${line}`
-    const text = decodeText(bytes, source)
-    if (text.trim() === '') continue
-    // Python writes NaN and huge integers into lines, too; they are not what is read here
-    const row = parseJson(text, source, { python: true })
-    if (!isObject(row))
-      throw new RopewalkError('ERR_FORMAT', `${source}: ${quote(row)}, but a line must be an object {...}`)
-    yield { text: fieldOf(row, field, source), source }
+  for await (const row of readObjects(path)) {
+    yield { text: textField(row, field), source: row.source }
     found++
   }
   if (found === 0)
@@ -118,64 +107,11 @@ async function* readTable(path: string, field: string): AsyncGenerator<TextDocum
     let row = 0
     for await (const value of readParquet(handle, path, field)) {
       const source = `${path}#${row++}`
-      if (value === null) checkText(value, field, source)
-      else yield { text: decodeText(value, source), source }
+      if (value === null) throw fieldError(source, field, value, 'a string')
+      yield { text: decodeText(value, source), source }
     }
     if (row === 0) throw new RopewalkError('ERR_EMPTY', `${path}: no row: remove it, or write it again`)
   } finally {
     await handle.close()
   }
-}
-
-/** The lines of a file as bytes, so that a character is never cut between two reads. */
-async function* splitLines(path: string): AsyncGenerator<Uint8Array> {
-  let rest: Buffer[] = []
-  let length = 0
-  for await (const chunk of createReadStream(path, { highWaterMark: 1 << 20 }) as AsyncIterable<Buffer>) {
-    let from = 0
-    for (let end = chunk.indexOf(10); end >= 0; end = chunk.indexOf(10, from)) {
-      yield Buffer.concat([...rest, chunk.subarray(from, end)])
-      rest = []
-      length = 0
-      from = end + 1
-    }
-    rest.push(chunk.subarray(from))
-    length += chunk.length - from
-    if (length > maxLineBytes) {
-      throw new RopewalkError(
-        'ERR_TOO_LARGE',
-        `${path}: a line of more than ${formatBytes(maxLineBytes)}: is it JSON Lines?`,
-      )
-    }
-  }
-  if (length > 0) yield Buffer.concat(rest)
-}
-
-function decodeText(bytes: Uint8Array, source: string): string {
-  const nul = bytes.indexOf(0)
-  if (nul >= 0) {
-    throw new RopewalkError(
-      'ERR_BINARY',
-      `${source}: a NUL byte at offset ${nul}: binary data, or UTF-16; convert it to UTF-8`,
-    )
-  }
-  const text = decodeUtf8(bytes, source)
-  return text.startsWith('\ufeff') ? text.slice(1) : text
-}
-
-function fieldOf(row: Record<string, unknown>, field: string, source: string): string {
-  if (!(field in row)) {
-    const names = Object.keys(row)
-    throw new RopewalkError(
-      'ERR_FIELD',
-      `${source}: no field ${quote(field)}; there are ${names.map((name) => quote(name)).join(', ') || 'none'}` +
-        didYouMean(field, names),
-    )
-  }
-  return checkText(row[field], field, source)
-}
-
-function checkText(value: unknown, field: string, source: string): string {
-  if (typeof value === 'string') return value
-  throw new RopewalkError('ERR_FIELD', `${source}: ${quote(field)} is ${quote(value)}, but it must be a string`)
 }
