@@ -32,6 +32,14 @@
 import { createRequire } from 'node:module'
 
 export { RopewalkError } from './errors.js'
+export { type ChoiceItem, type ChoiceTask, readChoiceItems } from './eval/choice-items.js'
+export {
+  type ChoiceModel,
+  type ChoiceOptions,
+  type ChoiceRecord,
+  type ChoiceResult,
+  multipleChoice,
+} from './eval/choice.js'
 export {
   passkey,
   type PasskeyDistance,
@@ -47,6 +55,7 @@ export {
   readTokenDocuments,
   type TokenDocument,
 } from './eval/perplexity.js'
+export { rouge, type RougeScore, type RougeScores } from './eval/rouge.js'
 export type { Tokenizer } from './files/tokenizer.js'
 export type { TokenProgress } from './files/tokens.js'
 export type { BatchOptions, HostTensor, Tokens } from './model/batch.js'

@@ -102,9 +102,11 @@ const ADJECTIVES: readonly Rule[] = [
 ]
 
 const LAST: readonly Rule[] = [
-  ...['al', 'ance', 'ence', 'er', 'ic', 'able', 'ible', 'ant', 'ement', 'ment', 'ent'].map(
-    (ending): Rule => [ending, '', aboveOne],
-  ),
+  ...['al', 'ance', 'ence', 'er', 'ic', 'able', 'ible', 'ant', 'ement', 'ment', 'ent'].map((ending): Rule => [
+    ending,
+    '',
+    aboveOne,
+  ]),
   ['ion', '', (stem) => aboveOne(stem) && /[st]$/.test(stem)],
   ...['ou', 'ism', 'ate', 'iti', 'ous', 'ive', 'ize'].map((ending): Rule => [ending, '', aboveOne]),
 ]

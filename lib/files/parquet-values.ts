@@ -21,9 +21,7 @@ export function plainValues(data: Uint8Array, values: number): Uint8Array[] {
 export function fixedValues(data: Uint8Array, values: number, width: number): Uint8Array[] {
   if (values * width > data.length) throw new RangeError(`${values} values in ${data.length} bytes`)
   return Array.from({ length: values }, (_, i) =>
-    width < 1
-      ? Uint8Array.of((data[i >> 3]! >> (i & 7)) & 1)
-      : data.subarray(i * width, (i + 1) * width),
+    width < 1 ? Uint8Array.of((data[i >> 3]! >> (i & 7)) & 1) : data.subarray(i * width, (i + 1) * width),
   )
 }
 

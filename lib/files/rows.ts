@@ -126,4 +126,3 @@ export function decodeText(bytes: Uint8Array, source: string): string {
   const text = decodeUtf8(bytes, source)
   return text.startsWith('\ufeff') ? text.slice(1) : text
 }
-

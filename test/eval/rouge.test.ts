@@ -1,13 +1,15 @@
 import { readFileSync } from 'node:fs'
+import { join } from 'node:path'
 import t from 'tap'
 import { porterStem } from '../../lib/eval/porter.js'
 import { rouge, rougeTypes } from '../../lib/eval/rouge.js'
+import { fixtures } from '../golden.js'
 
 type Figures = Record<(typeof rougeTypes)[number], [precision: number, recall: number, fmeasure: number]>
 type Case = { reference: string; prediction: string; plain: Figures; stemmed: Figures }
 
-/** Computed by Google's rouge_score and nltk (its field madeWith). */
-const golden = JSON.parse(readFileSync(new URL('rouge.golden.json', import.meta.url), 'utf8')) as {
+/** Computed by Google's rouge_score and by nltk (test/fixtures/README.md). */
+const golden = JSON.parse(readFileSync(join(fixtures, 'rouge.json'), 'utf8')) as {
   cases: Case[]
   stems: Record<string, string>
 }
@@ -37,7 +39,11 @@ t.test('figures are those of rouge_score', async (t) => {
     }
   }
   t.ok(apart > 10, 'lines matter')
-  t.strictSame(rouge('one two', 'one two'), rouge('one two', 'one two', { stemmer: true }), 'the stemmer is the default')
+  t.strictSame(
+    rouge('one two', 'one two'),
+    rouge('one two', 'one two', { stemmer: true }),
+    'the stemmer is the default',
+  )
 })
 
 t.test('wrong arguments', async (t) => {
