@@ -85,6 +85,7 @@ export {
 } from './rope.js'
 export { Device, type DeviceOptions } from './runtime/device.js'
 export type { DeviceMemory } from './runtime/native.js'
+export type { ExampleFields } from './files/text.js'
 export type { Packing } from './train/data.js'
 export { fit, type FitProblem, type FitResult, type FitSet } from './train/fit.js'
 export type { MemoryOptions } from './train/memory.js'

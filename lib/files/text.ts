@@ -3,10 +3,25 @@ import { extname, join } from 'node:path'
 import { didYouMean, quote, RopewalkError } from '../errors.js'
 import { readSmallFile } from './bytes.js'
 import { readParquet } from './parquet.js'
-import { decodeText, fieldError, readObjects, textField } from './rows.js'
+import { decodeText, fieldError, readObjects, readRows, textField } from './rows.js'
 
-/** One text to train on or to measure; `source` is file, file:line or file#row. */
-export type TextDocument = { text: string; source: string }
+/**
+ * One text to train on or to measure; `source` is file, file:line or file#row. `prompt` is the beginning of the text that is
+ * given and not to be learned, where documents are pairs of fields.
+ */
+export type TextDocument = { text: string; source: string; prompt?: string }
+
+/**
+ * Names of the fields that hold an example's two parts.
+ *
+ * @category Training
+ */
+export interface ExampleFields {
+  /** What the model is given: its tokens are read, not learned. */
+  prompt: string
+  /** What it is to say next; the text is the prompt with the completion right behind it. */
+  completion: string
+}
 
 const readers: Record<string, (path: string, field: string) => AsyncIterable<TextDocument>> = {
   '.txt': readText,
@@ -29,13 +44,13 @@ const maxTextBytes = 500_000_000
 /**
  * The documents of files and folders, in the order of `paths`; folders are read recursively, sorted by name, and only
  * their .txt, .jsonl, .ndjson and .parquet files. A .txt file, and any other text that is named itself, is one document; the others have one in `field` of every
- * line or row. Throws RopewalkError (ERR_NOT_FOUND, ERR_EMPTY, ERR_FORMAT, ERR_FIELD, ERR_UTF8, ERR_JSON, ...).
+ * line or row; with `fields`, a prompt and its completion, which only they can have. Throws RopewalkError (ERR_NOT_FOUND, ERR_EMPTY, ERR_FORMAT, ERR_FIELD, ERR_UTF8, ERR_JSON, ...).
  */
 export async function* readDocuments(
   paths: readonly string[],
-  { field = 'text' }: { field?: string } = {},
+  { field = 'text', fields }: { field?: string; fields?: ExampleFields | undefined } = {},
 ): AsyncGenerator<TextDocument> {
-  for (const file of await documentFiles(paths)) yield* readFile(file, field)
+  for (const file of await documentFiles(paths)) yield* fields ? readExamples(file, fields) : readFile(file, field)
 }
 
 /** The files that readDocuments reads for `paths`, in its order. */
@@ -85,6 +100,19 @@ async function* readFile(path: string, field: string): AsyncGenerator<TextDocume
   // Whatever else is named and holds text (README.md, LICENSE) is one document; what holds none is refused as binary.
   const read = Object.hasOwn(readers, extension) ? readers[extension] : readText
   yield* read(path, field)
+}
+
+async function* readExamples(path: string, fields: ExampleFields): AsyncGenerator<TextDocument> {
+  let found = false
+  for await (const row of readRows(path, [fields.prompt, fields.completion])) {
+    const prompt = textField(row, fields.prompt)
+    const completion = textField(row, fields.completion)
+    if (completion === '') throw fieldError(row.source, fields.completion, completion, 'a text to learn')
+    yield { text: prompt + completion, prompt, source: row.source }
+    found = true
+  }
+  if (!found)
+    throw new RopewalkError('ERR_EMPTY', `${path}: no line or row with an example: remove it, or write it again`)
 }
 
 async function* readText(path: string): AsyncGenerator<TextDocument> {
