@@ -56,6 +56,18 @@ export {
   type TokenDocument,
 } from './eval/perplexity.js'
 export { rouge, type RougeScore, type RougeScores } from './eval/rouge.js'
+export {
+  readArticles,
+  summarize,
+  type SummaryArticle,
+  type SummaryFigure,
+  type SummaryLimits,
+  type SummaryModel,
+  type SummaryOptions,
+  type SummaryRecord,
+  type SummaryResult,
+  writeSummaryExamples,
+} from './eval/summaries.js'
 export type { Tokenizer } from './files/tokenizer.js'
 export type { TokenProgress } from './files/tokens.js'
 export type { BatchOptions, HostTensor, Tokens } from './model/batch.js'
