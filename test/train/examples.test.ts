@@ -4,8 +4,9 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import t from 'tap'
 import { Llama } from '../../lib/model/llama.js'
+import { DataLoader, type DataSettings } from '../../lib/train/data.js'
 import { Trainer, type TrainerOptions } from '../../lib/train/trainer.js'
-import { fixtures } from '../golden.js'
+import { fixtures, relativeError } from '../golden.js'
 
 const dir = mkdtempSync(join(tmpdir(), 'ropewalk-examples-'))
 t.teardown(() => rmSync(dir, { recursive: true }))
@@ -80,6 +81,25 @@ t.test('a step equals one on labels masked by hand, a row an example', async (t)
   t.ok(windows < pairs.length, 'several examples share a window')
   t.ok(Math.abs(first!.loss - byHand.loss) < 1e-6, `loss ${first!.loss}, by hand ${byHand.loss}`)
   t.ok(Math.abs(first!.gradNorm / byHand.gradNorm - 1) < 1e-5, `norm ${first!.gradNorm}, by hand ${byHand.gradNorm}`)
+  const settings = {
+    ...base,
+    data: [data],
+    packing: 'documents',
+    seed: 0,
+    field: 'text',
+    validation: undefined,
+  } as const
+  const loader = await DataLoader.open(
+    { ...settings, context: time, eosId: tokenizer.eosId } as DataSettings,
+    tokenizer,
+  )
+  const { sample } = await loader.next({ epoch: 0, index: 0 }, windows)
+  using fresh = await load()
+  const gradients = await fresh.gradients(sample.tokens, sample.options)
+  for (const [name, { data }] of await fresh.gradients(tokens, { labels })) {
+    const error = relativeError(gradients.get(name)!.data, data)
+    t.ok(error < 1e-5, `gradient of ${name}: off by ${error.toExponential(1)}`)
+  }
   using whole = await load()
   t.ok(Math.abs((await whole.loss(tokens)) - loss) > 0.01, 'the mask matters')
 })
