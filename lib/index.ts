@@ -32,6 +32,14 @@
 import { createRequire } from 'node:module'
 
 export { RopewalkError } from './errors.js'
+export { type ChoiceItem, type ChoiceTask, readChoiceItems } from './eval/choice-items.js'
+export {
+  type ChoiceModel,
+  type ChoiceOptions,
+  type ChoiceRecord,
+  type ChoiceResult,
+  multipleChoice,
+} from './eval/choice.js'
 export {
   passkey,
   type PasskeyDistance,
@@ -47,6 +55,19 @@ export {
   readTokenDocuments,
   type TokenDocument,
 } from './eval/perplexity.js'
+export { rouge, type RougeScore, type RougeScores } from './eval/rouge.js'
+export {
+  readArticles,
+  summarize,
+  type SummaryArticle,
+  type SummaryFigure,
+  type SummaryLimits,
+  type SummaryModel,
+  type SummaryOptions,
+  type SummaryRecord,
+  type SummaryResult,
+  writeSummaryExamples,
+} from './eval/summaries.js'
 export type { Tokenizer } from './files/tokenizer.js'
 export type { TokenProgress } from './files/tokens.js'
 export type { BatchOptions, HostTensor, Tokens } from './model/batch.js'
@@ -76,6 +97,7 @@ export {
 } from './rope.js'
 export { Device, type DeviceOptions } from './runtime/device.js'
 export type { DeviceMemory } from './runtime/native.js'
+export type { ExampleFields } from './files/text.js'
 export type { Packing } from './train/data.js'
 export { fit, type FitProblem, type FitResult, type FitSet } from './train/fit.js'
 export type { MemoryOptions } from './train/memory.js'

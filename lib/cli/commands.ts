@@ -5,6 +5,8 @@ import { build } from './build.js'
 import { demo } from './demo.js'
 import { doctor } from './doctor.js'
 import { evalPasskey, evalPerplexity } from './eval.js'
+import { evalChoice } from './eval-choice.js'
+import { evalSummaries } from './eval-summaries.js'
 import { extend } from './extend.js'
 import { generate } from './generate.js'
 import { inspect } from './inspect.js'
@@ -17,6 +19,8 @@ const commands = [
   extend,
   evalPerplexity,
   evalPasskey,
+  evalChoice,
+  evalSummaries,
   generate,
   inspect,
   plan,

@@ -43,6 +43,8 @@ const options = {
     default: 'concat',
   },
   field: { kind: 'text', value: 'name', help: 'field of .jsonl and .parquet that holds the text', default: 'text' },
+  'prompt-field': { kind: 'text', value: 'name', help: 'field of a prompt, which is given and not learned' },
+  'completion-field': { kind: 'text', value: 'name', help: 'field of what follows the prompt and is learned' },
   validation: {
     kind: 'texts',
     value: 'file | x',
@@ -74,6 +76,9 @@ export const extend: Command<typeof options> = {
     const { out, steps = STEPS, data, device, threads, overwrite } = values
     const dtype = values.dtype as 'float32' | 'bfloat16' | undefined
     if (steps > 0 && !data) throw new UsageError('--data is missing: texts to train on, or --steps 0 to train nothing')
+    if ((values['prompt-field'] === undefined) !== (values['completion-field'] === undefined)) {
+      throw new UsageError('--prompt-field and --completion-field belong together: give both, or neither')
+    }
     if (!overwrite && (await isTaken(out))) {
       throw new RopewalkError('ERR_EXISTS', `${out}: exists already: choose another folder, or add --overwrite`)
     }
@@ -135,6 +140,7 @@ async function train(
   output: Output,
 ): Promise<number | undefined> {
   const { context, steps, data, batch, accumulate, lr, warmup, seed, packing, field, validation, resume } = values
+  const { 'prompt-field': prompt, 'completion-field': completion } = values
   const checkpoints = `${values.out}.checkpoints`
   const settings = {
     batchSize: batch,
@@ -146,6 +152,7 @@ async function train(
     seed,
     packing: packing as 'concat' | 'documents' | undefined,
     field,
+    fields: prompt !== undefined && completion !== undefined ? { prompt, completion } : undefined,
     validation: validation?.length === 1 && /^[\d.]+$/.test(validation[0]!) ? Number(validation[0]) : validation,
     evalEvery: values['eval-every'],
     saveEvery: values['save-every'],

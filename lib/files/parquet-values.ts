@@ -17,6 +17,14 @@ export function plainValues(data: Uint8Array, values: number): Uint8Array[] {
   })
 }
 
+/** PLAIN values of `width` bytes each; of 1 / 8 of a byte, bits, least significant first, each in a byte of its own. */
+export function fixedValues(data: Uint8Array, values: number, width: number): Uint8Array[] {
+  if (values * width > data.length) throw new RangeError(`${values} values in ${data.length} bytes`)
+  return Array.from({ length: values }, (_, i) =>
+    width < 1 ? Uint8Array.of((data[i >> 3]! >> (i & 7)) & 1) : data.subarray(i * width, (i + 1) * width),
+  )
+}
+
 /** The RLE / bit-packing hybrid: exactly `values` numbers of `width` bits. */
 export function hybrid(data: Uint8Array, width: number, values: number): Int32Array {
   if (width > 31) throw new RangeError(`indices of ${width} bits`)

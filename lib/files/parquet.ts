@@ -2,11 +2,11 @@ import type { FileHandle } from 'node:fs/promises'
 import { brotliDecompressSync, gunzipSync } from 'node:zlib'
 import { decompressLz4, decompressLz4Raw, decompressSnappy, decompressZstd } from 'hyparquet-compressors'
 import { didYouMean, quote, RopewalkError } from '../errors.js'
-import { deltaLengthValues, hybrid, plainValues } from './parquet-values.js'
+import { deltaLengthValues, fixedValues, hybrid, plainValues } from './parquet-values.js'
 import { ThriftReader, type ThriftStruct, type ThriftValue } from './thrift.js'
 
 /**
- * One text column of a parquet file, value by value. Readers that allocate what headers and run lengths claim can be
+ * One column of a parquet file, value by value. Readers that allocate what headers and run lengths claim can be
  * asked for gigabytes by 300 bytes; here every count is held against the bytes it can come from. Decompression is that
  * of Node and hyparquet-compressors, into buffers of checked size.
  * Format: parquet.thrift and Encodings.md of apache/parquet-format.
@@ -19,7 +19,11 @@ const maxExpansion = 20_000
 /** Runs hold many values in few bytes (a column of nulls), but not without limit. */
 const maxValuesPerByte = 1 << 16
 
-type Column = { optional: boolean; codec: number; values: number; start: number; bytes: number }
+/** Physical types that are read, and the bytes of a value where all have the same. */
+const TEXT = 6
+const widths: Record<number, number> = { 0: 1 / 8, 1: 4, 2: 8 }
+
+type Column = { type: number; optional: boolean; codec: number; values: number; start: number; bytes: number }
 type Page = { count: number; encoding: number; levels: Uint8Array | undefined; data: Uint8Array }
 
 const inflate: Record<number, (data: Uint8Array, size: number) => Uint8Array> = {
@@ -32,15 +36,57 @@ const inflate: Record<number, (data: Uint8Array, size: number) => Uint8Array> = 
   7: decompressLz4Raw,
 }
 
-/** The values of column `field`: UTF-8 bytes, or null. Throws RopewalkError ERR_PARQUET or ERR_FIELD. */
-export async function* readParquet(handle: FileHandle, path: string, field: string): AsyncGenerator<Uint8Array | null> {
+/** The values of text column `field`: UTF-8 bytes, or null. Throws RopewalkError ERR_PARQUET or ERR_FIELD. */
+export function readParquet(handle: FileHandle, path: string, field: string): AsyncGenerator<Uint8Array | null> {
+  return readColumns(handle, path, field, [TEXT])
+}
+
+/** A value of a column: UTF-8 bytes of a text, or what stands there. */
+export type ParquetValue = Uint8Array | number | boolean | null
+
+/** The values of a column of texts, whole numbers or booleans. Throws RopewalkError ERR_PARQUET or ERR_FIELD. */
+export async function* readParquetValues(
+  handle: FileHandle,
+  path: string,
+  field: string,
+): AsyncGenerator<ParquetValue> {
+  const type = (await parquetColumns(handle, path)).get(field)?.get(1)
+  const convert = conversions[Number(type)]
+  for await (const value of readColumns(handle, path, field, [TEXT, ...Object.keys(widths).map(Number)])) {
+    yield value === null || convert === undefined ? value : await guard(path, quote(field), () => convert(value))
+  }
+}
+
+const conversions: Record<number, (value: Uint8Array) => number | boolean> = {
+  0: ([bit]) => bit === 1,
+  1: (value) => Buffer.from(value).readInt32LE(0),
+  2: (value) => {
+    const whole = Buffer.from(value).readBigInt64LE(0)
+    if (!Number.isSafeInteger(Number(whole))) throw new RangeError(`${whole} is more than a number holds exactly`)
+    return Number(whole)
+  },
+}
+
+/** The columns directly below the root, with their schema elements. Throws RopewalkError ERR_PARQUET. */
+export async function parquetColumns(handle: FileHandle, path: string): Promise<Map<string, ThriftStruct>> {
   const { size } = await handle.stat()
   const footer = await guard(path, 'footer', () => readFooter(handle, size))
-  const optional = await guard(path, 'schema', () => findColumn(footer, path, field))
+  return guard(path, 'schema', () => topColumns(footer))
+}
+
+async function* readColumns(
+  handle: FileHandle,
+  path: string,
+  field: string,
+  types: readonly number[],
+): AsyncGenerator<Uint8Array | null> {
+  const { size } = await handle.stat()
+  const footer = await guard(path, 'footer', () => readFooter(handle, size))
+  const found = await guard(path, 'schema', () => findColumn(topColumns(footer), path, field, types))
   const groups = await guard(path, 'footer', () => structs(footer.get(4), 'row groups'))
   for (const [index, group] of groups.entries()) {
     const what = `row group ${index}, column ${quote(field)}`
-    const column = await guard(path, what, () => readColumn(group, field, optional, size))
+    const column = await guard(path, what, () => readColumn(group, field, found, size))
     const chunk = await guard(path, what, () => readBytes(handle, column.start, column.bytes))
     const decoder = new ColumnDecoder(chunk, column)
     for (;;) {
@@ -80,8 +126,7 @@ async function readFooter(handle: FileHandle, size: number): Promise<ThriftStruc
   return new ThriftReader(await readBytes(handle, size - 8 - length, length)).struct()
 }
 
-/** Checks that `field` is a top-level column of byte strings; returns whether it may hold nulls. */
-function findColumn(footer: ThriftStruct, path: string, field: string): boolean {
+function topColumns(footer: ThriftStruct): Map<string, ThriftStruct> {
   const schema = structs(footer.get(2), 'schema')
   const found = new Map<string, ThriftStruct>()
   // depth first, the root first: only what is directly below the root counts
@@ -92,6 +137,16 @@ function findColumn(footer: ThriftStruct, path: string, field: string): boolean 
     else skip--
     skip += children
   }
+  return found
+}
+
+/** Checks that `field` is a column of one of the types, a value a row; returns its type and whether it may hold nulls. */
+function findColumn(
+  found: Map<string, ThriftStruct>,
+  path: string,
+  field: string,
+  types: readonly number[],
+): Pick<Column, 'type' | 'optional'> {
   const column = found.get(field)
   if (column === undefined) {
     throw new RopewalkError(
@@ -100,13 +155,20 @@ function findColumn(footer: ThriftStruct, path: string, field: string): boolean 
         didYouMean(field, found.keys()),
     )
   }
-  if (column.get(1) !== 6 || column.get(3) === 2) {
-    throw new RopewalkError('ERR_FIELD', `${path}: column ${quote(field)} does not hold texts: name another field`)
+  const type = column.has(1) ? Number(column.get(1)) : -1
+  if (!types.includes(type) || column.get(3) === 2) {
+    const kinds = types.length > 1 ? 'texts, whole numbers or booleans' : 'texts'
+    throw new RopewalkError('ERR_FIELD', `${path}: column ${quote(field)} does not hold ${kinds}: name another field`)
   }
-  return column.get(3) === 1
+  return { type, optional: column.get(3) === 1 }
 }
 
-function readColumn(group: ThriftStruct, field: string, optional: boolean, size: number): Column {
+function readColumn(
+  group: ThriftStruct,
+  field: string,
+  found: Pick<Column, 'type' | 'optional'>,
+  size: number,
+): Column {
   const chunks = structs(group.get(1), 'columns')
   const meta = chunks
     .flatMap((chunk) => struct(chunk.get(3), 'column') ?? [])
@@ -123,7 +185,7 @@ function readColumn(group: ThriftStruct, field: string, optional: boolean, size:
   if (values > bytes * maxValuesPerByte) throw new RangeError(`${values} values cannot come from ${bytes} bytes`)
   const codec = Number(meta.get(4) ?? 0)
   if (!(codec in inflate)) throw new RangeError(`compression codec ${codec} is not supported`)
-  return { optional, codec, values, start, bytes }
+  return { ...found, codec, values, start, bytes }
 }
 
 /** The pages of one column chunk, one after the other. */
@@ -166,7 +228,7 @@ class ColumnDecoder {
     const data = bytes.subarray(offset, offset + compressed)
     const [plain, dictionary, second] = [5, 7, 8].map((id) => struct(header.get(id), 'page header'))
     if (dictionary !== undefined) {
-      this.dictionary = plainValues(this.inflate(data, size), count(dictionary.get(1), 'dictionary values'))
+      this.dictionary = this.plain(this.inflate(data, size), count(dictionary.get(1), 'dictionary values'))
       return undefined
     }
     if (second !== undefined) return this.secondPage(second, data, size)
@@ -221,8 +283,13 @@ class ColumnDecoder {
     return Array.from(present, (level) => (level === 1 ? values[next++] : null))
   }
 
+  private plain(data: Uint8Array, values: number): Uint8Array[] {
+    const width = widths[this.column.type]
+    return width === undefined ? plainValues(data, values) : fixedValues(data, values, width)
+  }
+
   private stored(encoding: number, data: Uint8Array, stored: number): Uint8Array[] {
-    if (encoding === 0) return plainValues(data, stored)
+    if (encoding === 0) return this.plain(data, stored)
     if (encoding === 2 || encoding === 8) {
       if (stored === 0) return []
       const indices = hybrid(data.subarray(1), data[0], stored)
@@ -232,7 +299,11 @@ class ColumnDecoder {
         return value
       })
     }
-    if (encoding === 6) return deltaLengthValues(data, stored)
+    if (encoding === 3 && this.column.type === 0) {
+      // booleans in runs, behind the length of all of them
+      return Array.from(hybrid(data.subarray(4), 1, stored), (bit) => Uint8Array.of(bit))
+    }
+    if (encoding === 6 && this.column.type === TEXT) return deltaLengthValues(data, stored)
     throw new RangeError(`encoding ${encoding} is not supported: write the file with PLAIN or a dictionary`)
   }
 }

@@ -1,13 +1,27 @@
-import { createReadStream } from 'node:fs'
 import { open, readdir, stat } from 'node:fs/promises'
 import { extname, join } from 'node:path'
-import { didYouMean, formatBytes, quote, RopewalkError } from '../errors.js'
-import { decodeUtf8, readSmallFile } from './bytes.js'
-import { isObject, parseJson } from './json.js'
+import { didYouMean, quote, RopewalkError } from '../errors.js'
+import { readSmallFile } from './bytes.js'
 import { readParquet } from './parquet.js'
+import { decodeText, fieldError, readObjects, readRows, textField } from './rows.js'
 
-/** One text to train on or to measure; `source` is file, file:line or file#row. */
-export type TextDocument = { text: string; source: string }
+/**
+ * One text to train on or to measure; `source` is file, file:line or file#row. `prompt` is the beginning of the text that is
+ * given and not to be learned, where documents are pairs of fields.
+ */
+export type TextDocument = { text: string; source: string; prompt?: string }
+
+/**
+ * Names of the fields that hold an example's two parts.
+ *
+ * @category Training
+ */
+export interface ExampleFields {
+  /** What the model is given: its tokens are read, not learned. */
+  prompt: string
+  /** What it is to say next; the text is the prompt with the completion right behind it. */
+  completion: string
+}
 
 const readers: Record<string, (path: string, field: string) => AsyncIterable<TextDocument>> = {
   '.txt': readText,
@@ -26,18 +40,17 @@ const refused: Record<string, string | undefined> = {
 
 /** V8 holds strings of up to 2^29 - 24 characters. */
 const maxTextBytes = 500_000_000
-const maxLineBytes = 256 << 20
 
 /**
  * The documents of files and folders, in the order of `paths`; folders are read recursively, sorted by name, and only
  * their .txt, .jsonl, .ndjson and .parquet files. A .txt file, and any other text that is named itself, is one document; the others have one in `field` of every
- * line or row. Throws RopewalkError (ERR_NOT_FOUND, ERR_EMPTY, ERR_FORMAT, ERR_FIELD, ERR_UTF8, ERR_JSON, ...).
+ * line or row; with `fields`, a prompt and its completion, which only they can have. Throws RopewalkError (ERR_NOT_FOUND, ERR_EMPTY, ERR_FORMAT, ERR_FIELD, ERR_UTF8, ERR_JSON, ...).
  */
 export async function* readDocuments(
   paths: readonly string[],
-  { field = 'text' }: { field?: string } = {},
+  { field = 'text', fields }: { field?: string; fields?: ExampleFields | undefined } = {},
 ): AsyncGenerator<TextDocument> {
-  for (const file of await documentFiles(paths)) yield* readFile(file, field)
+  for (const file of await documentFiles(paths)) yield* fields ? readExamples(file, fields) : readFile(file, field)
 }
 
 /** The files that readDocuments reads for `paths`, in its order. */
@@ -89,23 +102,27 @@ async function* readFile(path: string, field: string): AsyncGenerator<TextDocume
   yield* read(path, field)
 }
 
+async function* readExamples(path: string, fields: ExampleFields): AsyncGenerator<TextDocument> {
+  let found = false
+  for await (const row of readRows(path, [fields.prompt, fields.completion])) {
+    const prompt = textField(row, fields.prompt)
+    const completion = textField(row, fields.completion)
+    if (completion === '') throw fieldError(row.source, fields.completion, completion, 'a text to learn')
+    yield { text: prompt + completion, prompt, source: row.source }
+    found = true
+  }
+  if (!found)
+    throw new RopewalkError('ERR_EMPTY', `${path}: no line or row with an example: remove it, or write it again`)
+}
+
 async function* readText(path: string): AsyncGenerator<TextDocument> {
   yield { text: decodeText(await readSmallFile(path, maxTextBytes), path), source: path }
 }
 
 async function* readLines(path: string, field: string): AsyncGenerator<TextDocument> {
-  let line = 0
   let found = 0
-  for await (const bytes of splitLines(path)) {
-    line++
-    const source = `${path}:${line}`
-    const text = decodeText(bytes, source)
-    if (text.trim() === '') continue
-    // Python writes NaN and huge integers into lines, too; they are not what is read here
-    const row = parseJson(text, source, { python: true })
-    if (!isObject(row))
-      throw new RopewalkError('ERR_FORMAT', `${source}: ${quote(row)}, but a line must be an object {...}`)
-    yield { text: fieldOf(row, field, source), source }
+  for await (const row of readObjects(path)) {
+    yield { text: textField(row, field), source: row.source }
     found++
   }
   if (found === 0)
@@ -118,64 +135,11 @@ async function* readTable(path: string, field: string): AsyncGenerator<TextDocum
     let row = 0
     for await (const value of readParquet(handle, path, field)) {
       const source = `${path}#${row++}`
-      if (value === null) checkText(value, field, source)
-      else yield { text: decodeText(value, source), source }
+      if (value === null) throw fieldError(source, field, value, 'a string')
+      yield { text: decodeText(value, source), source }
     }
     if (row === 0) throw new RopewalkError('ERR_EMPTY', `${path}: no row: remove it, or write it again`)
   } finally {
     await handle.close()
   }
-}
-
-/** The lines of a file as bytes, so that a character is never cut between two reads. */
-async function* splitLines(path: string): AsyncGenerator<Uint8Array> {
-  let rest: Buffer[] = []
-  let length = 0
-  for await (const chunk of createReadStream(path, { highWaterMark: 1 << 20 }) as AsyncIterable<Buffer>) {
-    let from = 0
-    for (let end = chunk.indexOf(10); end >= 0; end = chunk.indexOf(10, from)) {
-      yield Buffer.concat([...rest, chunk.subarray(from, end)])
-      rest = []
-      length = 0
-      from = end + 1
-    }
-    rest.push(chunk.subarray(from))
-    length += chunk.length - from
-    if (length > maxLineBytes) {
-      throw new RopewalkError(
-        'ERR_TOO_LARGE',
-        `${path}: a line of more than ${formatBytes(maxLineBytes)}: is it JSON Lines?`,
-      )
-    }
-  }
-  if (length > 0) yield Buffer.concat(rest)
-}
-
-function decodeText(bytes: Uint8Array, source: string): string {
-  const nul = bytes.indexOf(0)
-  if (nul >= 0) {
-    throw new RopewalkError(
-      'ERR_BINARY',
-      `${source}: a NUL byte at offset ${nul}: binary data, or UTF-16; convert it to UTF-8`,
-    )
-  }
-  const text = decodeUtf8(bytes, source)
-  return text.startsWith('\ufeff') ? text.slice(1) : text
-}
-
-function fieldOf(row: Record<string, unknown>, field: string, source: string): string {
-  if (!(field in row)) {
-    const names = Object.keys(row)
-    throw new RopewalkError(
-      'ERR_FIELD',
-      `${source}: no field ${quote(field)}; there are ${names.map((name) => quote(name)).join(', ') || 'none'}` +
-        didYouMean(field, names),
-    )
-  }
-  return checkText(row[field], field, source)
-}
-
-function checkText(value: unknown, field: string, source: string): string {
-  if (typeof value === 'string') return value
-  throw new RopewalkError('ERR_FIELD', `${source}: ${quote(field)} is ${quote(value)}, but it must be a string`)
 }

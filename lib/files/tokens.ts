@@ -6,14 +6,14 @@ import { extname, join } from 'node:path'
 import { setImmediate } from 'node:timers/promises'
 import { quote, RopewalkError } from '../errors.js'
 import { sha256File, temporaryName, writeAll, writeFailure } from './durable.js'
-import { documentFiles, readDocuments } from './text.js'
+import { documentFiles, type ExampleFields, readDocuments } from './text.js'
 
 /**
  * Documents as token ids, in shards on disk: one for each data file, made once for the same content and tokenizer, so
  * that a file added to the data costs no more than itself.
  *
- *   ids u32 (N) | end of each document f64 (D) | trailer (64 bytes)
- *   trailer: "RWTOKEN2", N f64, D f64, 0 f64, SHA-256 of all before
+ *   ids u32 (N) | end of each document f64 (D) | tokens of its prompt f64 (P = D or 0) | trailer (64 bytes)
+ *   trailer: "RWTOKEN2", N f64, D f64, P f64, SHA-256 of all before
  *
  * It is a cache: nothing is fsynced, and a shard that a crash or a disk has damaged is noticed by its checksum and made
  * again. Two processes may make one at the same time; either's result is whole when it gets its name.
@@ -24,6 +24,8 @@ export interface TokenFile {
   readonly tokens: number
   /** Index of the first token after each document. */
   readonly ends: Float64Array
+  /** How many tokens of each document are its prompt, which is not to be learned; of plain texts empty. */
+  readonly prompts: Float64Array
   /** Data files in order, with the number of documents from each. */
   readonly files: readonly { path: string; documents: number }[]
   /** Token ids `at` .. `at + count`. */
@@ -39,6 +41,8 @@ export interface TokenOptions {
   eosId: number | undefined
   /** Field or column of the text in .jsonl and .parquet files. */
   field: string
+  /** Fields of a prompt and its completion, in place of `field`. */
+  fields?: ExampleFields | undefined
   /** Folder of the cache; default $XDG_CACHE_HOME/ropewalk/tokens, ~/.cache/ropewalk/tokens. */
   cacheDir?: string | undefined
   signal?: AbortSignal | undefined
@@ -70,11 +74,12 @@ interface Shard {
   path: string
   tokens: number
   ends: Float64Array
+  prompts: Float64Array
 }
 
 /** The tokens of files and folders of documents, from the cache or made now. Throws what reading documents throws. */
 export async function openTokens(paths: readonly string[], options: TokenOptions): Promise<TokenFile> {
-  const { tokenizerHash, eosId, field, signal, onProgress, onWarning } = options
+  const { tokenizerHash, eosId, field, fields, signal, onProgress, onWarning } = options
   const sources: { path: string; bytes: number }[] = []
   for (const path of await documentFiles(paths)) sources.push({ path, bytes: (await stat(path)).size })
   const totalBytes = sources.reduce((sum, { bytes }) => sum + bytes, 0)
@@ -84,7 +89,8 @@ export async function openTokens(paths: readonly string[], options: TokenOptions
   for (const source of sources) {
     signal?.throwIfAborted()
     const file = [extname(source.path).toLowerCase(), await sha256File(source.path)]
-    const identity = { format: MAGIC, tokenizer: tokenizerHash, eos: eosId ?? null, field, file }
+    const read = fields ? { prompt: fields.prompt, completion: fields.completion } : field
+    const identity = { format: MAGIC, tokenizer: tokenizerHash, eos: eosId ?? null, field: read, file }
     keys.push(createHash('sha256').update(JSON.stringify(identity)).digest('hex'))
     onProgress?.({ stage: 'hash', bytes: (bytes += source.bytes), totalBytes })
   }
@@ -112,6 +118,7 @@ export async function openTokens(paths: readonly string[], options: TokenOptions
 
   const tokens = shards.reduce((sum, shard) => sum + shard.tokens, 0)
   const ends = new Float64Array(shards.reduce((sum, shard) => sum + shard.ends.length, 0))
+  const prompts = new Float64Array(fields ? ends.length : 0)
   const starts: number[] = []
   let documents = 0
   let start = 0
@@ -121,6 +128,7 @@ export async function openTokens(paths: readonly string[], options: TokenOptions
       shard.ends.map((end) => start + end),
       documents,
     )
+    if (fields) prompts.set(shard.prompts, documents)
     documents += shard.ends.length
     start += shard.tokens
   }
@@ -128,6 +136,7 @@ export async function openTokens(paths: readonly string[], options: TokenOptions
     key: createHash('sha256').update(keys.join()).digest('hex'),
     tokens,
     ends,
+    prompts,
     files: sources.map(({ path }, i) => ({ path, documents: shards[i]!.ends.length })),
     async read(at, count) {
       if (!(Number.isInteger(at) && Number.isInteger(count) && at >= 0 && count > 0 && at + count <= tokens)) {
@@ -181,16 +190,19 @@ async function openShard(path: string): Promise<Shard | undefined> {
     const trailer = Buffer.alloc(TRAILER_BYTES)
     await readExactly(handle, trailer, size - TRAILER_BYTES, path)
     if (trailer.toString('latin1', 0, 8) !== MAGIC) damaged('no trailer')
-    const [tokens, count] = [trailer.readDoubleLE(8), trailer.readDoubleLE(16)]
+    const [tokens, count, prompted] = [8, 16, 24].map((at) => trailer.readDoubleLE(at)) as [number, number, number]
     const sizes = [tokens, count].every((value) => Number.isSafeInteger(value) && value >= 0)
-    if (!sizes || tokens * 4 + count * 8 + TRAILER_BYTES !== size) damaged('sizes do not add up')
+    const known = prompted === 0 || prompted === count
+    if (!sizes || !known || tokens * 4 + (count + prompted) * 8 + TRAILER_BYTES !== size) damaged('sizes do not add up')
     const hash = createHash('sha256')
     const end = size - 33 // inclusive: all but the checksum
     for await (const chunk of createReadStream(path, { end, highWaterMark: CHUNK })) hash.update(chunk as Buffer)
     if (hash.digest().compare(trailer, 32) !== 0) damaged('checksum')
     const ends = new Float64Array(count)
     await readExactly(handle, new Uint8Array(ends.buffer), tokens * 4, path)
-    return { path, tokens, ends }
+    const prompts = new Float64Array(prompted)
+    await readExactly(handle, new Uint8Array(prompts.buffer), tokens * 4 + count * 8, path)
+    return { path, tokens, ends, prompts }
   } finally {
     await handle.close()
   }
@@ -199,7 +211,7 @@ async function openShard(path: string): Promise<Shard | undefined> {
 async function build(
   path: string,
   source: { path: string; bytes: number },
-  { encode, eosId, field, signal }: TokenOptions,
+  { encode, eosId, field, fields, signal }: TokenOptions,
   progress: (bytes: number) => void,
 ): Promise<void> {
   const temporary = temporaryName(path)
@@ -229,13 +241,18 @@ async function build(
   }
   try {
     const ends: number[] = []
+    const prompts: number[] = []
     let turn = Date.now()
     let bytes = 0
-    for await (const { text } of readDocuments([source.path], { field })) {
+    for await (const { text, prompt } of readDocuments([source.path], { field, fields })) {
       if (text === '') continue
-      await put(encode(text))
+      const ids = encode(text)
+      await put(ids)
       if (eosId !== undefined) await put([eosId])
-      if (tokens > (ends.at(-1) ?? 0)) ends.push(tokens)
+      if (tokens > (ends.at(-1) ?? 0)) {
+        ends.push(tokens)
+        if (prompt !== undefined) prompts.push(commonPrefix(ids, encode(prompt)))
+      }
       bytes = Math.min(source.bytes, bytes + text.length)
       if (Date.now() - turn < TURN) continue
       progress(bytes)
@@ -245,10 +262,10 @@ async function build(
     }
     progress(source.bytes)
     await flush()
-    await write(new Uint8Array(Float64Array.from(ends).buffer))
+    await write(new Uint8Array(Float64Array.from([...ends, ...prompts]).buffer))
     const trailer = Buffer.alloc(32)
     trailer.write(MAGIC, 'latin1')
-    ;[tokens, ends.length].forEach((value, i) => trailer.writeDoubleLE(value, 8 + 8 * i))
+    ;[tokens, ends.length, prompts.length].forEach((value, i) => trailer.writeDoubleLE(value, 8 + 8 * i))
     await write(trailer)
     await writeAll(handle, hash.digest())
     await handle.close()
@@ -258,6 +275,13 @@ async function build(
     await rm(temporary, { force: true })
     throw await writeFailure(error, path, written + 4 * CHUNK)
   }
+}
+
+/** Tokens of a text that its prompt alone begins with, too: one that reaches into the completion is not of the prompt. */
+function commonPrefix(a: readonly number[], b: readonly number[]): number {
+  let n = 0
+  while (n < a.length && a[n] === b[n]) n++
+  return n
 }
 
 async function readExactly(handle: FileHandle, bytes: Uint8Array, position: number, path: string): Promise<void> {

@@ -1,10 +1,10 @@
 import { createHash } from 'node:crypto'
-import { basename } from 'node:path'
 import { RopewalkError } from '../errors.js'
-import { openTokens, type TokenFile, type TokenOptions, type TokenProgress } from '../files/tokens.js'
+import { openTokens, type TokenOptions, type TokenProgress } from '../files/tokens.js'
 import type { BatchOptions, Tokens } from '../model/batch.js'
 import { chunksOf, type PoseSettings } from './pose.js'
 import { permutation } from './shuffle.js'
+import { documentAt, nameOf, type Windows, windowsOf } from './windows.js'
 
 /**
  * Documents follow each other, and windows are cut from the whole. With `concat` attention runs across documents, as in
@@ -59,6 +59,9 @@ const SPLIT_STREAM = 0xffffffff
  * predicts, a token of another document, and positions start at 0 with each; a document that the end of a window cuts
  * goes on in the next one as a document of its own.
  *
+ * Examples (`fields`) are not cut: a window holds as many whole ones as follow each other and fit, and is filled up with
+ * tokens that nobody predicts. Labels of a prompt's tokens are -100.
+ *
  * Each epoch takes every training window once, in an order that follows from the seed and the epoch's number alone.
  * Validation windows are drawn from all of the data by the seed; neighbours of a window may come from the same document,
  * so files of their own are the stricter test.
@@ -67,8 +70,8 @@ export class DataLoader {
   private order: { epoch: number; windows: Uint32Array } | undefined
 
   private constructor(
-    private readonly file: TokenFile,
-    private readonly held: { file: TokenFile; windows: Uint32Array } | undefined,
+    private readonly windows: Windows,
+    private readonly held: { from: Windows; windows: Uint32Array } | undefined,
     private readonly training: Uint32Array,
     private readonly settings: DataSettings,
     /** Identifies tokens, windows and split: equal hashes and cursors give equal batches. */
@@ -77,13 +80,15 @@ export class DataLoader {
 
   /** Reads, tokenises (or finds in the cache) and splits. Throws RopewalkError where there is less than one window. */
   static async open(settings: DataSettings, encoder: Encoder): Promise<DataLoader> {
-    const { data, context, packing, seed, pose, validation } = settings
+    const { data, context, packing, seed, pose, validation, fields, onWarning } = settings
     const options = { ...settings, encode: (text: string) => encoder.encode(text), tokenizerHash: encoder.hash }
     const file = await openTokens(data, options)
-    let other: TokenFile | undefined
-    const count = countWindows(file, data, context, 'data')
+    const cut = { context, examples: fields !== undefined, onWarning }
+    const all = windowsOf(file, data, cut, 'data')
+    const { count } = all
+    let other: string | undefined
     let training = Uint32Array.from({ length: count }, (_, i) => i)
-    let held: { file: TokenFile; windows: Uint32Array } | undefined
+    let held: { from: Windows; windows: Uint32Array } | undefined
     if (typeof validation === 'number') {
       const size = validation < 1 ? Math.max(1, Math.round(count * validation)) : validation
       if (size >= count) {
@@ -94,23 +99,23 @@ export class DataLoader {
         )
       }
       const drawn = permutation(count, seed, SPLIT_STREAM)
-      held = { file, windows: drawn.slice(0, size).sort() }
+      held = { from: all, windows: drawn.slice(0, size).sort() }
       training = drawn.slice(size).sort()
     } else if (validation) {
-      other = await openTokens(validation, options)
-      const windows = countWindows(other, validation, context, 'validation')
-      held = { file: other, windows: Uint32Array.from({ length: windows }, (_, i) => i) }
+      const from = windowsOf(await openTokens(validation, options), validation, cut, 'validation')
+      other = from.file.key
+      held = { from, windows: Uint32Array.from({ length: from.count }, (_, i) => i) }
     }
-    const identity = [file.key, other?.key ?? validation ?? null, context, packing, ...(pose ? [pose] : [])]
+    const identity = [file.key, other ?? validation ?? null, context, packing, ...(pose ? [pose] : [])]
     const hash = createHash('sha256').update(JSON.stringify(identity)).digest('hex')
-    return new DataLoader(file, held, training, settings, hash)
+    return new DataLoader(all, held, training, settings, hash)
   }
 
   /** Tokens and documents of the data, and how many windows they make. */
   get size(): { tokens: number; documents: number; windows: number; validationWindows: number } {
     return {
-      tokens: this.file.tokens,
-      documents: this.file.ends.length,
+      tokens: this.windows.file.tokens,
+      documents: this.windows.file.ends.length,
       windows: this.training.length,
       validationWindows: this.held?.windows.length ?? 0,
     }
@@ -130,7 +135,7 @@ export class DataLoader {
       epochs.push(epoch)
     }
     const { pose } = this.settings
-    const sample = pose ? await this.skipping(pose, windows, epochs) : await this.sample(this.file, windows)
+    const sample = pose ? await this.skipping(pose, windows, epochs) : await this.sample(this.windows, windows)
     return { sample, cursor: { epoch, index } }
   }
 
@@ -140,12 +145,12 @@ export class DataLoader {
    */
   async *validation(rows: number): AsyncGenerator<{ sample: Sample; count: number }> {
     if (!this.held) return
-    const { file, windows } = this.held
+    const { from, windows } = this.held
     for (let at = 0; at < windows.length; at += rows) {
       const group = [...windows.subarray(at, at + rows)]
       const count = group.length
       while (group.length < rows) group.push(group[0]!)
-      yield { sample: await this.sample(file, group), count }
+      yield { sample: await this.sample(from, group), count }
     }
   }
 
@@ -159,7 +164,8 @@ export class DataLoader {
 
   /** Windows of PoSE: what a window skips stays inside the document that it begins in. */
   private async skipping(pose: PoseSettings, windows: readonly number[], epochs: readonly number[]): Promise<Sample> {
-    const { file, settings } = this
+    const { windows: from, settings } = this
+    const { file } = from
     const { context, seed } = settings
     const dims = [windows.length, context]
     const data = new Int32Array(windows.length * context)
@@ -174,74 +180,48 @@ export class DataLoader {
       }
     })
     await Promise.all(rows)
-    const origin = windows.map((window) => `${describe(file, window, context)} and what follows there`)
+    const origin = windows.map((window) => `${describe(from, window)} and what follows there`)
     return { tokens: { dims, data }, options: { positions: { dims, data: positions } }, origin }
   }
 
-  private async sample(file: TokenFile, windows: readonly number[]): Promise<Sample> {
-    const { context, packing } = this.settings
+  private async sample(from: Windows, windows: readonly number[]): Promise<Sample> {
+    const { context, packing, eosId, fields } = this.settings
     const dims = [windows.length, context]
-    const data = new Int32Array(windows.length * context)
-    const parts = await Promise.all(windows.map((window) => file.read(window * context, context)))
+    const data = new Int32Array(windows.length * context).fill(eosId ?? 0)
+    const places = windows.map((window) => from.place(window))
+    const parts = await Promise.all(places.map(({ at, length }) => from.file.read(at, length)))
     parts.forEach((ids, row) => data.set(ids, row * context))
-    const origin = windows.map((window) => describe(file, window, context))
-    if (packing === 'concat') return { tokens: { dims, data }, options: {}, origin }
+    const origin = windows.map((window) => describe(from, window))
+    const like = (values: Int32Array): Tokens => ({ dims, data: values })
+    const apart = packing === 'documents'
+    if (!apart && !fields) return { tokens: like(data), options: {}, origin }
 
+    const { ends, prompts } = from.file
     const labels = data.slice()
     const positions = new Int32Array(data.length)
     const first = new Int32Array(data.length)
-    windows.forEach((window, row) => {
-      const at = window * context
-      let document = documentAt(file.ends, at)
+    places.forEach(({ at, length }, row) => {
+      let document = documentAt(ends, at)
       let start = 0
       for (let t = 0; t < context; t++) {
         const n = row * context + t
-        if (at + t === file.ends[document]) {
+        const filling = t >= length
+        if (t === length || (!filling && at + t === ends[document])) {
           document++
           start = t
-          labels[n] = -100
+          if (apart) labels[n] = -100
         }
+        if (filling || (fields && t - start < prompts[document]!)) labels[n] = -100
         positions[n] = t - start
         first[n] = start
       }
     })
-    const like = (values: Int32Array): Tokens => ({ dims, data: values })
-    return {
-      tokens: like(data),
-      options: { labels: like(labels), positions: like(positions), first: like(first) },
-      origin,
-    }
+    const options = { labels: like(labels), ...(apart && { positions: like(positions), first: like(first) }) }
+    return { tokens: like(data), options, origin }
   }
 }
 
-function countWindows(file: TokenFile, paths: readonly string[], context: number, option: string): number {
-  const count = Math.floor(file.tokens / context)
-  if (count > 0) return count
-  throw new RopewalkError(
-    'ERR_DATA',
-    `${option}: a window of context ${context} takes ${context} tokens, but ${paths.join(', ')} ` +
-      `${paths.length === 1 ? 'has' : 'have'} ${file.tokens}: use a smaller context or more data`,
-  )
-}
-
-/** Index of the document that holds a token: the first whose end lies behind it. */
-function documentAt(ends: Float64Array, token: number): number {
-  let low = 0
-  for (let high = ends.length; low < high;) {
-    const middle = (low + high) >>> 1
-    if (ends[middle]! <= token) low = middle + 1
-    else high = middle
-  }
-  return low
-}
-
-function describe(file: TokenFile, window: number, context: number): string {
-  const at = window * context
-  let document = documentAt(file.ends, at)
-  const source = file.files.find(({ documents }) => {
-    if (document < documents) return true
-    document -= documents
-    return false
-  })
-  return `window ${window} (${basename(source!.path)}, document ${document + 1}, tokens ${at}..${at + context - 1})`
+function describe(from: Windows, window: number): string {
+  const { at, length } = from.place(window)
+  return `window ${window} (${nameOf(from.file, documentAt(from.file.ends, at))}, tokens ${at}..${at + length - 1})`
 }

@@ -1,6 +1,7 @@
 import { didYouMean, quote } from '../errors.js'
 import { type LoraOptions, type LoraSettings, readLora } from '../model/lora.js'
 import { MEMORY_DEFAULTS, type MemoryOptions, type MemorySettings } from './memory.js'
+import type { ExampleFields } from '../files/text.js'
 import type { TokenProgress } from './data.js'
 import type { Packing } from './data.js'
 import type { PoseOptions, PoseSettings } from './pose.js'
@@ -81,6 +82,12 @@ export interface TrainerOptions {
   appendEos?: boolean
   /** Field or column that holds the text; default 'text'. */
   field?: string
+  /**
+   * Trains on examples, in place of texts: the names of the fields of a prompt and of its completion (.jsonl, .parquet). Only
+   * the completion, and the end-of-sequence token behind it, are learned. A window holds whole examples, as many as follow
+   * each other and fit, and is filled up; those longer than `context` are left out, with a warning.
+   */
+  fields?: ExampleFields
   /** Folder for tokenised data; default $XDG_CACHE_HOME/ropewalk/tokens or ~/.cache/ropewalk/tokens. */
   cacheDir?: string
   /** A fraction (below 1) or number of windows to keep out of training, or files of their own. Default: none. */
@@ -132,6 +139,7 @@ export interface Settings {
   pose: PoseSettings | undefined
   appendEos: boolean | undefined
   field: string
+  fields: ExampleFields | undefined
   cacheDir: string | undefined
   validation: number | readonly string[] | undefined
   evalEvery: number
@@ -225,6 +233,13 @@ const CHECKS: Record<keyof TrainerOptions, Check> = {
   },
   appendEos: flag,
   field: text,
+  fields: (value, name) => {
+    if (typeof value !== 'object' || value === null)
+      throw new TypeError(`${name} is ${quote(value)}, but must be an object { prompt, completion }`)
+    checkKnown(value, { prompt: text, completion: text }, `${name}.`)
+    for (const part of ['prompt', 'completion'] as const)
+      if ((value as Partial<ExampleFields>)[part] === undefined) throw new TypeError(`${name}.${part} is missing`)
+  },
   cacheDir: text,
   validation: (value, name) => {
     if (typeof value !== 'number') return paths(value, name)
@@ -269,7 +284,9 @@ function checkKnown(options: object, checks: Record<string, Check>, prefix = '')
 }
 
 /** Throws where windows of PoSE cannot be made. */
-function checkPose({ length, chunks }: PoseSettings, { context, packing, validation }: TrainerOptions): void {
+function checkPose({ length, chunks }: PoseSettings, { context, packing, validation, fields }: TrainerOptions): void {
+  if (fields)
+    throw new RangeError('pose takes parts of longer texts, but fields makes whole examples: give one of them')
   if (context !== undefined && length < context) {
     throw new RangeError(`pose.length is ${length}, but context is ${context}: positions are to be spread, not pressed`)
   }
@@ -325,6 +342,11 @@ export function readOptions(options: TrainerOptions): Settings {
   if (resume === true && output === undefined) {
     throw new TypeError('resume is true, but there is no output folder to look in: set output, or give a path')
   }
+  if (options.fields && options.field !== undefined) {
+    throw new TypeError(
+      `field is ${quote(options.field)}, but fields is given as well: a document has the one or the other`,
+    )
+  }
   const autoMemory = options.memory === 'auto'
   const memory = { ...MEMORY_DEFAULTS, ...(options.memory !== 'auto' && given(options.memory)) }
   checkMemory(memory, options.accumulate ?? 1)
@@ -352,6 +374,7 @@ export function readOptions(options: TrainerOptions): Settings {
     pose,
     appendEos: options.appendEos,
     field: options.field ?? 'text',
+    fields: options.fields && { prompt: options.fields.prompt, completion: options.fields.completion },
     cacheDir: options.cacheDir,
     validation: typeof validation === 'number' ? validation : list(validation),
     evalEvery: options.evalEvery ?? 100,

@@ -332,7 +332,7 @@ export class Trainer {
       throw new RopewalkError(
         'ERR_RESUME',
         saved.tokenizer === tokenizer.hash
-          ? `${this.companions}: the data are not those of the run that wrote this checkpoint (their files, field, ` +
+          ? `${this.companions}: the data are not those of the run that wrote this checkpoint (their files, field or fields, ` +
               'appendEos or validation differ): give the same data, or start anew from the checkpoint with Llama.load'
           : `${this.companions}: the tokenizer is not the one of the run that wrote this checkpoint`,
       )

@@ -187,6 +187,101 @@ t.test('documents apart', async (t) => {
   }
 })
 
+t.test('examples: whole, filled up, prompts masked', async (t) => {
+  const fields = { prompt: 'question', completion: 'answer' }
+  let name = 0
+  const examples = (...pairs: [question: string, answer: string][]): string => {
+    const path = join(dir, `examples-${name++}.jsonl`)
+    const rows = pairs.map(([question, answer]) => JSON.stringify({ answer, question }))
+    fs.writeFileSync(path, rows.join('\n'))
+    return path
+  }
+  // 1ab|cd2, 1|e2, 1fgh|ij2, 1k|l2: 6 + 3 + 7 + 4 tokens
+  const data = [examples(['ab', 'cd'], ['', 'e'], ['fgh', 'ij']), examples(['k', 'l'])]
+  const text = (s: string): number[] => [BOS, ...ids(s), EOS]
+  const rest = (n: number): number[] => Array(n).fill(EOS)
+  const X = -100
+  const expected = [
+    {
+      tokens: [...text('abcd'), ...text('e'), ...rest(1)],
+      labels: [X, X, X, ...ids('cd'), EOS, X, ...ids('e'), EOS, X],
+      positions: [0, 1, 2, 3, 4, 5, 0, 1, 2, 0],
+      first: [0, 0, 0, 0, 0, 0, 6, 6, 6, 9],
+    },
+    { tokens: [...text('fghij'), ...rest(3)], labels: [X, X, X, X, ...ids('ij'), EOS, X, X, X] },
+    { tokens: [...text('kl'), ...rest(6)], labels: [X, X, ...ids('l'), EOS, X, X, X, X, X, X] },
+  ]
+  const documents = await open({ data, fields, context: 10, packing: 'documents' })
+  const concat = await open({ data, fields, context: 10 })
+  t.strictSame(documents.size, { tokens: 20, documents: 4, windows: 3, validationWindows: 0 })
+  t.not(documents.hash, concat.hash)
+  for (const loader of [documents, concat]) {
+    const { sample } = await loader.next(start, 3)
+    t.strictSame(Object.keys(sample.options), loader === concat ? ['labels'] : ['labels', 'positions', 'first'])
+    const row = (tensor: unknown, at: number) => [
+      ...(tensor as { data: Int32Array }).data.subarray(10 * at, 10 * at + 10),
+    ]
+    for (const [at, window] of [...permutation(3, 0, 0)].entries()) {
+      const { tokens, ...options } = expected[window]!
+      t.strictSame(rowsOf(sample)[at], tokens)
+      for (const [name, values] of Object.entries(options)) {
+        if (name === 'labels' || loader === documents)
+          t.strictSame(row((sample.options as any)[name], at), values, name)
+      }
+    }
+    t.match(sample.origin.sort()[1], /window 1 \(examples-0\.jsonl, document 3, tokens 9\.\.15\)/)
+  }
+  // from the cache, with the masks; and other fields are other tokens
+  encoded = 0
+  const again = await open({ data, fields, context: 10, packing: 'documents' })
+  t.equal(encoded, 0)
+  t.equal(again.hash, documents.hash)
+  t.strictSame((await again.next(start, 3)).sample, (await documents.next(start, 3)).sample)
+  const swapped = await open({ data, fields: { prompt: 'answer', completion: 'question' }, context: 10 }).catch(
+    (e) => e,
+  )
+  t.match(swapped, {
+    code: 'ERR_FIELD',
+    message: /examples-0\.jsonl:2: "question" is "", but it must be a text to learn/,
+  })
+  const plain = await open({ data, field: 'answer', context: 4 })
+  t.equal(plain.size.tokens, 2 + 1 + 2 + 1 + 2 * 4, 'the same files as texts')
+
+  // a token that reaches from the prompt into the completion is learned
+  const pairs = {
+    hash: 'pairs',
+    encode: (text: string) => (text.match(/..?/g) ?? []).map((two) => two.length * 1000 + two.charCodeAt(0)),
+  }
+  const { options } = (
+    await (
+      await DataLoader.open(settings({ data: [examples(['abc', 'd'])], fields, context: 4 }), pairs)
+    ).next(start, 1)
+  ).sample
+  t.strictSame([...(options.labels as { data: Int32Array }).data], [X, 2000 + ids('c')[0]!, EOS, X])
+
+  const warnings: string[] = []
+  const short = await open({ data, fields, context: 6, onWarning: (message) => warnings.push(message) })
+  t.strictSame(short.size, { tokens: 20, documents: 4, windows: 3, validationWindows: 0 })
+  t.match(warnings, [
+    /^data: 1 of 4 examples are longer than the context of 6 tokens, the first is examples-0\.jsonl, document 3 with 7: they are left out$/,
+  ])
+  await t.rejects(open({ data, fields, context: 2 }), {
+    code: 'ERR_DATA',
+    message: /4 of 4 examples are longer than .*: use a larger context or shorter examples/,
+  })
+  const held = await open({ data, fields, context: 6, validation: [data[1]!] })
+  t.equal(held.size.validationWindows, 1)
+  for await (const { sample } of held.validation(1)) t.strictSame(rowsOf(sample), [[...text('kl'), ...rest(2)]])
+  t.equal((await open({ data, fields, context: 6, validation: 1 })).size.windows, 2)
+
+  fs.writeFileSync(join(dir, 'plain.txt'), 'x')
+  await t.rejects(open({ data: [join(dir, 'plain.txt')], fields }), { code: 'ERR_FORMAT', message: /has no fields/ })
+  await t.rejects(open({ data: [examples()], fields }), { code: 'ERR_EMPTY' })
+  const lines = join(dir, 'lines.jsonl')
+  fs.writeFileSync(lines, '{"question":"a","answer":"b"}\n{"question":"a"}\n{"question":1,"answer":""}')
+  await t.rejects(open({ data: [lines], fields }), { code: 'ERR_FIELD', message: /lines\.jsonl:2: no field "answer"/ })
+})
+
 t.test('validation', async (t) => {
   const data = [file([letters(78)])] // 80 tokens, 20 windows
   const all = await open({ data })
