@@ -117,6 +117,8 @@ RW_STEP AdamWStep adamw_step(const AdamWSettings& s, const float* hyper) {
           s.rest2};
 }
 
+// Real: also several vectors of the CPU.
+template <typename Real>
 RW_STEP void update(const AdamWStep& s, Real gradient, Real& weight, Real& m, Real& v) {
   const Real g = gradient * s.scale;
   m = m + s.rest1 * (g - m);
