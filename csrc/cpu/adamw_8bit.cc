@@ -2,9 +2,9 @@
 // bytes that index the dynamic map. The arithmetic is that of csrc/adamw.h.
 //
 // p, g, master, low, m, v flat (N), m_scale, v_scale (N/256). Memory traffic: p, m, v and master or low read and
-// written, g read: 10.06 bytes an element with p and g in bf16. Tasks are runs of blocks. The new m and v of a block wait
-// in a buffer of 2 KB until the largest of them are known; they are encoded while the next block is updated, whose roots
-// and quotients take long.
+// written, g read: 10.06 bytes an element with p and g in bf16. Tasks are runs of blocks. The new m and v of a block
+// wait in a buffer of 2 KB until the largest of them are known; they are encoded while the next block is updated, whose
+// roots and quotients take long.
 #include "states.h"
 
 namespace rw::cpu::RW_ISA {
@@ -96,14 +96,16 @@ void update_8bit(Context& context, const adamw_8bit_args& a) {
   };
 #if defined(__AVX512F__)
   if (context.permutes_bytes()) {
-    return parallel(context, tasks, [&](int64_t task, int) __attribute__((target("avx512vbmi"), flatten)) {
-      update_blocks<keep, Tables, G>(a, task * kBlocksOfTask, end_of(task), step, noise);
-    });
+    return parallel(
+        context, tasks, [&](int64_t task, int) __attribute__((target("avx512vbmi"), flatten)) {
+          update_blocks<keep, Tables, G>(a, task * kBlocksOfTask, end_of(task), step, noise);
+        });
   }
 #endif
-  parallel(context, tasks, [&](int64_t task, int) __attribute__((flatten)) {
-    update_blocks<keep, Arithmetic, G>(a, task * kBlocksOfTask, end_of(task), step, noise);
-  });
+  parallel(
+      context, tasks, [&](int64_t task, int) __attribute__((flatten)) {
+        update_blocks<keep, Arithmetic, G>(a, task * kBlocksOfTask, end_of(task), step, noise);
+      });
 }
 
 }  // namespace

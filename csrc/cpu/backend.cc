@@ -195,7 +195,8 @@ const Kernels& choose_kernels() {
   return *best;
 }
 
-// Whether the kernels of AVX-512 may use AVX512_VBMI, too: where it is there, and ROPEWALK_ISA asks for nothing narrower.
+// Whether the kernels of AVX-512 may use AVX512_VBMI, too: where it is there, and ROPEWALK_ISA asks for nothing
+// narrower.
 bool has_vbmi() {
 #if defined(__x86_64__)
   const char* wanted = std::getenv("ROPEWALK_ISA");

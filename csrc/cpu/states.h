@@ -1,6 +1,6 @@
-// States of 8 bits and the weights beside them, a run of elements at a time: several vectors, and every operation for all
-// of them in turn. A chain of dependent operations is longer than what a processor looks ahead; so several chains go side
-// by side. The bits are those that csrc/adamw.h defines; AVX-512 reaches them with fewer instructions.
+// States of 8 bits and the weights beside them, a run of elements at a time: several vectors, and every operation for
+// all of them in turn. A chain of dependent operations is longer than what a processor looks ahead; so several chains
+// go side by side. The bits are those that csrc/adamw.h defines; AVX-512 reaches them with fewer instructions.
 #pragma once
 #include "weights.h"
 
@@ -145,8 +145,9 @@ struct Tables {
 
 // ---- encoding with AVX-512 ------------------------------------------------------------------------------------------
 
-// The pieces of a map by the octave of x, its exponent modulo 32. The end of a piece lies within an octave: `carry`, added
-// to the bits of x, is what brings those from the end on into the next octave, where the next piece holds already.
+// The pieces of a map by the octave of x, its exponent modulo 32. The end of a piece lies within an octave: `carry`,
+// added to the bits of x, is what brings those from the end on into the next octave, where the next piece holds
+// already.
 struct OctaveMap {
   uint32_t carry[32];
   float rise[32], shift[32], last[32];
@@ -165,8 +166,7 @@ constexpr OctaveMap octave_map(const DynamicMap& map, int lead) {
       ends = false;
     }
     const int at = octave % 32;
-    if (ends)
-      of.carry[at] = __builtin_bit_cast(uint32_t, 2 * start) - __builtin_bit_cast(uint32_t, map.end[piece]);
+    if (ends) of.carry[at] = __builtin_bit_cast(uint32_t, 2 * start) - __builtin_bit_cast(uint32_t, map.end[piece]);
     of.rise[at] = map.rise[piece];
     of.shift[at] = map.shift[piece];
     of.last[at] = map.last[piece];

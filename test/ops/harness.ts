@@ -200,8 +200,7 @@ export function variants(): Variant[] {
     // what is chosen without a wish: as the widest of these, but with AVX512_VBMI where it is there
     delete process.env['ROPEWALK_ISA']
     opened.push({ name: 'as chosen', isa: 'as chosen', device: Device.open('cpu', { threads: 2 }) })
-  }
-  else process.env["ROPEWALK_ISA"] = before
+  } else process.env['ROPEWALK_ISA'] = before
   return opened
 }
 
