@@ -145,36 +145,6 @@ struct Tables {
 
 // ---- encoding with AVX-512 ------------------------------------------------------------------------------------------
 
-// The pieces of a map by the octave of x, its exponent modulo 32. The end of a piece lies within an octave: `carry`,
-// added to the bits of x, is what brings those from the end on into the next octave, where the next piece holds
-// already.
-struct OctaveMap {
-  uint32_t carry[32];
-  float rise[32], shift[32], last[32];
-};
-
-constexpr int kFirstOctave = 103, kLastOctave = 127;  // of 2^-24, where all is 0, and of 1
-
-constexpr OctaveMap octave_map(const DynamicMap& map, int lead) {
-  OctaveMap of = {};
-  float start = 0x1p-24f;
-  for (int octave = kFirstOctave; octave <= kLastOctave; octave++, start *= 2) {
-    int piece = (octave * 77 + 24386 + 256 * (lead - 1)) >> 8 & 7;  // as nearest() has it
-    bool ends = map.end[piece] < 2 * start;
-    if (ends && map.end[piece] <= start && octave > kFirstOctave) {
-      piece = (piece + 1) & 7;
-      ends = false;
-    }
-    const int at = octave % 32;
-    if (ends) of.carry[at] = __builtin_bit_cast(uint32_t, 2 * start) - __builtin_bit_cast(uint32_t, map.end[piece]);
-    of.rise[at] = map.rise[piece];
-    of.shift[at] = map.shift[piece];
-    of.last[at] = map.last[piece];
-  }
-  of.shift[0] = of.last[0] = static_cast<float>(lead) - 0.5f;  // of 0 itself
-  return of;
-}
-
 constexpr OctaveMap kSignedOctaves = octave_map(kSignedMap, kSigned);
 constexpr OctaveMap kUnsignedOctaves = octave_map(kUnsignedMap, kUnsigned);
 
