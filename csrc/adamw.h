@@ -117,6 +117,8 @@ RW_STEP AdamWStep adamw_step(const AdamWSettings& s, const float* hyper) {
           s.rest2};
 }
 
+// Real: also several vectors of the CPU.
+template <typename Real>
 RW_STEP void update(const AdamWStep& s, Real gradient, Real& weight, Real& m, Real& v) {
   const Real g = gradient * s.scale;
   m = m + s.rest1 * (g - m);
@@ -230,6 +232,36 @@ RW_MAP constexpr DynamicMap dynamic_map(int lead) {
 }
 
 constexpr int kSigned = 1, kUnsigned = 2;
+
+// The same by the octave of x, its exponent modulo 32, for machines that look up 32 numbers as easily. The end of a
+// piece lies within an octave: `carry`, added to the bits of x, is what brings those from the end on into the next
+// octave, where the next piece holds already. The entry of octave 0 is that of x = 0.
+struct OctaveMap {
+  uint32_t carry[32];
+  float rise[32], shift[32], last[32];
+};
+
+constexpr int kFirstOctave = 103, kLastOctave = 127;  // of 2^-24, where all is 0, and of 1
+
+RW_MAP constexpr OctaveMap octave_map(const DynamicMap& map, int lead) {
+  OctaveMap of = {};
+  float start = 0x1p-24f;
+  for (int octave = kFirstOctave; octave <= kLastOctave; octave++, start *= 2) {
+    int piece = (octave * 77 + 24386 + 256 * (lead - 1)) >> 8 & 7;  // as nearest() has it
+    bool ends = map.end[piece] < 2 * start;
+    if (ends && map.end[piece] <= start && octave > kFirstOctave) {
+      piece = (piece + 1) & 7;
+      ends = false;
+    }
+    const int at = octave % 32;
+    if (ends) of.carry[at] = static_cast<uint32_t>((2 * start - map.end[piece]) / start * 0x1p23f);
+    of.rise[at] = map.rise[piece];
+    of.shift[at] = map.shift[piece];
+    of.last[at] = map.last[piece];
+  }
+  of.shift[0] = of.last[0] = static_cast<float>(lead) - 0.5f;
+  return of;
+}
 
 // The value of the map at y.
 RW_STEP Real value_at(const DynamicMap& map, Real y) {

@@ -2,49 +2,22 @@
 // bytes that index the dynamic map. The arithmetic is that of csrc/adamw.h.
 //
 // p, g, master, low, m, v flat (N), m_scale, v_scale (N/256). Memory traffic: p, m, v and master or low read and
-// written, g read: 10.06 bytes an element with p and g in bf16. Tasks are runs of blocks. A block is decoded and
-// updated vector by vector; its new m and v wait in a buffer of 2 KB until the largest of them are known, then they are
-// encoded.
-#include "weights.h"
+// written, g read: 10.06 bytes an element with p and g in bf16. Tasks are runs of blocks. The new m and v of a block
+// wait in a buffer of 2 KB until the largest of them are known; they are encoded while the next block is updated, whose
+// roots and quotients take long.
+#include "states.h"
 
 namespace rw::cpu::RW_ISA {
 
 namespace {
 
-constexpr int64_t kGroup = 4;  // blocks at a time: 8 KB of states
+constexpr int kRuns = kStateBlock / kRun;
 
-constexpr DynamicMap kSignedMap = dynamic_map(kSigned), kUnsignedMap = dynamic_map(kUnsigned);
-
-// The new states of a block, and the bits of the largest.
+// The new states of a block, as their scales expect them.
 struct Moments {
-  vf m[kStateBlock / VL], v[kStateBlock / VL];
-  vi most_m, most_v;
+  Run m[kRuns], v[kRuns];
+  StateScale m_scale, v_scale;
 };
-
-template <Keep keep, typename G>
-inline void update_block(const adamw_8bit_args& a, int64_t block, const AdamWStep& step, const Noise& noise,
-                         Moments& out) {
-  const auto load_all = [](const auto* p) { return load(p); };
-  const auto store_all = [](auto* p, auto x) { store(p, x); };
-  const float m_scale = a.m_scale.as<float>()[block], v_scale = a.v_scale.as<float>()[block];
-  vi most_m = {}, most_v = {};
-  for (int64_t i = 0; i < kStateBlock / VL; i++) {
-    const int64_t at = block * kStateBlock + i * VL;
-    const vb m_index = load(a.m.as<uint8_t>() + at) + static_cast<uint8_t>(127);
-    vf weight = load_weight<keep>(a, at, load_all);
-    vf m = decoded_m(kSignedMap, m_scale, widen(m_index));
-    vf v = decoded_v(kUnsignedMap, v_scale, widen(load(a.v.as<uint8_t>() + at)));
-    update(step, load(a.g.as<G>() + at), weight, m, v);
-    store_weight<keep>(a, at, weight, noise, static_cast<int64_t>(a.first), store_all);
-    out.m[i] = m;
-    out.v[i] = v;
-    const vi m_bits = (vi)magnitude_bits(m), v_bits = (vi)magnitude_bits(v);
-    most_m = m_bits > most_m ? m_bits : most_m;
-    most_v = v_bits > most_v ? v_bits : most_v;
-  }
-  out.most_m = most_m;
-  out.most_v = most_v;
-}
 
 inline StateScale scale_of(vi most) {
   int32_t bits = 0;
@@ -52,19 +25,62 @@ inline StateScale scale_of(vi most) {
   return state_scale(static_cast<uint32_t>(bits));
 }
 
-inline void encode_block(const adamw_8bit_args& a, int64_t block, Moments& in) {
-  const StateScale m_scale = scale_of(in.most_m), v_scale = scale_of(in.most_v);
-  if (m_scale.odd)
-    for (vf& m : in.m) m = tame(m_scale, m);
-  if (v_scale.odd)
-    for (vf& v : in.v) v = tame(v_scale, v);
-  for (int64_t i = 0; i < kStateBlock / VL; i++) {
-    const int64_t at = block * kStateBlock + i * VL;
-    store(a.m.as<uint8_t>() + at, encoded_m(kSignedMap, m_scale, in.m[i]));
-    store(a.v.as<uint8_t>() + at, encoded_v(kUnsignedMap, v_scale, in.v[i]));
+inline void tame_all(const StateScale& s, Run (&states)[kRuns]) {
+  if (!s.odd) return;
+  for (Run& run : states)
+    for (vf& x : run.x) x = tame(s, x);
+}
+
+inline vi most_of(vi most, const Run& states) {
+  for (const vf& x : states.x) {
+    const vi bits = (vi)magnitude_bits(x);
+    most = bits > most ? bits : most;
   }
-  a.m_scale.as<float>()[block] = m_scale.scale;
-  a.v_scale.as<float>()[block] = v_scale.scale;
+  return most;
+}
+
+inline void encode_run(const adamw_8bit_args& a, int64_t block, const Moments& from, int run) {
+  const int64_t at = block * kStateBlock + run * kRun;
+  encode_m(a.m.as<uint8_t>() + at, from.m_scale, from.m[run]);
+  encode_v(a.v.as<uint8_t>() + at, from.v_scale, from.v[run]);
+}
+
+// Updates a block, and encodes the one before it, if there is one.
+template <Keep keep, typename Decoded, bool encode, typename G>
+inline void update_block(const adamw_8bit_args& a, int64_t block, const AdamWStep& step, const Noise& noise,
+                         const Moments& before, Moments& out) {
+  const float m_scale = a.m_scale.as<float>()[block], v_scale = a.v_scale.as<float>()[block];
+  vi most_m = {}, most_v = {};
+  for (int run = 0; run < kRuns; run++) {
+    const int64_t at = block * kStateBlock + run * kRun;
+    Run weight = load_weights<keep>(a, at);
+    Run m = Decoded::m(a.m.as<uint8_t>() + at, m_scale), v = Decoded::v(a.v.as<uint8_t>() + at, v_scale);
+    update(step, load_run(a.g.as<G>() + at), weight, m, v);
+    out.m[run] = m;
+    out.v[run] = v;
+    if constexpr (encode) encode_run(a, block - 1, before, run);
+    most_m = most_of(most_m, m);
+    most_v = most_of(most_v, v);
+    store_weights<keep>(a, at, weight, noise);
+  }
+  out.m_scale = scale_of(most_m);
+  out.v_scale = scale_of(most_v);
+  a.m_scale.as<float>()[block] = out.m_scale.scale;
+  a.v_scale.as<float>()[block] = out.v_scale.scale;
+  tame_all(out.m_scale, out.m);
+  tame_all(out.v_scale, out.v);
+}
+
+template <Keep keep, typename Decoded, typename G>
+inline void update_blocks(const adamw_8bit_args& a, int64_t first, int64_t end, const AdamWStep& step,
+                          const Noise& noise) {
+  Moments moments[2];
+  update_block<keep, Decoded, false, G>(a, first, step, noise, moments[1], moments[0]);
+  for (int64_t block = first + 1; block < end; block++) {
+    const int64_t odd = (block - first) & 1;
+    update_block<keep, Decoded, true, G>(a, block, step, noise, moments[1 - odd], moments[odd]);
+  }
+  for (int run = 0; run < kRuns; run++) encode_run(a, end - 1, moments[(end - 1 - first) & 1], run);
 }
 
 template <Keep keep, typename G>
@@ -74,16 +90,22 @@ void update_8bit(Context& context, const adamw_8bit_args& a) {
   const AdamWSettings settings = adamw_settings(a);
   const AdamWStep step = adamw_step(settings, hyper);
   const Noise noise = noise_of(settings.seed, hyper[kStep]);
-  const int64_t blocks = a.p.size() / kStateBlock;
-  parallel(context, (blocks + kBlocksOfTask - 1) / kBlocksOfTask, [&](int64_t task, int) {
-    const int64_t end = (task + 1) * kBlocksOfTask < blocks ? (task + 1) * kBlocksOfTask : blocks;
-    Moments moments[kGroup];
-    for (int64_t first = task * kBlocksOfTask; first < end; first += kGroup) {
-      const int64_t count = end - first < kGroup ? end - first : kGroup;
-      for (int64_t i = 0; i < count; i++) update_block<keep, G>(a, first + i, step, noise, moments[i]);
-      for (int64_t i = 0; i < count; i++) encode_block(a, first + i, moments[i]);
-    }
-  });
+  const int64_t blocks = a.p.size() / kStateBlock, tasks = (blocks + kBlocksOfTask - 1) / kBlocksOfTask;
+  const auto end_of = [blocks](int64_t task) {
+    return (task + 1) * kBlocksOfTask < blocks ? (task + 1) * kBlocksOfTask : blocks;
+  };
+#if defined(__AVX512F__)
+  if (context.permutes_bytes()) {
+    return parallel(
+        context, tasks, [&](int64_t task, int) __attribute__((target("avx512vbmi"), flatten)) {
+          update_blocks<keep, Tables, G>(a, task * kBlocksOfTask, end_of(task), step, noise);
+        });
+  }
+#endif
+  parallel(
+      context, tasks, [&](int64_t task, int) __attribute__((flatten)) {
+        update_blocks<keep, Arithmetic, G>(a, task * kBlocksOfTask, end_of(task), step, noise);
+      });
 }
 
 }  // namespace

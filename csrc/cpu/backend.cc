@@ -51,7 +51,7 @@ inline void pause() {
 // for the next loop for some microseconds, because ops follow each other closely, and then sleeps.
 class Pool final : public Context {
  public:
-  explicit Pool(int threads) : scratch_(threads) {
+  Pool(int threads, bool permutes_bytes) : scratch_(threads), permutes_bytes_(permutes_bytes) {
     for (int i = 1; i < threads; i++) {
       try {
         workers_.emplace_back([this, i] { work(i); });
@@ -65,6 +65,7 @@ class Pool final : public Context {
   ~Pool() { end(); }
 
   int threads() const override { return static_cast<int>(workers_.size()) + 1; }
+  bool permutes_bytes() const override { return permutes_bytes_; }
 
   void run_tasks(int64_t tasks, TaskBody body, void* data) override {
     if (tasks <= 1 || workers_.empty()) {
@@ -153,6 +154,7 @@ class Pool final : public Context {
 
   std::vector<std::thread> workers_;
   std::vector<Scratch> scratch_;
+  const bool permutes_bytes_;
   std::mutex mutex_;
   std::condition_variable wake_;
   std::atomic<uint64_t> generation_{0};
@@ -193,8 +195,19 @@ const Kernels& choose_kernels() {
   return *best;
 }
 
+// Whether the kernels of AVX-512 may use AVX512_VBMI, too: where it is there, and ROPEWALK_ISA asks for nothing
+// narrower.
+bool has_vbmi() {
+#if defined(__x86_64__)
+  const char* wanted = std::getenv("ROPEWALK_ISA");
+  return (!wanted || !*wanted) && __builtin_cpu_supports("avx512vbmi");
+#else
+  return false;
+#endif
+}
+
 struct Device {
-  explicit Device(int threads) : kernels(choose_kernels()), pool(threads) {
+  explicit Device(int threads) : kernels(choose_kernels()), pool(threads, has_vbmi()) {
     description = std::string(kernels.isa) + ", " + std::to_string(threads) + (threads == 1 ? " thread" : " threads");
   }
   const Kernels& kernels;

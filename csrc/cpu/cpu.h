@@ -22,6 +22,8 @@ struct Context {
   // Scratch memory of a thread, 64-byte aligned, at least `bytes` long, kept and reused between ops. Its content is
   // arbitrary. A call may move it, so ask once an op, for the sum of what is needed.
   virtual void* scratch(int thread, size_t bytes) = 0;
+  // Whether kernels of AVX-512 may use AVX512_VBMI, too.
+  virtual bool permutes_bytes() const = 0;
 
  protected:
   ~Context() = default;

@@ -5,8 +5,8 @@
 // master or low read and written, g read: 10.06 bytes an element with p and g in bf16. Nothing is touched where hyper's
 // apply is not 1. Grid: at most 4 blocks of 8 warps an SM. A warp has a block of 256 at a time, a lane 8 elements of
 // it: 16 bytes of bf16, 8 of m and v. Its new m and v stay in registers while the warp finds the largest of them.
-// Shared memory: the eight pieces of both maps, 384 bytes; the lanes that ask for one piece are served at once, those
-// that ask for others by other banks.
+// Shared memory: both maps, 3.3 KB: the values by their bytes, and what encodes by octaves. Instructions are what
+// limits this kernel, so that a look-up whose lanes meet in some bank is better than a dozen of them.
 #include "weights.h"
 
 namespace rw::cuda {
@@ -17,19 +17,48 @@ constexpr int kResident = 4;  // blocks of an SM: 64 registers a thread
 constexpr int kWarps = kFlatThreads / kWarp;
 constexpr int kLane = kStateBlock / kWarp;  // elements of a lane
 
+// What OctaveMap says of an octave, together.
+struct alignas(16) Piece {
+  float rise, shift, last, unused;
+};
+struct Map {
+  uint32_t carry[32];
+  Piece piece[32];
+  float value[256];  // by the byte
+};
 struct Maps {
-  DynamicMap m;
+  Map m;
   REDZONE(between);
-  DynamicMap v;
+  Map v;
 };
 struct MapsTag;
 
-constexpr int kMapFloats = sizeof(DynamicMap) / sizeof(float);
+// Every thread writes one value of a map, and 32 of them an octave.
+__device__ __forceinline__ void fill_map(Map& map, const OctaveMap& from, float value) {
+  static_assert(kFlatThreads == 256, "a thread for each value");
+  const int place = threadIdx.x;
+  map.value[place] = value;
+  if (place >= 32) return;
+  map.carry[place] = from.carry[place];
+  map.piece[place] = {from.rise[place], from.shift[place], from.last[place], 0.0f};
+}
 
-// Every thread calls it, with a place for one number at most.
-__device__ __forceinline__ void fill_map(DynamicMap& map, const DynamicMap& from, int place) {
-  if (place < 0 || place >= kMapFloats) return;
-  (&map.slope[0])[place] = (&from.slope[0])[place];
+// The whole part of nearest()'s y, for x from 2^-24 to 1.
+__device__ __forceinline__ int32_t whole_y(const Map& map, float x) {
+  const uint32_t bits = bits_of(x), carried = bits + map.carry[bits >> 23 & 31];
+  const float4 piece = reinterpret_cast<const float4*>(map.piece)[carried >> 23 & 31];
+  return to_whole(fminf(x * piece.x + piece.y, piece.z));
+}
+
+// As encoded_m() and encoded_v().
+__device__ __forceinline__ uint32_t byte_of_m(const Map& map, const StateScale& s, float m) {
+  const int32_t number = whole_y(map, fmaxf(fabsf(m * s.inverse), 0x1p-24f));
+  return static_cast<uint32_t>(bits_of(m) >> 31 ? max(-number, -127) : number);
+}
+__device__ __forceinline__ uint32_t byte_of_v(const Map& map, const StateScale& s, float v) {
+  // what is not 0 is at least what is nearest to the smallest value
+  const int32_t number = whole_y(map, fmaxf(v * s.inverse, 0x1p-22f)) - 1;
+  return bits_of(v) ? static_cast<uint32_t>(number) : 0u;
 }
 
 __device__ __forceinline__ uint32_t byte_of(const Raw<kLane, uint8_t>& raw, int i) {
@@ -40,15 +69,26 @@ __device__ __forceinline__ void set_byte(Raw<kLane, uint8_t>& raw, int i, uint32
   raw.word[i / 4] = i % 4 ? raw.word[i / 4] | bits : bits;
 }
 
+struct BothMaps {
+  DynamicMap signed_map, unsigned_map;
+  OctaveMap signed_octaves, unsigned_octaves;
+};
+BothMaps both_maps() {
+  constexpr DynamicMap signed_map = dynamic_map(kSigned), unsigned_map = dynamic_map(kUnsigned);
+  constexpr OctaveMap signed_octaves = octave_map(signed_map, kSigned);
+  constexpr OctaveMap unsigned_octaves = octave_map(unsigned_map, kUnsigned);
+  return {signed_map, unsigned_map, signed_octaves, unsigned_octaves};
+}
+
 template <bool Vector, Keep keep, typename G>
 __global__ void __launch_bounds__(kFlatThreads, kResident)
     adamw_8bit_kernel(Weights<keep> weights, const G* g, uint8_t* m, float* m_scale, uint8_t* v, float* v_scale,
-                      const float* hyper, AdamWSettings settings, const __grid_constant__ DynamicMap signed_map,
-                      const __grid_constant__ DynamicMap unsigned_map, int64_t blocks) {
+                      const float* hyper, AdamWSettings settings, const __grid_constant__ BothMaps given,
+                      int64_t blocks) {
   if (hyper[kApply] != 1.0f) return;
   auto& maps = static_smem<Maps, MapsTag>();
-  fill_map(maps.m, signed_map, threadIdx.x);
-  fill_map(maps.v, unsigned_map, static_cast<int>(threadIdx.x) - kMapFloats);
+  fill_map(maps.m, given.signed_octaves, decoded_m(given.signed_map, 1.0f, (threadIdx.x + 127u) & 0xffu));
+  fill_map(maps.v, given.unsigned_octaves, decoded_v(given.unsigned_map, 1.0f, threadIdx.x));
   __syncthreads();
   const AdamWStep step = adamw_step(settings, hyper);
   const Noise noise = noise_of(settings.seed, hyper[kStep]);
@@ -60,15 +100,11 @@ __global__ void __launch_bounds__(kFlatThreads, kResident)
     const float m_before = m_scale[block], v_before = v_scale[block];
     load_some<Vector>(g + at, kLane, gradient);
     load_weights<Vector>(weights, at, weight);
-    Raw<kLane, uint8_t> m_indices;  // + 127 in every byte, without a carry to the next one
-#pragma unroll
-    for (int i = 0; i < kLane / 4; i++)
-      m_indices.word[i] = ((m_bytes.word[i] & 0x7f7f7f7fu) + 0x7f7f7f7fu) ^ (m_bytes.word[i] & 0x80808080u);
     uint32_t m_most = 0, v_most = 0;
 #pragma unroll
     for (int i = 0; i < kLane; i++) {
-      first[i] = decoded_m(maps.m, m_before, byte_of(m_indices, i));
-      second[i] = decoded_v(maps.v, v_before, byte_of(v_bytes, i));
+      first[i] = maps.m.value[byte_of(m_bytes, i)] * m_before;
+      second[i] = maps.v.value[byte_of(v_bytes, i)] * v_before;
       update(step, gradient[i], weight[i], first[i], second[i]);
       const uint32_t m_bits = magnitude_bits(first[i]), v_bits = magnitude_bits(second[i]);
       m_most = m_bits > m_most ? m_bits : m_most;
@@ -86,8 +122,8 @@ __global__ void __launch_bounds__(kFlatThreads, kResident)
     }
 #pragma unroll
     for (int i = 0; i < kLane; i++) {
-      set_byte(m_bytes, i, encoded_m(maps.m, m_state, first[i]));
-      set_byte(v_bytes, i, encoded_v(maps.v, v_state, second[i]));
+      set_byte(m_bytes, i, byte_of_m(maps.m, m_state, first[i]));
+      set_byte(v_bytes, i, byte_of_v(maps.v, v_state, second[i]));
     }
     put_all<Vector>(m + at, m_bytes);
     put_all<Vector>(v + at, v_bytes);
@@ -107,7 +143,7 @@ void update_blocks(Context& context, const adamw_8bit_args& args, const Weights<
   launch(flat(context, blocks * kWarp, kResident),
          vector ? adamw_8bit_kernel<true, keep, G> : adamw_8bit_kernel<false, keep, G>, weights, args.g.as<G>(),
          args.m.as<uint8_t>(), args.m_scale.as<float>(), args.v.as<uint8_t>(), args.v_scale.as<float>(),
-         args.hyper.as<float>(), adamw_settings(args), dynamic_map(kSigned), dynamic_map(kUnsigned), blocks);
+         args.hyper.as<float>(), adamw_settings(args), both_maps(), blocks);
 }
 
 }  // namespace

@@ -46,6 +46,7 @@ class TestContext : public cpu::Context {
  public:
   explicit TestContext(int threads) : memory_(threads) {}
   int threads() const override { return static_cast<int>(memory_.size()); }
+  bool permutes_bytes() const override { return false; }
   void run_tasks(int64_t tasks, cpu::TaskBody body, void* data) override {
     std::vector<int64_t> order(tasks);
     for (int64_t i = 0; i < tasks; i++) order[i] = i;

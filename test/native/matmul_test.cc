@@ -31,6 +31,7 @@ class Threads final : public cpu::Context {
   explicit Threads(int count) : memory_(count), size_(count) {}
   ~Threads() { forget(); }
   int threads() const override { return static_cast<int>(memory_.size()); }
+  bool permutes_bytes() const override { return false; }
   void run_tasks(int64_t tasks, cpu::TaskBody body, void* data) override {
     std::atomic<int64_t> next{0};
     auto work = [&](int thread) {
