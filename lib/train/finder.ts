@@ -23,6 +23,8 @@ type Updating = Pick<MemorySettings, 'gradients' | 'masters' | 'moments' | 'offl
 export interface Candidate {
   memory: MemorySettings
   requiredBytes: number
+  /** The part of them that is estimated. */
+  keptBytes: number
   hostBytes: number
   seconds: number
   costs: string[]
@@ -45,7 +47,8 @@ interface Part {
 export class Finder {
   private readonly kept = new Map<string, Part>()
   private readonly updated = new Map<string, Part>()
-  private readonly plainSeconds: number
+  /** Of a step that keeps everything. */
+  readonly plainSeconds: number
 
   constructor(
     private readonly planning: Planning,
@@ -72,6 +75,7 @@ export class Finder {
         found.set(key, {
           memory,
           requiredBytes: rest.bytes + kept.bytes + planning.driverBytes,
+          keptBytes: kept.bytes,
           hostBytes: rest.host + kept.host,
           seconds: rest.seconds + kept.seconds,
           costs,
@@ -194,7 +198,7 @@ function updates({ dtype, onGpu, settings }: Planning): Updating[] {
 /** Ways to keep activations, or the `least` of them. On a CPU the host's memory is no other. */
 function keepings({ config, context, settings, onGpu }: Planning, least: boolean): Keeping[] {
   const rows = settings.batchSize * context
-  const tile = Math.min(16384, Math.max(2048, 2 ** Math.ceil(Math.log2(rows / 8))))
+  const tile = Math.min(65536, Math.max(2048, 2 ** Math.ceil(Math.log2(rows / 8))))
   const parts: Pick<Keeping, 'mlpRows' | 'attentionGroups'>[] = [{ mlpRows: 0, attentionGroups: 1 }]
   // As long as the MLP is whole, it needs more than attention.
   if (tile < rows)

@@ -71,7 +71,7 @@ export async function fit(
 const defined = (options: MemoryOptions): MemoryOptions =>
   Object.fromEntries(Object.entries(options).filter(([, value]) => value !== undefined))
 
-/** How far the bytes of a whole record may be from what a few layers say: those that nearly fit are looked at. */
+/** How far bytes may be below what a few layers say: those that nearly fit are looked at. */
 const MARGIN = 0.01
 
 /** Sets that are shown: exact ones, and others. */
@@ -108,8 +108,8 @@ const byBytes = (a: Candidate, b: Candidate): number =>
  * simplest of equals.
  */
 function choose(finder: Finder, planning: Planning, candidates: readonly Candidate[]): FitSet[] {
-  const near = candidates.filter(({ requiredBytes, hostBytes }) =>
-    fits({ requiredBytes: requiredBytes * (1 - MARGIN), hostBytes }, planning),
+  const near = candidates.filter(({ requiredBytes, keptBytes, hostBytes }) =>
+    fits({ requiredBytes: requiredBytes - MARGIN * keptBytes, hostBytes }, planning),
   )
   near.sort(
     (a, b) =>
