@@ -102,7 +102,9 @@ export type { Packing } from './train/data.js'
 export { fit, type FitProblem, type FitResult, type FitSet } from './train/fit.js'
 export type { MemoryOptions } from './train/memory.js'
 export type { MemoryPeak } from './train/plan.js'
-export { type MemoryPlan, plan, type PlannedBytes, type PlanRequest, type StepEstimate } from './train/planner.js'
+export { type MemoryPlan, plan, type PlannedBytes, type StepEstimate } from './train/planner.js'
+export type { PoseOptions } from './train/pose.js'
+export type { PlanRequest } from './train/request.js'
 export {
   type StepResult,
   Trainer,

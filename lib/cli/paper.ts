@@ -1,6 +1,6 @@
+import type { FitSet } from '../index.js'
 import { leanestSets } from '../train/fit.js'
 import { findGpu } from '../train/gpus.js'
-import type { FitSet } from '../index.js'
 
 /** One model and context of the paper (arXiv 2306.15595, section 3.1). */
 export interface PaperRow {
@@ -9,7 +9,7 @@ export interface PaperRow {
   /** What the paper trained it on. */
   paper: string
   /** The leanest set that computes what float32 masters and moments do, all on the device. */
-  exact: FitSet | undefined
+  exact: FitSet
   /** The leanest set of all on the device. */
   leanest: FitSet
   /** The leanest set with checkpoints and optimizer states on the host. */
@@ -29,23 +29,21 @@ function machines(model: string, context: number): string {
 }
 
 /** The paper's table of machines, with what one card needs today. */
-export async function paperTable(note: (done: number, total: number, what: string) => void): Promise<PaperRow[]> {
+export async function paperTable(onRow: (done: number, what: string) => void): Promise<PaperRow[]> {
   const rows: PaperRow[] = []
-  const total = MODELS.length * CONTEXTS.length
   const card = findGpu('a100-80g').capacityBytes
+  const fits = ({ plan }: FitSet): boolean => plan.requiredBytes <= card
   for (const model of MODELS) {
     for (const context of CONTEXTS) {
       const { exact, leanest, offloaded } = await leanestSets({ model, context, device: 'a100-80g' })
-      const fits = (set: FitSet): boolean => set.plan.requiredBytes <= card
-      const verdict = fits(exact)
-        ? 'exact'
-        : fits(leanest)
-          ? 'with rounding'
-          : fits(offloaded)
-            ? 'with the host'
-            : 'no: more cards'
+      const ways = [
+        [exact, 'exact'],
+        [leanest, 'with rounding'],
+        [offloaded, 'with the host'],
+      ] as const
+      const verdict = ways.find(([set]) => fits(set))?.[1] ?? 'no: more cards'
       rows.push({ model, context, paper: machines(model, context), exact, leanest, offloaded, card: verdict })
-      note(rows.length, total, `${model} ${context}`)
+      onRow(rows.length, `${model}, ${context} tokens`)
     }
   }
   return rows

@@ -4,7 +4,8 @@ import type { Llama } from '../model/llama.js'
 import { type FitSet, search } from './fit.js'
 import type { MemoryOptions, MemorySettings } from './memory.js'
 import type { Settings } from './options.js'
-import { describePlan, type MemoryPlan, type Planning, presentDevice, record } from './planner.js'
+import { describePlan, type MemoryPlan, record } from './planner.js'
+import { type Planning, presentDevice } from './request.js'
 import { savings } from './savings.js'
 
 /** Rows, tokens in a row, and micro-batches of a step. */

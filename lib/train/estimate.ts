@@ -96,9 +96,15 @@ export function updateSeconds(optimizer: AdamW, { bandwidth, bus }: Rates): numb
 }
 
 /**
- * Floating-point operations of a step's model by the usual formula, of which MFU is the part of the peak: 6 N a token for
- * N weights, and 6 L H D T for the visible half of attention; nothing that is computed again counts.
+ * Floating-point operations a token by the usual formula, of which MFU is the part of the peak: 2 N forward and 2 N back
+ * through N weights, 2 n for the gradients of the n that are trained, and 6 L H D T for the visible half of attention;
+ * nothing that is computed again counts.
  */
-export function formulaFlops({ layers, heads, headDim }: LlamaConfig, weights: number, context: number): number {
-  return 6 * weights + 6 * layers * heads * headDim * context
+export function formulaFlops(
+  { layers, heads, headDim }: LlamaConfig,
+  weights: number,
+  trained: number,
+  context: number,
+): number {
+  return 4 * weights + 2 * trained + 6 * layers * heads * headDim * context
 }

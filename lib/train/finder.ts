@@ -1,6 +1,7 @@
 // The space that fit searches. Bytes of activations do not depend on how weights are updated, and grow by the same for
 // every layer: a few layers are recorded for each way to keep activations, and only what is shown is recorded whole.
 import { parameterShapes } from '../model/config.js'
+import { Lora } from '../model/lora.js'
 import { Parameters } from '../model/parameters.js'
 import { Device } from '../runtime/device.js'
 import { estimateStep, type Seconds, sumOf, updateSeconds } from './estimate.js'
@@ -8,7 +9,8 @@ import type { FitSet } from './fit.js'
 import { MEMORY_DEFAULTS, type MemoryOptions, type MemorySettings } from './memory.js'
 import { AdamW } from './optimizer.js'
 import { recordStep, type StepRecord } from './plan.js'
-import { describePlan, type Planning, record } from './planner.js'
+import { describePlan, record } from './planner.js'
+import type { Planning } from './request.js'
 
 /** How activations are kept. */
 type Keeping = Pick<
@@ -21,6 +23,8 @@ type Updating = Pick<MemorySettings, 'gradients' | 'masters' | 'moments' | 'offl
 export interface Candidate {
   memory: MemorySettings
   requiredBytes: number
+  /** The part of them that is estimated. */
+  keptBytes: number
   hostBytes: number
   seconds: number
   costs: string[]
@@ -29,6 +33,8 @@ export interface Candidate {
   /** Options that differ from the defaults. */
   changes: number
 }
+
+export type OnProgress = (done: number, total: number) => void
 
 /** What one half of the options leads to. */
 interface Part {
@@ -41,7 +47,8 @@ interface Part {
 export class Finder {
   private readonly kept = new Map<string, Part>()
   private readonly updated = new Map<string, Part>()
-  private readonly plainSeconds: number
+  /** Of a step that keeps everything. */
+  readonly plainSeconds: number
 
   constructor(
     private readonly planning: Planning,
@@ -51,11 +58,14 @@ export class Finder {
     this.plainSeconds = this.keep(MEMORY_DEFAULTS).seconds + this.update(MEMORY_DEFAULTS).seconds
   }
 
-  candidates(only: (keeping: Keeping) => boolean = () => true): Candidate[] {
+  /** All sets of options, or those of them that keep `least`. */
+  candidates({ least = false, onProgress }: { least?: boolean; onProgress?: OnProgress } = {}): Candidate[] {
     const { planning } = this
     const found = new Map<string, Candidate>()
-    for (const updating of updates(planning)) {
-      for (const keeping of keepings(planning).filter(only)) {
+    const ways = keepings(planning, least)
+    for (const [done, keeping] of ways.entries()) {
+      onProgress?.(done, ways.length)
+      for (const updating of updates(planning)) {
         const memory = { ...MEMORY_DEFAULTS, ...keeping, ...updating, ...this.fixed }
         const key = JSON.stringify(memory)
         if (found.has(key) || !isPossible(memory, planning)) continue
@@ -65,6 +75,7 @@ export class Finder {
         found.set(key, {
           memory,
           requiredBytes: rest.bytes + kept.bytes + planning.driverBytes,
+          keptBytes: kept.bytes,
           hostBytes: rest.host + kept.host,
           seconds: rest.seconds + kept.seconds,
           costs,
@@ -77,11 +88,13 @@ export class Finder {
     return [...found.values()]
   }
 
-  /** What the leanest update needs on the device, without any activations. */
+  /** What the leanest update that the host has room for needs on the device, without any activations. */
   get fixedBytes(): number {
     const { planning, fixed } = this
-    const bytes = updates(planning).map((one) => this.update({ ...one, ...fixed }).bytes)
-    return Math.min(...bytes) + planning.driverBytes
+    const { hostLimitBytes = Infinity, driverBytes } = planning
+    const parts = updates(planning).map((one) => this.update({ ...one, ...fixed }))
+    const possible = parts.filter(({ host }) => host <= hostLimitBytes)
+    return Math.min(...(possible.length > 0 ? possible : parts).map(({ bytes }) => bytes)) + driverBytes
   }
 
   /** The set, recorded whole. */
@@ -108,8 +121,9 @@ export class Finder {
       const { config, dtype, settings, onGpu, rates } = this.planning
       const device = Device.open(onGpu ? 'dry:cuda' : 'dry')
       const weights = new Parameters(device, dtype, parameterShapes(config))
+      const lora = settings.lora && new Lora(weights, config, settings.lora)
       const memory = { ...MEMORY_DEFAULTS, gradients, masters, moments, offloadOptimizer }
-      const optimizer = new AdamW(weights.segments(), { ...settings, memory })
+      const optimizer = new AdamW((lora ?? weights).segments(), { ...settings, memory })
       found = { bytes: device.allocatedBytes, host: optimizer.hostBytes, seconds: updateSeconds(optimizer, rates) }
       this.updated.set(key, found)
     }
@@ -125,8 +139,8 @@ export class Finder {
     let found = this.kept.get(key)
     if (!found) {
       const one = Math.max(1, k)
-      const few = 4 * one + (layers % one)
-      const more = few + 2 * one
+      const few = 3 * one + (layers % one)
+      const more = few + one
       if (layers <= more) found = this.measure(layers, memory)
       else {
         const [a, b] = [this.measure(few, memory), this.measure(more, memory)]
@@ -164,10 +178,11 @@ const withoutUpdate = (seconds: Seconds): Seconds => ({ ...seconds, update: 0 })
 /** Any fused update: how states are kept changes no activation. */
 const LEAN_UPDATE: Updating = { gradients: 'fused', masters: 'stochastic', moments: '8bit', offloadOptimizer: false }
 
-function updates({ dtype, onGpu }: Planning): Updating[] {
+function updates({ dtype, onGpu, settings }: Planning): Updating[] {
   const found: Updating[] = []
+  const narrow = dtype === 'bf16' && settings.lora?.alsoTrain.length !== 0
   // Remainders hold the same masters in half the bytes.
-  const masters = dtype === 'bf16' ? (['remainder', 'stochastic'] as const) : (['float32'] as const)
+  const masters = narrow ? (['remainder', 'stochastic'] as const) : (['float32'] as const)
   for (const gradients of ['float32', 'bfloat16', 'fused'] as const) {
     for (const master of masters) {
       for (const moments of ['float32', 'bfloat16', '8bit'] as const) {
@@ -180,19 +195,24 @@ function updates({ dtype, onGpu }: Planning): Updating[] {
   return found
 }
 
-/** Ways to keep activations. On a CPU the host's memory is no other. */
-function keepings({ config, context, settings, onGpu }: Planning): Keeping[] {
+/** Ways to keep activations, or the `least` of them. On a CPU the host's memory is no other. */
+function keepings({ config, context, settings, onGpu }: Planning, least: boolean): Keeping[] {
   const rows = settings.batchSize * context
-  const tile = Math.max(1024, 2 ** Math.ceil(Math.log2(rows / 16)))
-  const tiles = tile < rows ? [0, tile] : [0]
+  const tile = Math.min(65536, Math.max(2048, 2 ** Math.ceil(Math.log2(rows / 8))))
+  const parts: Pick<Keeping, 'mlpRows' | 'attentionGroups'>[] = [{ mlpRows: 0, attentionGroups: 1 }]
+  // As long as the MLP is whole, it needs more than attention.
+  if (tile < rows)
+    for (const attentionGroups of new Set([1, config.kvHeads])) parts.push({ mlpRows: tile, attentionGroups })
+  // L / k + k is least near the root of L.
+  const distances = new Set([1, 2, Math.round(Math.sqrt(config.layers))].filter((k) => k <= config.layers))
   const found: Keeping[] = []
-  const rest = { attentionGroups: 1, logitsRows: 0 }
-  for (const mlpRows of tiles) {
-    found.push({ checkpointLayers: 0, keepAttention: false, offloadCheckpoints: false, mlpRows, ...rest })
-    for (const checkpointLayers of [1, 2, 3, 4].filter((k) => k <= config.layers)) {
-      for (const keepAttention of [true, false]) {
+  for (const part of least ? parts.slice(-1) : parts) {
+    const rest = { ...part, logitsRows: 0 }
+    if (!least) found.push({ checkpointLayers: 0, keepAttention: false, offloadCheckpoints: false, ...rest })
+    for (const checkpointLayers of distances) {
+      for (const keepAttention of least ? [false] : [true, false]) {
         for (const offloadCheckpoints of onGpu ? [false, true] : [false]) {
-          found.push({ checkpointLayers, keepAttention, offloadCheckpoints, mlpRows, ...rest })
+          found.push({ checkpointLayers, keepAttention, offloadCheckpoints, ...rest })
         }
       }
     }

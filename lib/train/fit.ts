@@ -1,6 +1,9 @@
-import { type Candidate, Finder } from './finder.js'
+import type { LlamaConfig } from '../model/config.js'
+import { type LoraSettings, readLora } from '../model/lora.js'
+import { type Candidate, Finder, type OnProgress } from './finder.js'
 import type { MemoryOptions } from './memory.js'
-import { fits, type MemoryPlan, type Planning, type PlanRequest, readRequest } from './planner.js'
+import { fits, type MemoryPlan } from './planner.js'
+import { type Planning, type PlanRequest, readRequest } from './request.js'
 
 /**
  * Memory options with which a step fits.
@@ -45,29 +48,42 @@ export interface FitProblem {
   missingBytes: number
   /** The nearest request that fits: fewer windows in a pass, or a shorter context. undefined where none does. */
   nearest: { context: number; batchSize: number; accumulate: number; set: FitSet } | undefined
+  /** With which an adapter could be trained (`lora: {}`) on what was asked for; undefined where it could not. */
+  adapter: FitSet | undefined
 }
 
 /**
- * Searches the memory options for those with which a step fits `device` or `limit`, and estimates what each costs. Throws
- * as {@link plan}, and TypeError where no limit is given.
+ * Searches the memory options for those with which a step fits `device` or `limit`, and estimates what each costs. It
+ * records some hundred steps of a few layers, seconds in which nothing else happens on the event loop; `onProgress` is
+ * told how many of how many are done. Throws as {@link plan}, and TypeError where no limit is given.
  */
-export async function fit(request: PlanRequest): Promise<FitResult> {
-  return search(await readRequest(request), request.memory)
+export async function fit(
+  request: PlanRequest,
+  { onProgress }: { onProgress?: (done: number, total: number) => void } = {},
+): Promise<FitResult> {
+  const memory = request?.memory
+  if (typeof memory !== 'object' || memory === null) return search(await readRequest(request), {}, onProgress)
+  // What only goes with checkpoints may be asked for without saying how many: they are what is looked for.
+  const fixed = defined(memory)
+  return search(await readRequest({ ...request, memory: { checkpointLayers: 1, ...fixed } }), fixed, onProgress)
 }
 
-/** How far the bytes of a whole record may be from what a few layers say: those that nearly fit are looked at. */
+const defined = (options: MemoryOptions): MemoryOptions =>
+  Object.fromEntries(Object.entries(options).filter(([, value]) => value !== undefined))
+
+/** How far bytes may be below what a few layers say: those that nearly fit are looked at. */
 const MARGIN = 0.01
 
 /** Sets that are shown: exact ones, and others. */
 const SHOWN = 4
 
 /** `fixed` options are as given in every set. */
-export function search(planning: Planning, fixed: MemoryOptions = {}): FitResult {
+export function search(planning: Planning, fixed: MemoryOptions = {}, onProgress?: OnProgress): FitResult {
   if (planning.limitBytes === undefined) {
     throw new TypeError('neither device nor limit is given: fit looks for what fits into the memory of one')
   }
   const finder = new Finder(planning, fixed)
-  const sets = choose(finder, planning, finder.candidates())
+  const sets = choose(finder, planning, finder.candidates({ onProgress }))
   if (sets.length > 0) return { sets, problem: undefined }
   return { sets, problem: explain(planning, finder, fixed) }
 }
@@ -75,7 +91,7 @@ export function search(planning: Planning, fixed: MemoryOptions = {}): FitResult
 /** The sets that need least of the device: exact and without the host, without the host, and at all. */
 export async function leanestSets(request: PlanRequest): Promise<Record<'exact' | 'leanest' | 'offloaded', FitSet>> {
   const finder = new Finder(await readRequest(request), {})
-  const all = finder.candidates().sort((a, b) => a.requiredBytes - b.requiredBytes || a.hostBytes - b.hostBytes)
+  const all = finder.candidates({ least: true }).sort(byBytes)
   const first = (holds: (candidate: Candidate) => boolean): FitSet => finder.exactly(all.find(holds)!.memory)
   return {
     exact: first(({ hostBytes, roundings }) => hostBytes === 0 && roundings === 0),
@@ -84,13 +100,16 @@ export async function leanestSets(request: PlanRequest): Promise<Record<'exact' 
   }
 }
 
+const byBytes = (a: Candidate, b: Candidate): number =>
+  a.requiredBytes - b.requiredBytes || a.hostBytes - b.hostBytes || a.costs.length - b.costs.length
+
 /**
  * The sets that fit and are beaten by none in every respect: exclusions, number of roundings, host memory and time; the
  * simplest of equals.
  */
 function choose(finder: Finder, planning: Planning, candidates: readonly Candidate[]): FitSet[] {
-  const near = candidates.filter(({ requiredBytes, hostBytes }) =>
-    fits({ requiredBytes: requiredBytes * (1 - MARGIN), hostBytes }, planning),
+  const near = candidates.filter(({ requiredBytes, keptBytes, hostBytes }) =>
+    fits({ requiredBytes: requiredBytes - MARGIN * keptBytes, hostBytes }, planning),
   )
   near.sort(
     (a, b) =>
@@ -119,46 +138,55 @@ function choose(finder: Finder, planning: Planning, candidates: readonly Candida
 
 /** Why nothing fits, and what would. */
 function explain(planning: Planning, finder: Finder, fixed: MemoryOptions): FitProblem {
-  const { limitBytes, hostLimitBytes, device, settings, context } = planning
+  const { limitBytes, hostLimitBytes, device, settings, context, config } = planning
   const all = finder.candidates()
   const within = all.filter(({ hostBytes }) => hostLimitBytes === undefined || hostBytes <= hostLimitBytes)
-  const least = within.reduce((best, one) => (one.requiredBytes < best.requiredBytes ? one : best))
-  const leanest = finder.exactly(least.memory)
-  const missingBytes = leanest.plan.requiredBytes - limitBytes!
+  // Where the host has too little for any, the one that needs least of it.
+  const [least] = within.length > 0 ? within.sort(byBytes) : all.sort((a, b) => a.hostBytes - b.hostBytes)
+  const leanest = finder.exactly(least!.memory)
+  const missingBytes = Math.max(0, leanest.plan.requiredBytes - limitBytes!)
   const always = finder.fixedBytes
   const hopeless = always > limitBytes!
   const reason = hopeless
-    ? `weights, and what of gradients and optimizer states cannot be on the host, are ${gb(always)} whatever the context is`
+    ? `weights, and what of gradients and optimizer states cannot be elsewhere, are ${gb(always)} whatever the context is`
     : `${settings.batchSize} x ${context} tokens leave too little room for activations`
-  const nearest = hopeless ? undefined : nearestFit(planning, fixed)
-  return { reason: `${device?.name ?? 'the device'} has ${gb(limitBytes!)}: ${reason}`, leanest, missingBytes, nearest }
+  return {
+    reason: `${device?.name ?? 'the device'} has ${gb(limitBytes!)}: ${reason}`,
+    ...{ leanest, missingBytes },
+    nearest: hopeless ? undefined : nearestFit(planning, fixed),
+    adapter: settings.lora
+      ? undefined
+      : leanFit({ ...planning, settings: { ...settings, lora: smallest(config) } }, fixed),
+  }
 }
 
+/** The adapter of the defaults, or one of the rank that the model's smallest matrix can have. */
+const smallest = ({ kvHeads, headDim }: LlamaConfig): LoraSettings => readLora({ rank: Math.min(8, kvHeads * headDim) })
+
 const gb = (bytes: number): string => `${(bytes / 1e9).toFixed(1)} GB`
+
+/** The fastest of the sets that keep least, if it fits. */
+function leanFit(planning: Planning, fixed: MemoryOptions): FitSet | undefined {
+  const finder = new Finder(planning, fixed)
+  return choose(finder, planning, finder.candidates({ least: true }))[0]
+}
 
 /** One window in a pass, then ever shorter ones. */
 function nearestFit(planning: Planning, fixed: MemoryOptions): FitProblem['nearest'] {
   const { settings, context } = planning
-  const shapes: { context: number; batchSize: number; accumulate: number }[] = []
   const { batchSize, accumulate } = settings
-  if (batchSize > 1) shapes.push({ context, batchSize: 1, accumulate: batchSize * accumulate })
-  const at = (shape: { context: number; batchSize: number; accumulate: number }): FitSet | undefined => {
-    const { context, ...rest } = shape
-    const smaller = { ...planning, context, settings: { ...settings, ...rest, context } }
-    const finder = new Finder(smaller, fixed)
-    const lean = finder.candidates(({ keepAttention, mlpRows }) => !keepAttention && (mlpRows > 0 || context <= 1024))
-    return choose(finder, smaller, lean)[0]
-  }
-  for (const shape of shapes) {
-    const set = at(shape)
-    if (set) return { ...shape, set }
-  }
+  // What a pass has less of, a step has more of; with fused updates it cannot.
+  const passes = fixed.gradients === 'fused' ? 1 : batchSize * accumulate
+  const shape = { batchSize: 1, accumulate: passes }
+  const at = (length: number): FitSet | undefined =>
+    leanFit({ ...planning, context: length, settings: { ...settings, ...shape, context: length } }, fixed)
+  const whole = batchSize > 1 ? at(context) : undefined
+  if (whole) return { context, ...shape, set: whole }
   // Halves until one fits, then the steps between: the longest in steps of a 32nd.
-  const shape = { context, batchSize: 1, accumulate: batchSize * accumulate }
   let low = 0
   let best: FitSet | undefined
   for (let length = Math.floor(context / 2); length >= 16 && !best; length = Math.floor(length / 2)) {
-    best = at({ ...shape, context: length })
+    best = at(length)
     if (best) low = length
   }
   if (!best) return undefined
@@ -167,9 +195,9 @@ function nearestFit(planning: Planning, fixed: MemoryOptions): FitProblem['neare
   while (high - low > unit) {
     const middle = Math.floor((low + high) / 2 / unit) * unit
     if (middle <= low) break
-    const set = at({ ...shape, context: middle })
+    const set = at(middle)
     if (set) [low, best] = [middle, set]
     else high = middle
   }
-  return { ...shape, context: low, set: best }
+  return { context: low, ...shape, set: best }
 }

@@ -98,12 +98,12 @@ export function gpuCalled(description: string, capacityBytes: number): Gpu | und
 /** What the driver takes for a program's context and the kernels' code, stated because no plan can know it. */
 export const DRIVER_BYTES = 600 << 20
 
-/** '24g', '24GiB' (2^30), '24GB' (10^9), '80000M' or a number of bytes. */
-export function readBytes(value: number | string, name: string): number {
+/** '24g', '24GiB' (2^30), '24GB' (10^9), '80000M' or a number of bytes, of which there are at least `least`. */
+export function readBytes(value: number | string, name: string, least = 1): number {
   const [, digits, prefix = '', binary, b] =
     /^\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i)?(b)?|b)?\s*$/i.exec(String(value)) ?? []
   const power = ' kmgt'.indexOf(prefix.toLowerCase() || ' ')
   const bytes = Math.floor(Number(digits) * (b && !binary ? 1000 : 1024) ** power)
-  if (Number.isSafeInteger(bytes) && bytes > 0) return bytes
+  if (Number.isSafeInteger(bytes) && bytes >= least) return bytes
   throw new RangeError(`${name} is ${quote(value)}, but must be a size such as 24g (gibibytes), 24GB, 23.5GiB or bytes`)
 }

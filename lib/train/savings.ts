@@ -1,5 +1,6 @@
 import { MEMORY_DEFAULTS, type MemoryOptions, type MemorySettings } from './memory.js'
-import { describePlan, type Planning, record } from './planner.js'
+import { describePlan, record } from './planner.js'
+import type { Planning } from './request.js'
 
 /** One more option, and the bytes of the device that the step then needs less. */
 export interface Saving {
