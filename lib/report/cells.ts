@@ -39,13 +39,13 @@ const COLOURS = ['#440154', '#414487', '#2a788e', '#22a884', '#7ad151', '#fde725
 )
 
 const CELLS_TOP = MARGIN.top
-const SCALE = 46
+const SCALE = 54
 
 /** Cells in colours from dark (min) to light (max) with their values in them, as an <svg> of WIDTH and a height by rows. */
 export function heatMap(map: HeatMap, at?: Place): string {
   const { title, x, y, values, min, max, format } = map
   const longest = Math.max(...y.names.map((name) => name.length))
-  const left = Math.max(MARGIN.left, 30 + 6.6 * longest)
+  const left = Math.max(MARGIN.left, 34 + 7.2 * longest)
   const wide = (WIDTH - SCALE - left) / x.names.length
   const tall = Math.min(30, Math.max(8, (HEIGHT - CELLS_TOP - MARGIN.bottom) / y.names.length))
   const bottom = CELLS_TOP + tall * y.names.length

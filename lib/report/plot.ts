@@ -112,13 +112,14 @@ export function lineChart({ title, x, y, lines, marks = [], legend = false }: Li
     const lower = band.map(([a, low]) => `${round(px(a))} ${round(inside(low))}`).reverse()
     parts.push(`<path d="M${[...upper, ...lower].join('L')}Z" fill="${color}" fill-opacity=".18"/>`)
   }
+  const words: string[] = []
   for (const mark of marks) {
     const [a, b, path] =
       'x' in mark
         ? [px(mark.x) + 5, top + 104, `M${round(px(mark.x))} ${top}V${height - BOTTOM}`]
         : [LEFT + 6, py(mark.y) - 5, `M${LEFT} ${round(py(mark.y))}H${WIDTH - RIGHT}`]
     parts.push(`<path d="${path}" stroke="${INK}" stroke-dasharray="2 3"/>`)
-    parts.push(textAt(a, b, mark.text, 'font-size="11"'))
+    words.push(textAt(a, b, mark.text, 'font-size="11" class="halo"'))
   }
   for (const line of lines) {
     for (const run of finiteRuns(line.points)) {
@@ -128,7 +129,7 @@ export function lineChart({ title, x, y, lines, marks = [], legend = false }: Li
       points.forEach(([a, b], i) => i % every === 0 && parts.push(marker(line, a, b)))
     }
   }
-  return svg(title, height, parts, at)
+  return svg(title, height, [...parts, ...words], at)
 }
 
 /** What a line looks like, for a legend: a stroke with its marker in 30 x 12. */
