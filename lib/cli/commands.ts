@@ -9,6 +9,7 @@ import { extend } from './extend.js'
 import { generate } from './generate.js'
 import { inspect } from './inspect.js'
 import { plan } from './plan.js'
+import { theory } from './theory.js'
 import { type Command, helpText, parseOptions, UsageError } from './options.js'
 import { Output, type Sink } from './output.js'
 
@@ -20,6 +21,7 @@ const commands = [
   generate,
   inspect,
   plan,
+  theory,
   doctor,
   bench,
   build,

@@ -10,7 +10,8 @@ export interface LineStyle {
   width?: number
 }
 
-export type Shape = 'circle' | 'square' | 'triangle' | 'diamond'
+/** A dot is a small circle, for many of them. */
+export type Shape = 'circle' | 'square' | 'triangle' | 'diamond' | 'dot'
 
 /** A line of a chart. A y that is not finite leaves a gap. */
 export interface Line extends LineStyle {
@@ -260,6 +261,7 @@ function marker({ color, marker: shape }: LineStyle, left: number, top: number):
     square: `M${a} ${b}m-3.5 -3.5h7v7h-7Z`,
     triangle: `M${a} ${b}m0 -4.5l4.5 8h-9Z`,
     diamond: `M${a} ${b}m0 -5l5 5l-5 5l-5 -5Z`,
+    dot: `M${a} ${b}m-1.5 0a1.5 1.5 0 1 0 3 0a1.5 1.5 0 1 0 -3 0Z`,
   }
   return `<path d="${outlines[shape]}" fill="${color}"/>`
 }
