@@ -39,7 +39,7 @@ export const theory: Command<typeof options> = {
     const headDim = values['head-dim'] ?? config?.headDim
     const theta = values.theta ?? config?.rope.theta
     const window = values.window ?? config?.originalMaxPositionEmbeddings
-    const extended = config && config.maxPositionEmbeddings > window! ? config.maxPositionEmbeddings : undefined
+    const extended = config && extendedWindow(config, window!)
     const context = values.context ?? extended
     const progress = output.progress('theory', 100)
     let result: ReturnType<typeof compute>
@@ -67,4 +67,10 @@ export const theory: Command<typeof options> = {
 /** The config alone: the folder need not hold weights. */
 async function configOf(path: string): Promise<LlamaConfig> {
   return readConfig(await readFolderConfig(path, await realFolder(path), 'config.json'), `${path}/config.json`)
+}
+
+/** L' of a model: its window where that is beyond L, or the factor says it; undefined where it is not extended. */
+function extendedWindow({ maxPositionEmbeddings, rope }: LlamaConfig, window: number): number | undefined {
+  const length = Math.max(maxPositionEmbeddings, Math.floor(window * (rope.factor ?? 1)))
+  return length > window ? length : undefined
 }

@@ -11,7 +11,7 @@ const CSS = `
 body { margin: 0 auto; padding: 1.2rem; max-width: 58rem; background: var(--paper); color: var(--ink); font: 16px/1.5 ${FONT}; overflow-wrap: break-word }
 h1 { font-size: 1.5rem; line-height: 1.25 } h2 { font-size: 1.15rem; margin-top: 2.2rem }
 p, li { max-width: 44rem } .soft { color: var(--soft); font-size: .9rem }
-.charts { display: flex; flex-wrap: wrap; align-items: flex-start; gap: .5rem } .charts svg { width: 100%; height: auto; flex: 1 1 20rem; min-width: 0; max-width: 34rem }
+.charts { display: flex; flex-wrap: wrap; align-items: flex-start; gap: .5rem } .charts svg { width: 100%; height: auto; flex: 1 1 20rem; min-width: 0; max-width: 27.5rem }
 svg.chart { fill: var(--soft) } .halo { paint-order: stroke; stroke: var(--paper); stroke-width: 3px; stroke-opacity: .8 }
 figure { margin: 1rem 0 } figcaption { max-width: 44rem; color: var(--soft); font-size: .9rem; margin-top: .4rem }
 .legend { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; padding: 0; list-style: none; color: var(--soft) }

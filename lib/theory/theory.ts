@@ -127,6 +127,7 @@ export function theory(options: TheoryOptions = {}): Theory {
     },
     resolution: resolution(freqs, context / window),
   }
+  if (total % step !== 0) onProgress?.(1)
   return { ...computed, statements: statements(computed) }
 }
 
