@@ -47,6 +47,12 @@ export {
   readTokenDocuments,
   type TokenDocument,
 } from './eval/perplexity.js'
+export {
+  attentionResolution,
+  type ResolutionOptions,
+  type ResolutionResult,
+  type ScoreRange,
+} from './eval/resolution.js'
 export type { Tokenizer } from './files/tokenizer.js'
 export type { TokenProgress } from './files/tokens.js'
 export type { BatchOptions, HostTensor, Tokens } from './model/batch.js'

@@ -4,6 +4,7 @@ import { bench } from './bench.js'
 import { build } from './build.js'
 import { demo } from './demo.js'
 import { doctor } from './doctor.js'
+import { evalAttention } from './eval-attention.js'
 import { evalPasskey, evalPerplexity } from './eval.js'
 import { extend } from './extend.js'
 import { generate } from './generate.js'
@@ -18,6 +19,7 @@ const commands = [
   extend,
   evalPerplexity,
   evalPasskey,
+  evalAttention,
   generate,
   inspect,
   plan,

@@ -2,7 +2,7 @@ import { Llama, passkey, type PasskeyResult, perplexity, type PerplexityResult, 
 import { type Command, commonOptions, defined, modelOptions, noteModel } from './options.js'
 import { formatNumber, type Output } from './output.js'
 
-const baseline = {
+export const baseline = {
   kind: 'flag',
   help: 'also evaluate the same weights with the positions unscaled',
 } as const
@@ -57,7 +57,7 @@ interface Loading {
 }
 
 /** Runs an evaluation on the model and, where asked, on the same weights without scaling, one after the other. */
-async function evaluate<T>(
+export async function evaluate<T>(
   path: string,
   { device, dtype, threads, baseline }: Loading,
   output: Output,
