@@ -49,6 +49,8 @@ export {
 } from './eval/perplexity.js'
 export {
   attentionResolution,
+  type CopyAccuracy,
+  type LayerResolution,
   type ResolutionOptions,
   type ResolutionResult,
   type ScoreRange,

@@ -38,15 +38,19 @@ export interface ResolutionOptions {
  * @category Evaluation
  */
 export interface ScoreRange {
-  /** Distances from .. to - 1. */
+  /** The first distance. */
   from: number
+  /** The one after the last. */
   to: number
   /** Scores that were looked at. */
   count: number
-  /** Their largest, least, mean and standard deviation. */
+  /** The largest of them; far ranges hold fewer pairs than near ones, and so have smaller extremes. */
   max: number
+  /** The least. */
   min: number
+  /** Their mean. */
   mean: number
+  /** Their standard deviation. */
   deviation: number
   /**
    * The most that one of these queries and keys could score at any distance, by the lengths of their pairs: no position
@@ -67,8 +71,9 @@ export interface ResolutionResult {
   window: number
   /** As in the options. */
   seed: number
-  /** Documents read, and those left out because they are shorter than the context. */
+  /** Documents read. */
   documents: number
+  /** Documents left out because they are shorter than the context. */
   skipped: number
   /** Queries looked at in each head, over all documents. */
   queries: number
@@ -78,10 +83,36 @@ export interface ResolutionResult {
   ranges: ScoreRange[]
   /** Scores of the first token of the text, on which heads rest that find nothing. */
   first: Omit<ScoreRange, 'from' | 'to'>
-  /** The same by layer; `near` by head. */
-  layers: { layer: number; near: number[][]; ranges: ScoreRange[]; first: Omit<ScoreRange, 'from' | 'to'> }[]
-  /** How often the model's first choice repeats a random token that came `distance` tokens before. */
-  copies: { distance: number; accuracy: number; targets: number }[]
+  /** The same by layer. */
+  layers: LayerResolution[]
+  /** How often the model's first choice repeats a random token, by how many tokens before it came. */
+  copies: CopyAccuracy[]
+}
+
+/**
+ * What the heads of one layer do.
+ *
+ * @category Evaluation
+ */
+export interface LayerResolution extends Pick<ResolutionResult, 'ranges' | 'first'> {
+  /** The first is 0. */
+  layer: number
+  /** Mean attention weight of the token itself and of the 1 .. 8 before it, by head. */
+  near: number[][]
+}
+
+/**
+ * Copies of random tokens.
+ *
+ * @category Evaluation
+ */
+export interface CopyAccuracy {
+  /** The repeated token came so many tokens before. */
+  distance: number
+  /** Share of first choices that repeat it. */
+  accuracy: number
+  /** Tokens that were to be foreseen. */
+  targets: number
 }
 
 const DISTANCES = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]

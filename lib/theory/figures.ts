@@ -36,14 +36,22 @@ export interface FitFigure {
   shown: Pick<FitSolution, 'solver' | 'ridge'>
   /** a(s), s = 0 .. 2L - 1 */
   scores: number[]
-  /** a(s) between whole positions. */
-  between: { s: number[]; scores: number[] }
-  /** max |a(s) - a_lin(s)| over `between`, and max |a(s)| over its fractional and over its whole positions. */
+  /** The same score between whole positions: each s, and a(s). */
+  between: {
+    /** By eighths of a position. */
+    s: number[]
+    /** a(s) */
+    scores: number[]
+  }
+  /** max |a(s) - a_lin(s)| over `between`. */
   deviation: number
+  /** max |a(s)| over its fractional positions. */
   fractional: number
+  /** max |a(s)| over its whole positions. */
   whole: number
   /** Largest over smallest singular value of the basis at s = 0 .. L - 1, as float64 resolves it: up to about 1e17. */
   condition: number
+  /** Every solver with every ridge. */
   solutions: FitSolution[]
 }
 
@@ -143,11 +151,13 @@ export function fitFigure(freqs: Float64Array, window: number, seed: number, tic
 export interface SumRange {
   /** End of the range, which it leaves out. */
   to: number
-  /** Least, middle and largest B(s)/d. */
+  /** The least B(s)/d. */
   min: number
   /** The s of the least. */
   minAt: number
+  /** The middle one. */
   median: number
+  /** The largest. */
   max: number
   /** Share of s with B(s) < d. */
   below: number
@@ -163,8 +173,9 @@ export interface SumRange {
 export interface SumFigure {
   /** B(s)/d, s = 0 .. max(2L, L') - 1 */
   values: number[]
-  /** Over [0, 2L), which the paper plots, and over [0, L'). */
+  /** Over [0, 2L), which the paper plots. */
   plotted: SumRange
+  /** Over [0, L'). */
   extended: SumRange
 }
 

@@ -8,7 +8,9 @@ import type { Theory } from './theory.js'
 export interface Statement {
   /** Short and stable, for programs. */
   id: string
+  /** In words. */
   claim: string
+  /** Whether the figures bear it out. */
   holds: boolean
   /** The figures it rests on. */
   figures: string

@@ -37,10 +37,24 @@ export interface InterpolationBounds {
   corrected: number
   /** What h_j = e^(-i theta_j / 2) reaches in the middle of 0 and 1, and no |h_j| <= 1 exceeds. */
   worst: number
-  /** Most that random coefficients reached of the corrected bound, at random places; and how many there were. */
-  random: { most: number; tries: number }
+  /** What random coefficients reached of the corrected bound, at random places. */
+  random: {
+    /** Share of the bound. */
+    most: number
+    /** How many were tried. */
+    tries: number
+  }
   /** By place between two positions, 0 to 1. */
-  curve: { part: number[]; published: number[]; corrected: number[]; worst: number[] }
+  curve: {
+    /** The place. */
+    part: number[]
+    /** The published constant's parabola. */
+    published: number[]
+    /** The corrected bound. */
+    corrected: number[]
+    /** The most that any |h_j| <= 1 has there. */
+    worst: number[]
+  }
 }
 
 /**
@@ -53,8 +67,9 @@ export interface BoundRatios {
   published: number
   /** Eq. 8 with B = d over the corrected bound. */
   corrected: number
-  /** Eq. 8 at the least B(s) of [0, 2L), and of [0, L'), over the corrected bound. */
+  /** Eq. 8 at the least B(s) of [0, 2L) over the corrected bound. */
   plotted: number
+  /** Eq. 8 at the least B(s) of [0, L') over the corrected bound. */
   extended: number
   /** The largest |a(s)|, which is d/2, over the largest interpolation error: values that are reached. */
   attained: number
@@ -87,7 +102,17 @@ export interface Theory {
   /**
    * By factor of interpolation: the most that the score can change between distance 0 and 1 .. 8, for |h_j| <= 1.
    */
-  resolution: { distances: number[]; factors: { factor: number; changes: number[] }[] }
+  resolution: {
+    /** 1 .. 8 */
+    distances: number[]
+    /** 1, 2, 4, 8, 16 and L'/L, each once. */
+    factors: {
+      /** What positions are divided by. */
+      factor: number
+      /** By distance. */
+      changes: number[]
+    }[]
+  }
   /** The paper's claims and what these numbers say of them. */
   statements: Statement[]
 }

@@ -1,6 +1,8 @@
 // Attention by distance: against transformers' own weights and scores, and on models whose answers are known.
 import { readFileSync } from 'node:fs'
+import { join } from 'node:path'
 import t from 'tap'
+import { runCommand } from '../../lib/cli/commands.js'
 import { attentionResolution } from '../../lib/eval/resolution.js'
 import { ScoreSum } from '../../lib/eval/scores.js'
 import { Llama } from '../../lib/model/llama.js'
@@ -168,4 +170,29 @@ t.test('what is refused, and an abort', async (t) => {
   await t.rejects(attentionResolution(model, [], small), { message: /documents: the list is empty/ })
   const signal = AbortSignal.abort()
   await t.rejects(attentionResolution(model, [text], { ...small, signal }), { name: 'AbortError' })
+})
+
+t.test('ropewalk eval attention', async (t) => {
+  const data = join(
+    t.testdir({ 'text.txt': 'The rope is laid on the walk, strand by strand. '.repeat(40) }),
+    'text.txt',
+  )
+  const run = async (...args: string[]) => {
+    const streams = { stdout: '', stderr: '' }
+    const sink = (name: 'stdout' | 'stderr') => ({ write: (text: string) => void (streams[name] += text) })
+    const command = ['eval', 'attention', `${fixtures}/gqa-linear4-f32`, '--data', data, '--device', 'cpu', ...args]
+    return { code: await runCommand(command, { stdout: sink('stdout'), stderr: sink('stderr') }), ...streams }
+  }
+  const options = ['--context', '48', '--queries', '4', '--trials', '1', '--layers', '1']
+  const text = await run(...options, '--baseline')
+  t.equal(text.code, 0, text.stderr)
+  t.match(text.stdout, /^Mean attention weight by distance\n +0 +1 +2/)
+  t.match(text.stdout, /distance +model max +mean +deviation +limit +baseline max/)
+  t.match(text.stdout, /\n1 text of 48 tokens; the trained window is/)
+  t.match(text.stderr, /model, heads and copies \d+\/16/)
+  const { result, baseline } = JSON.parse((await run(...options, '--json')).stdout)
+  t.strictSame([result.queries, result.layers[0].layer, baseline], [4, 1, null])
+  const refused = await run('--context', '4000')
+  t.strictSame([refused.code, refused.stdout], [1, ''])
+  t.match(refused.stderr, /tokens, but the context is 4000: give longer documents/)
 })
