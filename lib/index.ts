@@ -68,6 +68,14 @@ export {
   type SummaryResult,
   writeSummaryExamples,
 } from './eval/summaries.js'
+export {
+  attentionResolution,
+  type CopyAccuracy,
+  type LayerResolution,
+  type ResolutionOptions,
+  type ResolutionResult,
+  type ScoreRange,
+} from './eval/resolution.js'
 export type { Tokenizer } from './files/tokenizer.js'
 export type { TokenProgress } from './files/tokens.js'
 export type { BatchOptions, HostTensor, Tokens } from './model/batch.js'
@@ -98,6 +106,9 @@ export {
 export { Device, type DeviceOptions } from './runtime/device.js'
 export type { DeviceMemory } from './runtime/native.js'
 export type { ExampleFields } from './files/text.js'
+export type { FitFigure, FitSolution, SumFigure, SumRange } from './theory/figures.js'
+export type { Statement } from './theory/statements.js'
+export { type BoundRatios, type InterpolationBounds, theory, type Theory, type TheoryOptions } from './theory/theory.js'
 export type { Packing } from './train/data.js'
 export { fit, type FitProblem, type FitResult, type FitSet } from './train/fit.js'
 export type { MemoryOptions } from './train/memory.js'

@@ -42,14 +42,15 @@ const MAY_IMPORT: Record<string, readonly string[]> = {
   rope: [],
   runtime: ['errors'],
   files: ['errors', 'runtime'],
-  theory: ['errors', 'rope'],
+  theory: ['errors'],
+  report: ['errors', 'theory'],
   model: ['errors', 'rope', 'runtime', 'files'],
   train: ['errors', 'rope', 'runtime', 'files', 'model'],
   eval: ['errors', 'rope', 'runtime', 'files', 'model'],
   index: ['errors', 'rope', 'runtime', 'files', 'model', 'train', 'eval', 'theory'],
   bench: ['errors', 'rope', 'runtime', 'files', 'model', 'train', 'index'],
-  demo: ['errors', 'rope', 'runtime', 'files', 'model', 'train', 'eval', 'index'],
-  cli: ['errors', 'rope', 'runtime', 'files', 'model', 'train', 'eval', 'theory', 'index', 'bench', 'demo'],
+  demo: ['errors', 'rope', 'runtime', 'files', 'model', 'train', 'eval', 'index', 'report'],
+  cli: ['errors', 'rope', 'runtime', 'files', 'model', 'train', 'eval', 'theory', 'index', 'report', 'bench', 'demo'],
 }
 
 /** lib/model/llama.ts is of `model`, lib/rope.ts of `rope`. */

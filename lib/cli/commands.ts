@@ -4,6 +4,7 @@ import { bench } from './bench.js'
 import { build } from './build.js'
 import { demo } from './demo.js'
 import { doctor } from './doctor.js'
+import { evalAttention } from './eval-attention.js'
 import { evalPasskey, evalPerplexity } from './eval.js'
 import { evalChoice } from './eval-choice.js'
 import { evalSummaries } from './eval-summaries.js'
@@ -11,6 +12,7 @@ import { extend } from './extend.js'
 import { generate } from './generate.js'
 import { inspect } from './inspect.js'
 import { plan } from './plan.js'
+import { theory } from './theory.js'
 import { type Command, helpText, parseOptions, UsageError } from './options.js'
 import { Output, type Sink } from './output.js'
 
@@ -21,9 +23,11 @@ const commands = [
   evalPasskey,
   evalChoice,
   evalSummaries,
+  evalAttention,
   generate,
   inspect,
   plan,
+  theory,
   doctor,
   bench,
   build,

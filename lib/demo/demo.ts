@@ -4,9 +4,10 @@ import { join } from 'node:path'
 import { kmax } from '../eval/passkey.js'
 import { loadTokenizer } from '../files/tokenizer.js'
 import { Llama, Trainer, version } from '../index.js'
+import type { Finding } from '../report/page.js'
 import { PACKAGE_ROOT } from '../runtime/native.js'
 import { Corpus, Dice, type PasskeyPrompt } from './data.js'
-import { findings, type Finding } from './findings.js'
+import { findings } from './findings.js'
 import { losses, mean, meanLosses, retrieves, standardError } from './measure.js'
 
 /** The base model that ships with the package; `npm run demo:base` trains it anew. */

@@ -1,12 +1,5 @@
+import type { Finding } from '../report/page.js'
 import type { Measurement, Method } from './demo.js'
-
-/** One of the paper's claims, and whether these figures show it. */
-export interface Finding {
-  claim: string
-  seen: boolean
-  /** The figures it rests on. */
-  figures: string
-}
 
 const ppl = (value: number): string => (value < 100 ? value.toFixed(2) : value.toFixed(0))
 const percent = (value: number): string => `${Math.round(100 * value)} %`
