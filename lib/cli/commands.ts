@@ -11,12 +11,15 @@ import { inspect } from './inspect.js'
 import { plan } from './plan.js'
 import { type Command, helpText, parseOptions, UsageError } from './options.js'
 import { Output, type Sink } from './output.js'
+import { evalNeedle, evalRuler } from './retrieval.js'
 
 const commands = [
   demo,
   extend,
   evalPerplexity,
   evalPasskey,
+  evalNeedle,
+  evalRuler,
   generate,
   inspect,
   plan,

@@ -28,7 +28,7 @@ import {
 } from './config.js'
 import { requireFinite } from './finite.js'
 import { initialize } from './initialize.js'
-import { Continuation, sampler, type SamplingOptions } from './generate.js'
+import { Continuation, type GeneratedToken, type GenerateOptions, sampler } from './generate.js'
 import { checkLoadOptions, checkpointDtype, checkTensors, type LoadOptions, loadWeights } from './load.js'
 import { Lora, type LoraOptions, type LoraSettings } from './lora.js'
 import { Parameters } from './parameters.js'
@@ -57,34 +57,6 @@ export interface SaveOptions {
   overwrite?: boolean
   /** Largest weight file in bytes, beyond which there are shards and an index; default 5e9, as in transformers. */
   maxShardBytes?: number
-}
-
-/**
- * Options of {@link Llama.generate}.
- *
- * @category Models
- */
-export interface GenerateOptions extends SamplingOptions {
-  /** Text (needs the folder's tokenizer) or token ids. */
-  prompt: string | readonly number[]
-  /** Tokens to generate at most; default 64. */
-  maxTokens?: number
-  /** Ids that end the text; default: the checkpoint's end-of-sequence ids. */
-  stopIds?: readonly number[]
-  /** Ends the generation between two tokens; the generator throws the signal's reason. */
-  signal?: AbortSignal
-}
-
-/**
- * One step of {@link Llama.generate}.
- *
- * @category Models
- */
-export interface GeneratedToken {
-  /** The token chosen. */
-  id: number
-  /** What this token adds to the text; '' while a character is incomplete, and without a tokenizer. */
-  text: string
 }
 
 const DTYPE_OF = { float32: 'f32', bfloat16: 'bf16' } as const satisfies Record<string, DType>
@@ -300,7 +272,7 @@ export class Llama {
    * `tokenizer` throws where the prompt is a text.
    */
   async *generate(options: GenerateOptions): AsyncGenerator<GeneratedToken> {
-    const { maxTokens = 64, stopIds = this.stopIds(), signal } = options
+    const { maxTokens = 64, stopIds = this.stopIds(), cache, signal } = options
     if (!Number.isInteger(maxTokens) || maxTokens < 1) throw new RangeError(`maxTokens is ${maxTokens}, must be >= 1`)
     const choose = sampler(options)
     const tokenizer = this.folder.tokenizerPath ? await this.tokenizer() : undefined
@@ -310,13 +282,16 @@ export class Llama {
     // A text inside the window ends with it; one that is already beyond (a baseline that extrapolates) goes on.
     const whole = ids.length + maxTokens
     const capacity = ids.length < this.contextWindow ? Math.min(whole, this.contextWindow) : whole
-    const text = await this.exclusive(async () => new Continuation(this.device, this.config, this.weights, capacity))
+    const { device, config, weights } = this
+    const text = await this.exclusive(async () =>
+      cache ? cache.take(device, config, weights, capacity) : new Continuation(device, config, weights, capacity),
+    )
     // Decoders of the SentencePiece kind drop the first space of a text: the prompt's end keeps that from ours.
     const written = prompt.slice(-8)
     const decode = (): string => completeText(tokenizer!.decode(written, { skipSpecialTokens: true }))
     let shown = tokenizer ? decode() : ''
     try {
-      let logits = await this.exclusive(() => text.feed(prompt, signal))
+      let logits = await this.exclusive(() => text.start(prompt, signal))
       for (let i = 0; i < capacity - ids.length; i++) {
         signal?.throwIfAborted()
         const id = choose(logits)
@@ -331,7 +306,8 @@ export class Llama {
       }
     } finally {
       // The caller may stop in the middle, and the model may be gone by then.
-      if (!this.disposed) await this.exclusive(async () => text.dispose())
+      if (cache) cache.release()
+      else if (!this.disposed) await this.exclusive(async () => text.dispose())
     }
   }
 
