@@ -32,8 +32,9 @@ import { Continuation, type GeneratedToken, type GenerateOptions, sampler } from
 import { checkLoadOptions, checkpointDtype, checkTensors, type LoadOptions, loadWeights } from './load.js'
 import { Lora, type LoraOptions, type LoraSettings } from './lora.js'
 import { Parameters } from './parameters.js'
-import { gradientsOf, PassCache, type PassKind, recordPass, runPass } from './passes.js'
+import { gradientsOf, type Pass, PassCache, type PassKind, recordPass, runPass, runScored } from './passes.js'
 import { adapterPositions, checkAdapter, readAdapter, writeAdapter } from './peft.js'
+import { chooseScored } from './scored.js'
 
 /**
  * Options of {@link Llama.create}; dtype is float32 unless given.
@@ -209,14 +210,17 @@ export class Llama {
   async loss(tokens: Tokens, options: BatchOptions = {}): Promise<number> {
     const batch = readBatch(tokens, this.config, options)
     requireTargets(batch)
-    const nll = await this.exclusive(() => this.runPass('loss', batch))
+    const nll = await this.exclusive(() => this.losses(batch))
     return mean(nll, batch)
   }
 
-  /** Negative log-likelihood (B,T) of each label; entry t is about token t + 1, 0 where nothing is predicted. */
+  /**
+   * Negative log-likelihood (B,T) of each label; entry t is about token t + 1, 0 where nothing is predicted. Of tokens
+   * whose label is -100 only what the others see of them is computed.
+   */
   async tokenLosses(tokens: Tokens, options: BatchOptions = {}): Promise<HostTensor<Float32Array>> {
     const batch = readBatch(tokens, this.config, options)
-    const data = await this.exclusive(() => this.runPass('loss', batch))
+    const data = await this.exclusive(() => this.losses(batch))
     return { type: 'float32', dims: [batch.rows, batch.time], data }
   }
 
@@ -450,13 +454,22 @@ export class Llama {
     return this.lora
   }
 
+  private async losses(batch: Batch): Promise<Float32Array> {
+    const scored = chooseScored(batch)
+    if (!scored) return this.runPass('loss', batch)
+    return runScored(this.device, this.config, this.pass('loss', batch, scored.count), batch, scored)
+  }
+
   private async runPass(kind: PassKind, batch: Batch): Promise<Float32Array> {
+    return runPass(this.device, this.config, this.pass(kind, batch), batch)
+  }
+
+  private pass(kind: PassKind, { rows, time }: Batch, scored?: number): Pass {
     const { device, config, weights } = this
     if (device.dry) throw new Error('the dry device plans, it does not compute: load the model on another device')
-    const pass = this.passes.get(kind, batch.rows, batch.time, () =>
-      recordPass(device, config, weights, kind, batch.rows, batch.time),
+    return this.passes.get(kind, rows, time, scored, () =>
+      recordPass(device, config, weights, kind, rows, time, scored === undefined ? {} : { scored }),
     )
-    return runPass(device, config, pass, batch)
   }
 
   private find(name: string) {
