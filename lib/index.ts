@@ -40,6 +40,7 @@ export {
   type ChoiceResult,
   multipleChoice,
 } from './eval/choice.js'
+export { needle, type NeedleCell, type NeedleOptions, type NeedleResult } from './eval/needle.js'
 export {
   passkey,
   type PasskeyDistance,
@@ -76,20 +77,18 @@ export {
   type ResolutionResult,
   type ScoreRange,
 } from './eval/resolution.js'
+export { perplexityByPosition, type PositionBin, type PositionOptions, type PositionResult } from './eval/position.js'
+export { ruler, type RulerOptions, type RulerResult, type RulerTaskResult, type RulerTrial } from './eval/ruler.js'
+export type { RulerTask } from './eval/ruler-tasks.js'
 export type { Tokenizer } from './files/tokenizer.js'
 export type { TokenProgress } from './files/tokens.js'
 export type { BatchOptions, HostTensor, Tokens } from './model/batch.js'
 export type { LlamaConfig } from './model/config.js'
-export type { SamplingOptions } from './model/generate.js'
-export {
-  type CreateOptions,
-  type GeneratedToken,
-  type GenerateOptions,
-  Llama,
-  type SaveOptions,
-} from './model/llama.js'
+export type { GeneratedToken, GenerateOptions, SamplingOptions } from './model/generate.js'
+export { type CreateOptions, Llama, type SaveOptions } from './model/llama.js'
 export type { LoadOptions } from './model/load.js'
 export type { LoraOptions, LoraTarget } from './model/lora.js'
+export { PromptCache } from './model/prompt-cache.js'
 export {
   extendRope,
   inverseFrequencies,

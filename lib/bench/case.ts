@@ -16,6 +16,8 @@ export const stems = [
   'step',
   'load',
   'generate',
+  'decode',
+  'eval',
 ] as const
 export type Stem = (typeof stems)[number]
 

@@ -1,5 +1,6 @@
 // The case list of the CPU: what is measured, how much work it is, and what it is compared with. That of GPUs is in gpu.ts.
 import { type Case, kernelCases, outOfCache, rooflineSide, type Setting, type Stem, targetOf } from './case.js'
+import { evalSide } from './evaluation.js'
 import { gpuCases } from './gpu.js'
 import {
   adamw,
@@ -41,6 +42,8 @@ const BUILDERS: readonly ((setting: Setting) => Case[])[] = [
   stepCases,
   loadCases,
   generateCases,
+  decodeCases,
+  evalCases,
 ]
 
 function matmulCases(setting: Setting): Case[] {
@@ -221,6 +224,33 @@ function generateCases(setting: Setting): Case[] {
   const threads = most(setting)
   return (setting.quick ? [16] : [128, 1024, 4000]).map((length) => ({
     ...{ stem: 'generate', name: `25M, ${length} cached`, threads, unit: 'GB/s', roofline: 'copy' },
+    sides: async (peers) => {
+      const ours = await generateSide(LLAMA_25M, length, targetOf(setting, threads))
+      return [ours, await rooflineSide('copy', setting, threads, peers)]
+    },
+  }))
+}
+
+/** Sliding windows as in the paper: the last 256 tokens of a window are scored, the window has positions from 0. */
+function evalCases(setting: Setting): Case[] {
+  const [window, stride] = setting.quick ? [256, 64] : [2048, 256]
+  return setting.threads.map((threads) => ({
+    ...{ stem: 'eval', name: `25M, window ${window}, stride ${stride}`, threads, unit: 'GFLOP/s', roofline: 'matmul' },
+    ...{ heavy: true, bar: { side: 'transformers', least: 2 } },
+    sides: async (peers) => {
+      const ours = await evalSide(LLAMA_25M, window, stride, targetOf(setting, threads))
+      const theirs = await peers.sides({ op: 'eval', window, stride, config: LLAMA_25M }, ours.work, 1, threads)
+      return [ours, ...theirs, await rooflineSide('matmul', setting, threads, peers)]
+    },
+  }))
+}
+
+/** One token after the other behind a long text: all weights and the whole cache are read for each. */
+function decodeCases(setting: Setting): Case[] {
+  const length = setting.quick ? 16 : 8192
+  return setting.threads.map((threads) => ({
+    ...{ stem: 'decode', name: `25M, ${length} cached`, threads, unit: 'GB/s', roofline: 'copy', heavy: true },
+    bar: { side: 'copy', least: 1 / 1.3 },
     sides: async (peers) => {
       const ours = await generateSide(LLAMA_25M, length, targetOf(setting, threads))
       return [ours, await rooflineSide('copy', setting, threads, peers)]

@@ -16,6 +16,7 @@ import {
   rmsnorm,
   swiglu,
 } from './kernels.js'
+import { evalSide } from './evaluation.js'
 import { loadSides } from './load.js'
 import { LLAMA_1B, LLAMA_25M, LLAMA_7B, LLAMA_TINY } from './models.js'
 import type { MatmulCase } from './peers.js'
@@ -39,6 +40,7 @@ export function gpuCases(setting: Setting): Case[] {
     ...steps(setting),
     ...loads(setting),
     ...generations(setting),
+    ...evaluations(setting),
   ]
 }
 
@@ -246,11 +248,30 @@ function generations(setting: Setting): Case[] {
   const [name, config, lengths] = setting.quick
     ? (['tiny', LLAMA_TINY, [16]] as const)
     : (['1.1B', LLAMA_1B, [1024, 32000]] as const)
-  return lengths.map((length) => ({
-    ...{ stem: 'generate', name: `${name}, ${length} cached`, threads: 0, unit: 'GB/s', roofline: 'copy' },
+  const of = (stem: 'generate' | 'decode', length: number): Case => ({
+    ...{ stem, name: `${name}, ${length} cached`, threads: 0, unit: 'GB/s', roofline: 'copy' },
+    ...(stem === 'decode' && { bar: { side: 'copy', least: 1 / 1.3 } }),
     sides: async (peers) => {
       const ours = await generateSide(config, length, targetOf(setting, 0))
       return [ours, await rooflineSide('copy', setting, 0, peers)]
     },
-  }))
+  })
+  return [...lengths.map((length) => of('generate', length)), of('decode', setting.quick ? 16 : 8192)]
+}
+
+function evaluations(setting: Setting): Case[] {
+  const [name, config, window, stride] = setting.quick
+    ? (['tiny', LLAMA_TINY, 200, 64] as const)
+    : (['1.1B', LLAMA_1B, 8192, 256] as const)
+  return [
+    {
+      ...{ stem: 'eval', name: `${name}, window ${window}, stride ${stride}`, threads: 0, unit: 'GFLOP/s' },
+      ...{ roofline: 'matmul', heavy: true, bar: { side: 'transformers', least: 2 } },
+      sides: async (peers) => {
+        const ours = await evalSide(config, window, stride, targetOf(setting, 0))
+        const theirs = await peers.sides({ op: 'eval', window, stride, config, dtype: 'bf16' }, ours.work, 1, 0)
+        return [ours, ...theirs, await rooflineSide('matmul', setting, 0, peers)]
+      },
+    },
+  ]
 }

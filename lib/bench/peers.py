@@ -219,6 +219,29 @@ def step(case):
     return {"transformers": run}
 
 
+def evaluate(case):
+    """A window of which the last tokens are scored: as documented, and with no other logits computed."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    config = transformers.LlamaConfig(**case["config"], attn_implementation="sdpa", use_cache=False)
+    model = transformers.LlamaForCausalLM(config).to(device=device, dtype=dtype).eval()
+    ids = torch.randint(0, config.vocab_size, (1, case["window"]))
+    labels = ids.clone()
+    labels[:, : -case["stride"]] = -100
+
+    @torch.no_grad()
+    def whole():
+        return model(input_ids=ids, labels=labels).loss.item()
+
+    @torch.no_grad()
+    def kept():
+        logits = model(input_ids=ids, logits_to_keep=case["stride"] + 1).logits[0, :-1]
+        return torch.nn.functional.cross_entropy(logits.float(), ids[0, -case["stride"] :]).item()
+
+    return {"transformers": kept, "transformers, all logits": whole}
+
+
 CASES = {
     "matmul": matmul,
     "attention": attention,
@@ -229,6 +252,7 @@ CASES = {
     "adamw": adamw,
     "copy": copy,
     "step": step,
+    "eval": evaluate,
 }
 
 

@@ -26,7 +26,7 @@ export function copySide(bytes: number, repeats: number, threads: number): Side 
 
 /** A peer's own description of a case. */
 export interface PeerCase {
-  op: 'matmul' | 'attention' | 'rmsnorm' | 'swiglu' | 'cross_entropy' | 'embedding' | 'adamw' | 'copy' | 'step'
+  op: 'matmul' | 'attention' | 'rmsnorm' | 'swiglu' | 'cross_entropy' | 'embedding' | 'adamw' | 'copy' | 'step' | 'eval'
   [parameter: string]: unknown
 }
 

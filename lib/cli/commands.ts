@@ -15,6 +15,7 @@ import { plan } from './plan.js'
 import { theory } from './theory.js'
 import { type Command, helpText, parseOptions, UsageError } from './options.js'
 import { Output, type Sink } from './output.js'
+import { evalNeedle, evalRuler } from './retrieval.js'
 
 const commands = [
   demo,
@@ -24,6 +25,8 @@ const commands = [
   evalChoice,
   evalSummaries,
   evalAttention,
+  evalNeedle,
+  evalRuler,
   generate,
   inspect,
   plan,

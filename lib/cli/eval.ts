@@ -1,5 +1,13 @@
-import { Llama, passkey, type PasskeyResult, perplexity, type PerplexityResult, readTokenDocuments } from '../index.js'
-import { type Command, commonOptions, defined, modelOptions, noteModel } from './options.js'
+import {
+  Llama,
+  passkey,
+  type PasskeyResult,
+  perplexity,
+  perplexityByPosition,
+  type PerplexityResult,
+  readTokenDocuments,
+} from '../index.js'
+import { type Command, commonOptions, defined, modelOptions, noteModel, UsageError, type Values } from './options.js'
 import { formatNumber, type Output } from './output.js'
 
 /** The option of evaluations that also measure what scaling changed. */
@@ -19,6 +27,7 @@ const perplexityOptions = {
   },
   stride: { kind: 'number', value: 'n', min: 1, whole: true, help: 'tokens by which windows move on', default: '256' },
   truncate: { kind: 'number', value: 'n', min: 2, whole: true, help: 'cut each document after so many tokens' },
+  'by-position': { kind: 'flag', help: 'mean loss by distance from the start of one window instead' },
   'no-bos': { kind: 'flag', help: 'no beginning-of-sequence token before the windows' },
   field: { kind: 'text', value: 'name', help: 'field of .jsonl and .parquet that holds the text', default: 'text' },
   baseline,
@@ -88,11 +97,13 @@ export const evalPerplexity: Command<typeof perplexityOptions> = {
   summary: 'Measures sliding-window perplexity at several window lengths.',
   details:
     'Documents shorter than the largest window are left out. Two figures are given: `perplexity`, in which every token\n' +
-    'counts the same, and `by window`, from the mean over windows, as in the paper and in YaRN.',
+    'counts the same, and `by window`, from the mean over windows, as in the paper and in YaRN. --by-position cuts the\n' +
+    'documents into windows that do not overlap, and tells up to where more context helps.',
   examples: ['ropewalk eval perplexity ./llama-8k --data pg19-test.jsonl --windows 2048,4096,8192 --baseline'],
   operands: ['model'],
   options: perplexityOptions,
   async run({ operands: [path], values }, output) {
+    if (values['by-position']) return byPosition(path!, values, output)
     const { data, windows, stride, truncate, field } = values
     // The windows of the extended model are also the baseline's.
     let lengths = windows
@@ -130,6 +141,69 @@ export const evalPerplexity: Command<typeof perplexityOptions> = {
   },
 }
 
+/** `eval perplexity --by-position` */
+async function byPosition(path: string, values: Values<typeof perplexityOptions>, output: Output): Promise<void> {
+  const { data, windows, stride, truncate, field } = values
+  if ((windows?.length ?? 1) > 1) throw new UsageError('--by-position takes one window, but --windows lists several')
+  if (stride !== undefined || truncate !== undefined) {
+    throw new UsageError(
+      '--by-position has windows that do not overlap, and uses whole texts: leave --stride and --truncate out',
+    )
+  }
+  let window = windows?.[0]
+  const results = await evaluate(path, values, output, async (model, label) => {
+    window ??= model.contextWindow
+    const documents = await readTokenDocuments(model, data, defined({ field }))
+    const bos = values['no-bos'] ? false : undefined
+    const watch = watching(output, `${label}, windows`)
+    try {
+      return await perplexityByPosition(model, documents, {
+        window,
+        ...defined({ bos }),
+        onProgress: ({ done, total, perplexity }) => watch.at(done, total, `perplexity ${formatNumber(perplexity)}`),
+      })
+    } finally {
+      watch.end()
+    }
+  })
+  const columns = [results.model, results.baseline].filter((result) => result !== undefined)
+  const rows = results.model.bins.map(({ from, to, targets }, i) => [
+    ...[`${from} - ${to}`, targets],
+    ...columns.flatMap(({ bins }) => {
+      const { nll, standardError, gain, gainError } = bins[i]!
+      return [withError(nll, standardError), gain === undefined ? '-' : withError(gain, gainError)]
+    }),
+  ])
+  const names = columns.length > 1 ? ['nll', 'gain', 'baseline', 'gain'] : ['nll', 'gain']
+  output.table(['distance', 'targets', ...names], rows)
+  for (const [i, { helpsUpTo, window, documents }] of columns.entries()) {
+    const name = i === 0 ? 'model' : 'baseline'
+    const found =
+      helpsUpTo === undefined
+        ? 'a single document has no standard errors: give more of them'
+        : `more context helps up to ${helpsUpTo} of ${window - 1} tokens`
+    output.line(`${name}: ${found} (${documents} documents)`)
+  }
+  output.value({ model: path, result: results.model, baseline: results.baseline })
+}
+
+const withError = (value: number, error: number | undefined): string =>
+  value.toFixed(4) + (error === undefined ? '' : ` ± ${error.toFixed(4)}`)
+
+export const percent = (share: number): string => `${(100 * share).toFixed(0)} %`
+
+/** A progress line that begins with its first step. */
+export function watching(
+  output: Output,
+  what: string,
+): { at(done: number, total: number, text: string): void; end(): void } {
+  let progress: ReturnType<Output['progress']> | undefined
+  return {
+    at: (done, total, text) => (progress ??= output.progress(what, total)).update(done, text),
+    end: () => progress?.end(),
+  }
+}
+
 function perplexityRow(result: PerplexityResult): (string | number)[] {
   const { window, stride, documents, targets, interval } = result
   const range = interval ? interval.map(formatNumber).join(' - ') : '-'
@@ -152,18 +226,15 @@ export const evalPasskey: Command<typeof passkeyOptions> = {
     let { context } = values
     const results = await evaluate(path!, values, output, async (model, label) => {
       context ??= model.contextWindow
-      let progress: ReturnType<Output['progress']> | undefined
+      const watch = watching(output, `${label}, prompts`)
       try {
         return await passkey(model, {
           context,
           ...defined({ distances, trials, seed }),
-          onProgress({ done, total, accuracy }) {
-            progress ??= output.progress(`${label}, prompts`, total)
-            progress.update(done, `accuracy ${(100 * accuracy).toFixed(0)} %`)
-          },
+          onProgress: ({ done, total, accuracy }) => watch.at(done, total, `accuracy ${percent(accuracy)}`),
         })
       } finally {
-        progress?.end()
+        watch.end()
       }
     })
     const columns = [results.model, results.baseline].filter((result) => result !== undefined)
@@ -171,7 +242,7 @@ export const evalPasskey: Command<typeof passkeyOptions> = {
     const rows = results.model.distances.map(({ distance, tokens }, i) => [
       distance,
       Math.round(tokens),
-      ...columns.map((result) => `${(100 * result.distances[i]!.accuracy).toFixed(0)} %`),
+      ...columns.map((result) => percent(result.distances[i]!.accuracy)),
     ])
     output.table(['distance', 'tokens', ...names], rows)
     for (const [i, result] of columns.entries()) output.line(verdict(i === 0 ? 'model' : 'baseline', result))

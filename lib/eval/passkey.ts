@@ -1,6 +1,7 @@
 import type { Tokenizer } from '../files/tokenizer.js'
 import { uniform } from '../model/generate.js'
 import type { Llama } from '../model/llama.js'
+import { PromptCache } from '../model/prompt-cache.js'
 
 /**
  * Options of {@link passkey}.
@@ -70,7 +71,10 @@ const FILLER = 'The grass is green. The sky is blue. The sun is yellow. Here we 
 const QUESTION = 'What is the pass key? The pass key is'
 
 /** Tokens for the answer: five digits, a space before them, and some to spare. */
-const ANSWER = 8
+export const ANSWER = 8
+
+/** Five digits. */
+export const randomKey = (random: () => number): string => String(10000 + Math.floor(random() * 90000))
 
 /** The paper's prompt, with the filler `before` and `after` times around the key. */
 export function passkeyPrompt(key: string, before: number, after: number): string {
@@ -195,16 +199,18 @@ export async function passkey(model: PasskeyModel, options: PasskeyOptions): Pro
   const results: PasskeyDistance[] = []
   let promptTokens = 0
   let hits = 0
+  // Prompts have the filler before the key in common.
+  using cache = new PromptCache(context)
   for (let n = 1; n <= distances; n++) {
     const distance = Math.round((n * context) / distances)
     const row: PasskeyDistance = { distance, tokens: 0, trials, successes: 0, accuracy: 0 }
     for (let trial = 0; trial < trials; trial++) {
       signal?.throwIfAborted()
-      const key = String(10000 + Math.floor(random() * 90000))
+      const key = randomKey(random)
       const prompt = placePasskey(tokenizer, key, distance, context - ANSWER)
       promptTokens = Math.max(promptTokens, prompt.ids.length)
       row.tokens += prompt.distance / trials
-      if ((await answer(model, prompt.ids, signal)).startsWith(key)) {
+      if ((await answer(model, prompt.ids, cache, signal)).startsWith(key)) {
         row.successes++
         hits++
       }
@@ -219,9 +225,14 @@ export async function passkey(model: PasskeyModel, options: PasskeyOptions): Pro
 }
 
 /** What the model says next, greedily, up to five characters and without spaces before them. */
-async function answer(model: PasskeyModel, prompt: readonly number[], signal?: AbortSignal): Promise<string> {
+export async function answer(
+  model: PasskeyModel,
+  prompt: readonly number[],
+  cache: PromptCache,
+  signal?: AbortSignal,
+): Promise<string> {
   let text = ''
-  for await (const token of model.generate({ prompt, maxTokens: ANSWER, ...(signal ? { signal } : {}) })) {
+  for await (const token of model.generate({ prompt, cache, maxTokens: ANSWER, ...(signal ? { signal } : {}) })) {
     text = (text + token.text).trimStart()
     if (text.length >= 5) break
   }

@@ -3,6 +3,7 @@ import { rotationTable } from '../rope.js'
 import { fromBfloat16, toBfloat16 } from '../runtime/bfloat16.js'
 import type { Device } from '../runtime/device.js'
 import type { LlamaConfig } from './config.js'
+import type { Tensor } from '../runtime/tensor.js'
 import type { BatchTensors } from './forward.js'
 
 /**
@@ -164,8 +165,8 @@ export function allocBatch(device: Device, config: LlamaConfig, rows: number, ti
   }
 }
 
-export function freeBatch(tensors: BatchTensors): void {
-  for (const tensor of Object.values(tensors)) (tensor.storage as { dispose?: () => void }).dispose?.()
+export function freeTensors(tensors: object): void {
+  for (const tensor of Object.values(tensors) as Tensor[]) (tensor.storage as { dispose?: () => void }).dispose?.()
 }
 
 /**

@@ -4,6 +4,7 @@ import type { Tensor } from '../runtime/tensor.js'
 import type { LlamaConfig } from './config.js'
 import { attention, crossEntropy, embedding, gatedLinear, linear, type Positions, rmsnorm, view } from './layers.js'
 import type { Parameter, Parameters } from './parameters.js'
+import { gather, scoredAttention, type ScoredTensors } from './scored.js'
 import { InputStore, type Tape } from './tape.js'
 
 /** Device tensors of one batch of B rows of T tokens, N = B T. */
@@ -34,7 +35,13 @@ const BLOCK = {
 
 type BlockWeights = Record<keyof typeof BLOCK, Parameter>
 
-/** x (N,C) -> (N,C): x + attention(norm(x)), then y + mlp(norm(y)). */
+/** The positions that are scored, R of each row, and how they attend to all. */
+interface Few {
+  choose(tape: Tape, x: Tensor): Tensor
+  attend: Attend
+}
+
+/** x (N,C) -> (N,C): x + attention(norm(x)), then y + mlp(norm(y)); with `few`, only its positions: (B R,C). */
 function block(
   tape: Tape,
   config: LlamaConfig,
@@ -43,26 +50,27 @@ function block(
   x: Tensor,
   batch: number,
   attend: Attend,
+  few?: Few,
 ): Tensor {
   const { heads, kvHeads, headDim, rmsNormEps } = config
   const { checkpointLayers, mlpRows } = tape.options
-  const rows = x.dims[0]!
-  const time = rows / batch
+  const time = x.dims[0]! / batch
 
   const project = (tape: Tape, x: Tensor): [Tensor, Tensor, Tensor] => {
     const h = rmsnorm(tape, x, w.inputNorm, rmsNormEps)
-    return [linear(tape, h, w.q), linear(tape, h, w.k), linear(tape, h, w.v)]
+    return [linear(tape, few?.choose(tape, h) ?? h, w.q), linear(tape, h, w.k), linear(tape, h, w.v)]
   }
   // Where memory counts, the norm is computed once more rather than kept through the backward pass of attention.
   const [q, k, v] = checkpointLayers > 0 ? tape.checkpoint(x, project) : project(tape, x)
-  const o = attend(
+  const rows = q.dims[0]!
+  const o = (few?.attend ?? attend)(
     tape,
     layer,
-    view(tape, q, batch, time, heads, headDim),
+    view(tape, q, batch, rows / batch, heads, headDim),
     view(tape, k, batch, time, kvHeads, headDim),
     view(tape, v, batch, time, kvHeads, headDim),
   )
-  const y = linear(tape, view(tape, o, rows, heads * headDim), w.o, x)
+  const y = linear(tape, view(tape, o, rows, heads * headDim), w.o, few?.choose(tape, x) ?? x)
 
   const mlp = (tape: Tape, y: Tensor, out?: Tensor): Tensor => {
     const m = rmsnorm(tape, y, w.postNorm, rmsNormEps)
@@ -71,7 +79,7 @@ function block(
   return mlpRows > 0 && mlpRows < rows ? tape.tiled(y, mlpRows, mlp) : mlp(tape, y)
 }
 
-/** ids (N) -> the last block's output (N,C), before the final norm. */
+/** ids (N) -> the last block's output (N,C), or (B R,C) of the positions of `few`, before the final norm. */
 export function trunk(
   tape: Tape,
   config: LlamaConfig,
@@ -79,6 +87,7 @@ export function trunk(
   ids: Tensor,
   batch: number,
   attend: Attend,
+  few?: Few,
 ): Tensor {
   const { checkpointLayers, offload } = tape.options
   const store = offload && tape.training ? new InputStore(tape.recorder) : undefined
@@ -92,7 +101,8 @@ export function trunk(
       const weights = Object.fromEntries(Object.entries(BLOCK).map(([key, name]) => [key, of(name)])) as BlockWeights
       tape.part(`layer ${layer}`)
       tape.completes(Object.values(weights).flatMap((w) => (w.adapter ? [w, w.adapter.a, w.adapter.b] : [w])))
-      const one = (tape: Tape, x: Tensor) => [block(tape, config, layer, weights, x, batch, attend)] as const
+      const one = (tape: Tape, x: Tensor) =>
+        [block(tape, config, layer, weights, x, batch, attend, layer === config.layers - 1 ? few : undefined)] as const
       // Of several layers that are computed again, the inputs are kept then; and each is computed once more on its turn.
       if (checkpointLayers > 1 && count > 1) [x] = tape.checkpoint(x, one)
       else [x] = one(tape, x)
@@ -125,21 +135,29 @@ export function logits(tape: Tape, config: LlamaConfig, parameters: Parameters, 
   return matmulNt(tape.recorder, { a: h, b: w.value, c }).c
 }
 
-/** A batch -> negative log-likelihoods (N); with a training tape, the gradients of sum weight nll follow on rewind. */
+/**
+ * A batch -> negative log-likelihoods (N); with a training tape, the gradients of sum weight nll follow on rewind. With
+ * `scored`, without training only, those of the positions that it names: (B R).
+ */
 export function losses(
   tape: Tape,
   config: LlamaConfig,
   parameters: Parameters,
   tensors: BatchTensors,
   batch: number,
+  scored?: ScoredTensors,
 ): Tensor {
   const attend: Attend = (tape, _, q, k, v) => attention(tape, q, k, v, tensors)
-  const x = trunk(tape, config, parameters, tensors.ids, batch, attend)
+  const few: Few | undefined = scored && {
+    choose: (tape, x) => gather(tape, x, scored),
+    attend: (tape, _, q, k, v) => scoredAttention(tape, q, k, v, tensors, scored),
+  }
+  const x = trunk(tape, config, parameters, tensors.ids, batch, attend, few)
   const norm = parameters.get('model.norm.weight')
   tape.part('output')
   tape.completes([norm])
   const h = rmsnorm(tape, x, norm, config.rmsNormEps)
   const out = head(config, parameters)
   if (!config.tied) tape.completes([out])
-  return crossEntropy(tape, h, out, tensors.labels, tensors.weight)
+  return crossEntropy(tape, h, out, (scored ?? tensors).labels, tensors.weight)
 }

@@ -8,6 +8,7 @@ import { rotationRows } from './batch.js'
 import type { LlamaConfig } from './config.js'
 import { type Attend, logits as recordLogits, trunk } from './forward.js'
 import type { Parameters } from './parameters.js'
+import type { PromptCache } from './prompt-cache.js'
 import { Tape } from './tape.js'
 
 /** Prompt tokens in one pass: enough for full-speed matrix products, little enough for small activations. */
@@ -26,6 +27,8 @@ interface Pass {
 export class Continuation {
   /** Tokens in the cache. */
   length = 0
+  /** The prompt whose keys and values it begins with, as `start` computes them. */
+  private prompt: readonly number[] = []
   private readonly cache: { k: Tensor; v: Tensor }[] = []
   private readonly passes = new Map<number, Pass>()
   private readonly buffers: Buffer[] = []
@@ -65,11 +68,38 @@ export class Continuation {
     return result
   }
 
+  /**
+   * Begins a text; gives the logits (V) that follow the prompt. What the prompt before had in common with it is not
+   * computed again, in whole passes, so that every bit is as it would be without.
+   */
+  async start(prompt: readonly number[], signal?: AbortSignal): Promise<Float32Array> {
+    this.length = this.shared(prompt)
+    this.prompt = prompt.slice(0, this.length)
+    const logits = await this.feed(prompt.slice(this.length), signal)
+    this.prompt = [...prompt]
+    return logits
+  }
+
+  /** Whether it can hold `capacity` tokens of a text by these weights. */
+  serves(parameters: Parameters, capacity: number): boolean {
+    return this.parameters === parameters && this.version === parameters.version && this.capacity >= capacity
+  }
+
   dispose(): void {
     for (const { plan } of this.passes.values()) plan.dispose()
     for (const buffer of this.buffers) buffer.dispose()
     this.passes.clear()
     this.buffers.length = 0
+  }
+
+  private shared(prompt: readonly number[]): number {
+    const { type } = this.config.rope
+    // Their rotations depend on the length of the whole prompt.
+    if ((type === 'dynamic' || type === 'longrope') && this.prompt.length !== prompt.length) return 0
+    const most = Math.min(this.prompt.length, prompt.length - 1)
+    let same = 0
+    while (same < most && this.prompt[same] === prompt[same]) same++
+    return same - (same % PREFILL)
   }
 
   private async extend(tokens: readonly number[], length: number): Promise<Float32Array> {
@@ -158,6 +188,36 @@ export interface SamplingOptions {
   topP?: number
   /** Of the random choice; the same seed gives the same text. Default 0. */
   seed?: number
+}
+
+/**
+ * Options of {@link Llama.generate}.
+ *
+ * @category Models
+ */
+export interface GenerateOptions extends SamplingOptions {
+  /** Text (needs the folder's tokenizer) or token ids. */
+  prompt: string | readonly number[]
+  /** Tokens to generate at most; default 64. */
+  maxTokens?: number
+  /** Ids that end the text; default: the checkpoint's end-of-sequence ids. */
+  stopIds?: readonly number[]
+  /** Keeps what prompts have in common; default: nothing outlives the call. */
+  cache?: PromptCache
+  /** Ends the generation between two tokens; the generator throws the signal's reason. */
+  signal?: AbortSignal
+}
+
+/**
+ * One step of {@link Llama.generate}.
+ *
+ * @category Models
+ */
+export interface GeneratedToken {
+  /** The token chosen. */
+  id: number
+  /** What this token adds to the text; '' while a character is incomplete, and without a tokenizer. */
+  text: string
 }
 
 /** Checks sampling options; throws RangeError. Gives a function from logits (V) to a token id. */

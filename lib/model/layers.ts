@@ -157,7 +157,8 @@ export function view(tape: Tape, x: Tensor, ...dims: number[]): Tensor {
 function logitsRows(tape: Tape, rows: number, vocabulary: number): number {
   // A GPU adds to all of dw once for every part; the CPU likes what fits its caches.
   const many = tape.recorder.device.gpu ? 2048 : Math.max(64, Math.floor((16 << 20) / (4 * vocabulary)))
-  return Math.min(rows, tape.options.logitsRows || many)
+  // Numbers of scored positions are multiples of 64: no part is so small that its products are summed in another order.
+  return Math.min(rows, tape.options.logitsRows || (tape.training ? many : many - (many % 64)))
 }
 
 /**

@@ -28,12 +28,13 @@ import {
 } from './config.js'
 import { requireFinite } from './finite.js'
 import { initialize } from './initialize.js'
-import { Continuation, sampler, type SamplingOptions } from './generate.js'
+import { Continuation, type GeneratedToken, type GenerateOptions, sampler } from './generate.js'
 import { checkLoadOptions, checkpointDtype, checkTensors, type LoadOptions, loadWeights } from './load.js'
 import { Lora, type LoraOptions, type LoraSettings } from './lora.js'
 import { Parameters } from './parameters.js'
-import { gradientsOf, PassCache, type PassKind, recordPass, runPass } from './passes.js'
+import { gradientsOf, type Pass, PassCache, type PassKind, recordPass, runPass, runScored } from './passes.js'
 import { adapterPositions, checkAdapter, readAdapter, writeAdapter } from './peft.js'
+import { chooseScored } from './scored.js'
 
 /**
  * Options of {@link Llama.create}; dtype is float32 unless given.
@@ -57,34 +58,6 @@ export interface SaveOptions {
   overwrite?: boolean
   /** Largest weight file in bytes, beyond which there are shards and an index; default 5e9, as in transformers. */
   maxShardBytes?: number
-}
-
-/**
- * Options of {@link Llama.generate}.
- *
- * @category Models
- */
-export interface GenerateOptions extends SamplingOptions {
-  /** Text (needs the folder's tokenizer) or token ids. */
-  prompt: string | readonly number[]
-  /** Tokens to generate at most; default 64. */
-  maxTokens?: number
-  /** Ids that end the text; default: the checkpoint's end-of-sequence ids. */
-  stopIds?: readonly number[]
-  /** Ends the generation between two tokens; the generator throws the signal's reason. */
-  signal?: AbortSignal
-}
-
-/**
- * One step of {@link Llama.generate}.
- *
- * @category Models
- */
-export interface GeneratedToken {
-  /** The token chosen. */
-  id: number
-  /** What this token adds to the text; '' while a character is incomplete, and without a tokenizer. */
-  text: string
 }
 
 const DTYPE_OF = { float32: 'f32', bfloat16: 'bf16' } as const satisfies Record<string, DType>
@@ -237,14 +210,17 @@ export class Llama {
   async loss(tokens: Tokens, options: BatchOptions = {}): Promise<number> {
     const batch = readBatch(tokens, this.config, options)
     requireTargets(batch)
-    const nll = await this.exclusive(() => this.runPass('loss', batch))
+    const nll = await this.exclusive(() => this.losses(batch))
     return mean(nll, batch)
   }
 
-  /** Negative log-likelihood (B,T) of each label; entry t is about token t + 1, 0 where nothing is predicted. */
+  /**
+   * Negative log-likelihood (B,T) of each label; entry t is about token t + 1, 0 where nothing is predicted. Of tokens
+   * whose label is -100 only what the others see of them is computed.
+   */
   async tokenLosses(tokens: Tokens, options: BatchOptions = {}): Promise<HostTensor<Float32Array>> {
     const batch = readBatch(tokens, this.config, options)
-    const data = await this.exclusive(() => this.runPass('loss', batch))
+    const data = await this.exclusive(() => this.losses(batch))
     return { type: 'float32', dims: [batch.rows, batch.time], data }
   }
 
@@ -300,7 +276,7 @@ export class Llama {
    * `tokenizer` throws where the prompt is a text.
    */
   async *generate(options: GenerateOptions): AsyncGenerator<GeneratedToken> {
-    const { maxTokens = 64, stopIds = this.stopIds(), signal } = options
+    const { maxTokens = 64, stopIds = this.stopIds(), cache, signal } = options
     if (!Number.isInteger(maxTokens) || maxTokens < 1) throw new RangeError(`maxTokens is ${maxTokens}, must be >= 1`)
     const choose = sampler(options)
     const tokenizer = this.folder.tokenizerPath ? await this.tokenizer() : undefined
@@ -310,13 +286,16 @@ export class Llama {
     // A text inside the window ends with it; one that is already beyond (a baseline that extrapolates) goes on.
     const whole = ids.length + maxTokens
     const capacity = ids.length < this.contextWindow ? Math.min(whole, this.contextWindow) : whole
-    const text = await this.exclusive(async () => new Continuation(this.device, this.config, this.weights, capacity))
+    const { device, config, weights } = this
+    const text = await this.exclusive(async () =>
+      cache ? cache.take(device, config, weights, capacity) : new Continuation(device, config, weights, capacity),
+    )
     // Decoders of the SentencePiece kind drop the first space of a text: the prompt's end keeps that from ours.
     const written = prompt.slice(-8)
     const decode = (): string => completeText(tokenizer!.decode(written, { skipSpecialTokens: true }))
     let shown = tokenizer ? decode() : ''
     try {
-      let logits = await this.exclusive(() => text.feed(prompt, signal))
+      let logits = await this.exclusive(() => text.start(prompt, signal))
       for (let i = 0; i < capacity - ids.length; i++) {
         signal?.throwIfAborted()
         const id = choose(logits)
@@ -331,7 +310,8 @@ export class Llama {
       }
     } finally {
       // The caller may stop in the middle, and the model may be gone by then.
-      if (!this.disposed) await this.exclusive(async () => text.dispose())
+      if (cache) cache.release()
+      else if (!this.disposed) await this.exclusive(async () => text.dispose())
     }
   }
 
@@ -474,13 +454,22 @@ export class Llama {
     return this.lora
   }
 
+  private async losses(batch: Batch): Promise<Float32Array> {
+    const scored = chooseScored(batch)
+    if (!scored) return this.runPass('loss', batch)
+    return runScored(this.device, this.config, this.pass('loss', batch, scored.count), batch, scored)
+  }
+
   private async runPass(kind: PassKind, batch: Batch): Promise<Float32Array> {
+    return runPass(this.device, this.config, this.pass(kind, batch), batch)
+  }
+
+  private pass(kind: PassKind, { rows, time }: Batch, scored?: number): Pass {
     const { device, config, weights } = this
     if (device.dry) throw new Error('the dry device plans, it does not compute: load the model on another device')
-    const pass = this.passes.get(kind, batch.rows, batch.time, () =>
-      recordPass(device, config, weights, kind, batch.rows, batch.time),
+    return this.passes.get(kind, rows, time, scored, () =>
+      recordPass(device, config, weights, kind, rows, time, scored === undefined ? {} : { scored }),
     )
-    return runPass(device, config, pass, batch)
   }
 
   private find(name: string) {

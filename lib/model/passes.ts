@@ -2,11 +2,12 @@ import type { Buffer, Device } from '../runtime/device.js'
 import type { Plan } from '../runtime/plan.js'
 import { Recorder } from '../runtime/recorder.js'
 import type { Tensor } from '../runtime/tensor.js'
-import { allocBatch, type Batch, freeBatch, type HostTensor, uploadBatch } from './batch.js'
+import { allocBatch, type Batch, freeTensors, type HostTensor, rotationRows, uploadBatch } from './batch.js'
 import type { LlamaConfig } from './config.js'
 import { type Attend, type BatchTensors, logits, losses, trunk } from './forward.js'
 import { attention } from './layers.js'
 import type { Parameter, Parameters } from './parameters.js'
+import { allocScored, type Scored, scatter, type ScoredTensors, uploadScored } from './scored.js'
 import { type ActivationOptions, type Gradients, Tape } from './tape.js'
 
 export type PassKind = 'logits' | 'loss' | 'gradients' | 'accumulate'
@@ -18,13 +19,17 @@ export interface Pass {
   time: number
   plan: Plan
   tensors: BatchTensors
-  /** Logits (N,V), or negative log-likelihoods (N); valid after a run. */
+  /** Of a pass that gives the losses of some positions only. */
+  scored?: ScoredTensors
+  /** Logits (N,V), or negative log-likelihoods (N), or (B R) of scored positions; valid after a run. */
   output: Tensor
   /** What the rotation tables hold now. */
   tables: { key?: string }
 }
 
 export interface PassOptions {
+  /** Of `loss`: how many positions of each row are scored; default: all. */
+  scored?: number
   /** Batch tensors of another pass of the same shape, with what its rotation tables hold. */
   share?: Pick<Pass, 'tensors' | 'tables'>
   /** Memory of other passes that never run at the same time; at least the plan's `peakBytes`. */
@@ -50,9 +55,10 @@ export function recordPass(
   kind: PassKind,
   rows: number,
   time: number,
-  { share, gradients, activations, onLosses, ...memory }: PassOptions = {},
+  { scored: count, share, gradients, activations, onLosses, ...memory }: PassOptions = {},
 ): Pass {
   const tensors = share?.tensors ?? allocBatch(device, config, rows, time)
+  const scored = count === undefined ? undefined : allocScored(device, rows, time, count)
   const recorder = new Recorder(device, `${kind} of ${rows} x ${time} tokens`, device.activationsFor(parameters.dtype))
   const training = kind === 'gradients' || kind === 'accumulate'
   const tape = training
@@ -64,13 +70,13 @@ export function recordPass(
     output = logits(tape, config, parameters, trunk(tape, config, parameters, tensors.ids, rows, attend))
   } else {
     if (training) gradients?.begin?.(recorder)
-    output = losses(tape, config, parameters, tensors, rows)
+    output = losses(tape, config, parameters, tensors, rows, scored)
     onLosses?.(recorder, output, tensors)
     tape.rewind()
     if (training) gradients?.end?.(recorder)
   }
   const plan = recorder.plan({ keep: [output], prune: true, ...memory })
-  return { kind, rows, time, plan, tensors, output, tables: share?.tables ?? {} }
+  return { kind, rows, time, plan, tensors, ...(scored && { scored }), output, tables: share?.tables ?? {} }
 }
 
 /** Uploads a batch and runs a pass over it; gives the output's values. */
@@ -87,9 +93,23 @@ export async function runPass(
   return device.downloadFloats(pass.plan.located(pass.output))
 }
 
+/** The same of a pass that scores some positions: gives the losses of all (N), 0 of the others. */
+export async function runScored(
+  device: Device,
+  config: LlamaConfig,
+  pass: Pass,
+  batch: Batch,
+  scored: Scored,
+): Promise<Float32Array> {
+  const { index } = rotationRows(config, batch.positions)
+  await uploadScored(device, pass.scored!, scored, batch, index)
+  return scatter(await runPass(device, config, pass, batch), scored, batch.rows * batch.time)
+}
+
 export function disposePass(pass: Pass): void {
   pass.plan.dispose()
-  freeBatch(pass.tensors)
+  freeTensors(pass.tensors)
+  if (pass.scored) freeTensors(pass.scored)
 }
 
 /** Gradients of the mean loss of a batch in float32, for all parameters of the groups, the first of which is the model. */
@@ -133,8 +153,8 @@ const KEPT_BYTES = 256 << 20
 export class PassCache {
   private readonly passes = new Map<string, Pass>()
 
-  get(kind: PassKind, rows: number, time: number, record: () => Pass): Pass {
-    const key = `${kind} ${rows} ${time}`
+  get(kind: PassKind, rows: number, time: number, scored: number | undefined, record: () => Pass): Pass {
+    const key = `${kind} ${rows} ${time} ${scored ?? 'all'}`
     const known = this.passes.get(key)
     this.passes.delete(key)
     // Before a new one is allocated, the oldest go: memory for two large shapes may not be there.

@@ -1,4 +1,4 @@
-import { type Batch, freeBatch } from '../model/batch.js'
+import { type Batch, freeTensors } from '../model/batch.js'
 import type { LlamaConfig } from '../model/config.js'
 import type { Parameters } from '../model/parameters.js'
 import { disposePass, type Pass, type PassKind, type PassOptions, recordPass, runPass } from '../model/passes.js'
@@ -69,7 +69,7 @@ export class TrainingPasses {
     } catch (error) {
       arena?.dispose()
       hostArena?.dispose()
-      if (share) freeBatch(share.tensors)
+      if (share) freeTensors(share.tensors)
       throw error
     }
     this.arena = arena
