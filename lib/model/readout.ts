@@ -1,7 +1,7 @@
 import { fromBfloat16 } from '../runtime/bfloat16.js'
 import { Recorder } from '../runtime/recorder.js'
 import type { Tensor } from '../runtime/tensor.js'
-import { allocBatch, freeBatch, readBatch, type Tokens, uploadBatch } from './batch.js'
+import { allocBatch, freeTensors, readBatch, type Tokens, uploadBatch } from './batch.js'
 import { type Attend, trunk } from './forward.js'
 import { attention } from './layers.js'
 import type { Llama } from './llama.js'
@@ -55,7 +55,7 @@ export async function queriesAndKeys(
         plan.dispose()
       }
     } finally {
-      freeBatch(tensors)
+      freeTensors(tensors)
     }
   })
 }

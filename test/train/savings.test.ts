@@ -1,7 +1,8 @@
 import { existsSync } from 'node:fs'
 import t, { type Test } from 'tap'
 import { Llama } from '../../lib/model/llama.js'
-import { plan, readRequest } from '../../lib/train/planner.js'
+import { plan } from '../../lib/train/planner.js'
+import { readRequest } from '../../lib/train/request.js'
 import { savings } from '../../lib/train/savings.js'
 import { Trainer, type TrainerOptions } from '../../lib/train/trainer.js'
 
