@@ -362,8 +362,10 @@ t.test('what is wrong with the data is named', async (t) => {
       { name: 'RangeError', message: /task is "raze", but must be one of boolq, piqa/ },
     ],
   ]
-  for (const [task, path, labels, error] of cases)
-    await t.rejects(readChoiceItems(task, [path], labels ? { labels } : {}), error, path)
+  for (const [task, path, labels, error] of cases) {
+    await t.rejects(readChoiceItems(task, [path], labels ? { labels } : {}), error as Error, path)
+  }
+
   await t.rejects(readChoiceItems('boolq', []), { name: 'TypeError' })
   // a folder with both levels gives the one of the task
   for (const level of ['middle', 'high']) file(`RACE/${level}/1.txt`, JSON.stringify({ ...race, article: level }))

@@ -89,7 +89,7 @@ const config = {
 }
 
 t.test('the same as Trainer.plan says for a model on such a device', async (t) => {
-  const options: TrainerOptions[] = [
+  const options: (Omit<TrainerOptions, 'memory'> & { memory?: MemoryOptions })[] = [
     {},
     { batchSize: 2, accumulate: 3, validation: ['a file'], memory: { checkpointLayers: 2, offloadCheckpoints: true } },
     { lora: { rank: 4, targets: ['q_proj', 'down_proj'], alsoTrain: ['norm'] }, memory: { moments: '8bit' } },
