@@ -46,6 +46,7 @@ const commands = [
   'eval passkey',
   'generate',
   'inspect',
+  'plan',
   'doctor',
   'bench',
   'demo',
