@@ -3,8 +3,8 @@ import type { Moment } from '../train/timeline.js'
 
 const WIDTH = 920
 const HEIGHT = 430
-const LEFT = 64
-const RIGHT = 186
+const LEFT = 70
+const RIGHT = 206
 const TOP = 66
 const BOTTOM = 58
 
@@ -43,9 +43,9 @@ const round = (value: number): string => String(Math.round(value * 10) / 10)
 /** Memory of a step over its operations, stacked by what it is for, under the device's limit. */
 export function memoryPicture(plan: MemoryPlan, moments: readonly Moment[]): string {
   const { bytes, limitBytes, peak } = plan
-  const { weights, optimizer, batch, workspace, driver } = bytes
+  const { optimizer, batch, workspace, driver } = bytes
   const fixed = {
-    weights,
+    weights: bytes.weights + bytes.adapter,
     optimizer,
     heldGradients: bytes.gradients - peak.gradients,
     rest: batch + workspace + driver,
@@ -60,15 +60,14 @@ export function memoryPicture(plan: MemoryPlan, moments: readonly Moment[]): str
   const text = (left: number, at: number, content: string, rest = ''): void => {
     out.push(`<text x="${round(left)}" y="${round(at)}"${rest}>${escape(content)}</text>`)
   }
-  const { model, context, batchSize, accumulate, device, memory } = plan
+  const { model, context, batchSize, accumulate, device } = plan
   const windows = `${batchSize} x ${context} tokens${accumulate > 1 ? `, ${accumulate} times` : ''}`
   text(10, 22, `Planned memory of a training step: ${model.name}, ${windows}`, ' class="title"')
-  text(10, 42, describeOptions(memory), ' class="faint"')
+  text(10, 42, describeOptions(plan), ' class="faint"')
   for (let value = 0; value <= top; value += step) {
     out.push(`<path d="M${LEFT} ${round(y(value))}H${WIDTH - RIGHT}" class="grid"/>`)
-    text(LEFT - 8, y(value) + 4, `${Math.round(value / 1e8) / 10}`, ' text-anchor="end" class="faint"')
+    text(LEFT - 8, y(value) + 4, `${Number((value / 1e9).toPrecision(3))} GB`, ' text-anchor="end" class="faint"')
   }
-  text(LEFT - 8, TOP - 8, 'GB', ' text-anchor="end" class="faint"')
   const ground = columns.map(() => 0)
   const present = BANDS.filter(({ of }) => columns.some((column) => of(column) > 0))
   for (const { colour, of } of present) {
@@ -105,18 +104,25 @@ ${out.join('\n')}
 `
 }
 
-function describeOptions(memory: MemoryPlan['memory']): string {
-  const { checkpointLayers, keepAttention, mlpRows, gradients, masters, moments } = memory
-  const parts = [checkpointLayers > 0 ? `checkpoints every ${checkpointLayers} layers` : 'all activations kept']
+function describeOptions({ memory, lora, dtype }: MemoryPlan): string {
+  const { checkpointLayers, keepAttention, mlpRows, attentionGroups, gradients, masters, moments } = memory
+  const parts = [checkpointLayers > 0 ? `a checkpoint ${every(checkpointLayers)}` : 'all activations kept']
+  if (lora) parts.unshift(`LoRA of rank ${lora.rank}`)
   if (keepAttention) parts.push('attention kept')
   if (mlpRows > 0) parts.push(`MLP in ${mlpRows} rows`)
+  if (attentionGroups > 1) parts.push(`attention in ${attentionGroups} groups`)
   if (memory.offloadCheckpoints) parts.push('checkpoints on the host')
-  parts.push(`gradients ${gradients}`, `masters ${masters}`, `moments ${moments}`)
+  parts.push(`gradients ${gradients}`)
+  if (dtype === 'bfloat16' && lora?.alsoTrain.length !== 0) parts.push(`masters ${masters}`)
+  parts.push(`moments ${moments}`)
   if (memory.offloadOptimizer) parts.push('optimizer on the host')
   return parts.join(', ')
 }
 
-const gigabytes = (bytes: number): string => `${(bytes / 1e9).toFixed(bytes < 1e10 ? 2 : 1)} GB`
+const every = (layers: number): string => (layers === 1 ? 'a layer' : `every ${layers} layers`)
+
+const gigabytes = (bytes: number): string =>
+  bytes < 1e8 ? `${(bytes / 1e6).toPrecision(2)} MB` : `${(bytes / 1e9).toFixed(bytes < 1e10 ? 2 : 1)} GB`
 
 /** 1, 2 or 5 times a power of ten, at least `least`. */
 function niceStep(least: number): number {

@@ -4,7 +4,9 @@ import { formatDuration, formatNumber, type Output } from './output.js'
 import type { PaperRow } from './paper.js'
 import { memoryWords } from './training-options.js'
 
-const gb = (bytes: number): string => `${(bytes / 1e9).toFixed(2)} GB`
+/** 12.34 GB; megabytes where that says little. */
+const size = (bytes: number): string =>
+  bytes < 1e8 && bytes > 0 ? `${(bytes / 1e6).toPrecision(3)} MB` : `${(bytes / 1e9).toFixed(2)} GB`
 
 const NAMES: Record<keyof PlannedBytes, string> = {
   weights: 'weights',
@@ -17,12 +19,12 @@ const NAMES: Record<keyof PlannedBytes, string> = {
   gaps: 'gaps',
   batch: 'batch',
   workspace: 'workspace',
-  driver: 'driver (est.)',
+  driver: 'driver (est)',
 }
 
 export function showPlan(plan: MemoryPlan, output: Output): void {
   const { model, dtype, device, bytes, requiredBytes, peak, hostBytes, lora, checkpointBytes } = plan
-  const row = (label: string, text: string): void => output.line(`${label.padEnd(14)}${text}`)
+  const row = (label: string, text: string): void => output.line(`${label.padEnd(13)}${text}`)
   row('model', `${model.name}: ${model.parameterCount} weights, ${model.layers} layers, ${dtype}`)
   if (lora) {
     const beside = lora.alsoTrain.length > 0 ? `, and ${lora.alsoTrain.join(', ')}` : ''
@@ -32,19 +34,19 @@ export function showPlan(plan: MemoryPlan, output: Output): void {
   if (device) row('device', `${device.name}, ${device.description}`)
   output.line()
   for (const [name, value] of Object.entries(bytes)) {
-    if (value > 0) row(NAMES[name as keyof typeof bytes], gb(value).padStart(11))
+    if (value > 0) row(NAMES[name as keyof typeof bytes], size(value).padStart(12))
   }
-  row('in all', `${gb(requiredBytes).padStart(11)}  ${verdict(plan)}`)
-  if (hostBytes > 0) row('on the host', gb(hostBytes).padStart(11))
+  row('in all', `${size(requiredBytes).padStart(12)}  ${verdict(plan)}`)
+  if (hostBytes > 0) row('on the host', size(hostBytes).padStart(12))
   row('peak', `${peak.operation} of ${peak.part}, ${peak.phase}`)
-  const largest = peak.tensors.slice(0, 5).map(({ name, count, bytes }) => `${count} x ${name} ${gb(bytes)}`)
+  const largest = peak.tensors.slice(0, 5).map(({ name, count, bytes }) => `${count} x ${name} ${size(bytes)}`)
   row('', largest.join(', '))
   output.line()
   const repeated = plan.flopsPerStep / plan.modelFlopsPerStep - 1
   const again = `${Math.round(100 * repeated)} % of them computed again`
   row('operations', `${formatNumber(plan.flopsPerStep / 1e12)} TFLOP, ${again}`)
-  row('bytes moved', `${formatNumber(plan.trafficPerStep / 1e9)} GB`)
-  row('checkpoint', `${gb(checkpointBytes)} on the disk`)
+  row('bytes moved', size(plan.trafficPerStep))
+  row('checkpoint', `${size(checkpointBytes)} on the disk`)
   showEstimate(plan, output)
 }
 
@@ -56,9 +58,10 @@ function describeStep({ batchSize, context, accumulate, pose }: MemoryPlan): str
 function verdict({ limitBytes, requiredBytes, hostBytes, hostLimitBytes, fits, fitsOn }: MemoryPlan): string {
   if (limitBytes === undefined) return `fits ${fitsOn.join(', ') || 'none of the GPUs that are known'}`
   const room = limitBytes - requiredBytes
-  if (fits) return `of ${gb(limitBytes)}: fits, ${gb(room)} are left`
-  const missing = room < 0 ? `${gb(-room)} are missing` : `the host has ${gb(hostLimitBytes ?? 0)} of ${gb(hostBytes)}`
-  return `of ${gb(limitBytes)}: does NOT fit, ${missing} (--fit looks for what does)`
+  if (fits) return `of ${size(limitBytes)}: fits, ${size(room)} are left`
+  const missing =
+    room < 0 ? `${size(-room)} are missing` : `the host has ${size(hostLimitBytes ?? 0)} of ${size(hostBytes)}`
+  return `of ${size(limitBytes)}: does NOT fit, ${missing} (--fit looks for what does)`
 }
 
 function showEstimate({ estimate, device }: MemoryPlan, output: Output): void {
@@ -68,13 +71,11 @@ function showEstimate({ estimate, device }: MemoryPlan, output: Output): void {
   const split = shares.map(([name, part]) => `${name} ${Math.round((100 * part) / seconds)} %`).join(', ')
   output.line()
   output.line(`Estimated, not measured, from published rates of ${device!.name}:`)
-  output.line(`a step         ${formatNumber(seconds)} s (${split})`)
-  output.line(
-    `speed          ${formatNumber(tokensPerSecond)} tokens/s, MFU ${Math.round(100 * mfu)} % = ${mfuFormula}`,
-  )
+  output.line(`a step       ${formatNumber(seconds)} s (${split})`)
+  output.line(`speed        ${formatNumber(tokensPerSecond)} tokens/s, MFU ${Math.round(100 * mfu)} % = ${mfuFormula}`)
   if (run) {
     const energy = `${formatNumber(run.joules / 3.6e6)} kWh at the power limit`
-    output.line(`the run        ${run.steps} steps: ${formatDuration(run.seconds)}, ${energy}`)
+    output.line(`the run      ${run.steps} steps: ${formatDuration(run.seconds)}, ${energy}`)
   }
 }
 
@@ -82,7 +83,7 @@ export function showFit(request: PlanRequest, { sets, problem }: FitResult, outp
   const { plan } = sets[0] ?? problem!.leanest
   const { model, device, limitBytes, lora } = plan
   const adapter = lora ? `, LoRA of rank ${lora.rank}` : ''
-  output.line(`${model.name}${adapter}, ${describeStep(plan)}, on ${device!.name}: ${gb(limitBytes!)}`)
+  output.line(`${model.name}${adapter}, ${describeStep(plan)}, on ${device!.name}: ${size(limitBytes!)}`)
   if (problem) showProblem(request, problem, output)
   else {
     output.line()
@@ -96,7 +97,9 @@ function showProblem(request: PlanRequest, problem: NonNullable<FitResult['probl
   const { hostBytes, context } = leanest.plan
   output.line(`Nothing fits: ${reason}.`)
   output.line(
-    missingBytes > 0 ? `The leanest set is ${gb(missingBytes)} too large:` : `This takes ${gb(hostBytes)} of the host:`,
+    missingBytes > 0
+      ? `The leanest set is ${size(missingBytes)} too large:`
+      : `This takes ${size(hostBytes)} of the host:`,
   )
   showSets([leanest], output)
   if (nearest) {
@@ -119,8 +122,8 @@ function showSets(sets: readonly FitSet[], output: Output): void {
   output.table(
     head,
     sets.map(({ memory, plan, slowdown, exact, costs }) => [
-      gb(plan.requiredBytes),
-      gb(plan.hostBytes),
+      size(plan.requiredBytes),
+      size(plan.hostBytes),
       slowdown.toFixed(2),
       plan.estimate ? formatNumber(plan.estimate.seconds) : '-',
       plan.estimate ? Math.round(plan.estimate.tokensPerSecond) : '-',
@@ -132,7 +135,7 @@ function showSets(sets: readonly FitSet[], output: Output): void {
 
 export function showPaper(rows: readonly PaperRow[], output: Output): void {
   const cell = ({ plan }: FitSet): string =>
-    `${gb(plan.requiredBytes)}${plan.hostBytes > 0 ? ` + ${gb(plan.hostBytes)} host` : ''}`
+    `${size(plan.requiredBytes)}${plan.hostBytes > 0 ? ` + ${size(plan.hostBytes)} host` : ''}`
   output.table(
     [
       'model',

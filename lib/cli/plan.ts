@@ -14,10 +14,21 @@ import { adapterOptions, memoryOptions, readAdapter, readMemory } from './traini
 
 const whole = { kind: 'number', value: 'n', min: 1, whole: true } as const
 
+/** 'Models: a, b,' in lines that a terminal can hold. */
+function named(title: string, names: readonly string[]): string[] {
+  const lines: string[] = [`${title}:`]
+  names.forEach((name, i) => {
+    const word = ` ${name}${i < names.length - 1 ? ',' : ''}`
+    if (lines.at(-1)!.length + word.length > 110) lines.push(' '.repeat(title.length + 1))
+    lines[lines.length - 1] += word
+  })
+  return lines
+}
+
 const options = {
-  model: { kind: 'text', value: 'name | path', help: 'a model below, a model folder or a config.json' },
+  model: { kind: 'text', value: 'name | path', help: 'a model named above, a model folder or a config.json' },
   context: { ...whole, help: 'tokens in a training window' },
-  device: { kind: 'text', value: 'name', help: 'a GPU below, or cuda, cuda:1, cpu for what is here' },
+  device: { kind: 'text', value: 'name', help: 'a GPU named above, or cuda, cuda:1, cpu for what is here' },
   memory: { kind: 'text', value: 'size', help: 'memory of the device instead: 24g (gibibytes), 24GB, bytes' },
   host: { kind: 'text', value: 'size', help: "the host's memory that may be used; 0 for none", default: 'no limit' },
   fit: { kind: 'flag', help: 'look for the options of memory that fit; those given below are kept' },
@@ -49,7 +60,13 @@ export const plan: Command<typeof options> = {
     'each operation takes the longer of its FLOPs and its bytes. Sizes are printed in units of 10^9 bytes (GB).\n' +
     "The options of memory are those of the trainer's `memory`, which takes what --fit prints. The exit code is 1\n" +
     'where what is asked for does not fit.\n\n' +
-    `Models: ${modelPresets.join(', ')}\nGPUs: ${gpus.map(({ name }) => name).join(', ')}`,
+    `${[
+      ...named('Models', modelPresets),
+      ...named(
+        'GPUs',
+        gpus.map(({ name }) => name),
+      ),
+    ].join('\n')}`,
   examples: [
     'ropewalk plan --model 7b --context 32768 --device a100-80g --fit',
     'ropewalk plan --model ./llama --context 16384 --memory 24g --checkpoint-layers 1 --gradients fused --moments 8bit',

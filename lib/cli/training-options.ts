@@ -16,7 +16,7 @@ export const memoryOptions = {
     kind: 'text',
     value: 'form',
     choices: ['float32', 'bfloat16', 'fused'],
-    help: 'how gradients are held; fused: no longer than until their layer is updated',
+    help: 'how they are held; fused: one layer at a time',
     default: 'float32',
   },
   masters: {
@@ -42,8 +42,7 @@ export const adapterOptions = {
   'lora-targets': {
     kind: 'text',
     value: 'names',
-    help: `of ${loraTargets.join(', ')}; or all`,
-    default: 'q,k,v,o_proj',
+    help: `of ${loraTargets.join(', ')}, with commas; or all`,
   },
   'also-train': { kind: 'text', value: 'names', help: `with --lora, whole: ${loraParts.join(', ')}, with commas` },
   pose: { ...whole, help: 'PoSE: windows of --context tokens train the positions of this many' },

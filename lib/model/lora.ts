@@ -7,7 +7,15 @@ import { uniform } from './generate.js'
 import { type Parameter, Parameters, type Segment } from './parameters.js'
 
 /** Matrices of a block that can have an adapter, in the order of their use. */
-export const loraTargets = ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'] as const
+export const loraTargets: readonly LoraTarget[] = [
+  'q_proj',
+  'k_proj',
+  'v_proj',
+  'o_proj',
+  'gate_proj',
+  'up_proj',
+  'down_proj',
+]
 /** Parts of the base that can be trained beside adapters. */
 export const loraParts = ['embed', 'norm', 'head'] as const
 
@@ -16,7 +24,7 @@ export const loraParts = ['embed', 'norm', 'head'] as const
  *
  * @category Training
  */
-export type LoraTarget = (typeof loraTargets)[number]
+export type LoraTarget = 'q_proj' | 'k_proj' | 'v_proj' | 'o_proj' | 'gate_proj' | 'up_proj' | 'down_proj'
 
 /**
  * LoRA (arXiv 2106.09685): of a matrix W (O,I) only a change of low rank is trained, W + (alpha / rank) B A, with A

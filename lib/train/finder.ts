@@ -36,6 +36,12 @@ export interface Candidate {
 
 export type OnProgress = (done: number, total: number) => void
 
+interface Narrowing {
+  least?: boolean
+  onlyFused?: boolean
+  onProgress?: OnProgress | undefined
+}
+
 /** What one half of the options leads to. */
 interface Part {
   bytes: number
@@ -58,15 +64,16 @@ export class Finder {
     this.plainSeconds = this.keep(MEMORY_DEFAULTS).seconds + this.update(MEMORY_DEFAULTS).seconds
   }
 
-  /** All sets of options, or those of them that keep `least`. */
-  candidates({ least = false, onProgress }: { least?: boolean; onProgress?: OnProgress } = {}): Candidate[] {
+  /** All sets of options, or those of them that keep `least`, or only those with fused updates. */
+  candidates({ least = false, onlyFused = false, onProgress }: Narrowing = {}): Candidate[] {
     const { planning } = this
     const found = new Map<string, Candidate>()
     const ways = keepings(planning, least)
+    const updating = updates(planning).filter(({ gradients }) => !onlyFused || gradients === 'fused')
     for (const [done, keeping] of ways.entries()) {
       onProgress?.(done, ways.length)
-      for (const updating of updates(planning)) {
-        const memory = { ...MEMORY_DEFAULTS, ...keeping, ...updating, ...this.fixed }
+      for (const one of updating) {
+        const memory = { ...MEMORY_DEFAULTS, ...keeping, ...one, ...this.fixed }
         const key = JSON.stringify(memory)
         if (found.has(key) || !isPossible(memory, planning)) continue
         const rest = this.update(memory)

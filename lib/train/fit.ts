@@ -13,6 +13,7 @@ import { type Planning, type PlanRequest, readRequest } from './request.js'
 export interface FitSet {
   /** Those that differ from the defaults. */
   memory: MemoryOptions
+  /** What it needs. */
   plan: MemoryPlan
   /** Estimated time of the step, as a multiple of that of a step that keeps everything, whether or not that fits. */
   slowdown: number
@@ -88,10 +89,10 @@ export function search(planning: Planning, fixed: MemoryOptions = {}, onProgress
   return { sets, problem: explain(planning, finder, fixed) }
 }
 
-/** The sets that need least of the device: exact and without the host, without the host, and at all. */
+/** The sets that need least of the device: exact and without the host, without the host, and at all. One pass a step. */
 export async function leanestSets(request: PlanRequest): Promise<Record<'exact' | 'leanest' | 'offloaded', FitSet>> {
   const finder = new Finder(await readRequest(request), {})
-  const all = finder.candidates({ least: true }).sort(byBytes)
+  const all = finder.candidates({ least: true, onlyFused: true }).sort(byBytes)
   const first = (holds: (candidate: Candidate) => boolean): FitSet => finder.exactly(all.find(holds)!.memory)
   return {
     exact: first(({ hostBytes, roundings }) => hostBytes === 0 && roundings === 0),

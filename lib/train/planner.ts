@@ -25,6 +25,7 @@ export interface PlannedBytes {
   checkpoints: number
   /** All other results that are alive at the peak. */
   activations: number
+  /** Rows of them that exist at a time, if that is at the peak. */
   logits: number
   /** Alignment, and room of the arena that is not used at the peak. */
   gaps: number
@@ -45,11 +46,13 @@ export interface PlannedBytes {
 export interface StepEstimate {
   /** Of a step. */
   seconds: number
-  /** The parts of `seconds`. */
+  /** The parts of `seconds`: `memory` of operations that memory limits, `waiting` for copies from and to the host. */
   parts: { matmul: number; attention: number; memory: number; update: number; waiting: number }
+  /** Of all windows of a step. */
   tokensPerSecond: number
   /** Model FLOPs utilisation by `mfuFormula`, of the data sheet's dense bf16 peak. */
   mfu: number
+  /** What `mfu` counts, for people. */
   mfuFormula: string
   /** Of the run, where `steps` was given: its time, and its energy at the device's power limit. */
   run?: { steps: number; seconds: number; joules: number }
@@ -63,18 +66,25 @@ export interface StepEstimate {
 export interface MemoryPlan {
   /** Its name or path, its number of weights, and of those that are trained, an adapter's included. */
   model: { name: string; parameterCount: number; trainedCount: number; layers: number }
+  /** Tokens in a window. */
   context: number
+  /** Windows in a micro-batch. */
   batchSize: number
+  /** Micro-batches in a step. */
   accumulate: number
+  /** Of the weights. */
   dtype: 'float32' | 'bfloat16'
+  /** With the defaults filled in. */
   memory: Required<MemoryOptions>
   /** undefined where the weights are trained. */
   lora: Required<LoraOptions> | undefined
+  /** undefined where positions do not skip. */
   pose: Required<PoseOptions> | undefined
   /** Whether the loss of a validation set is measured between steps, with the same memory. */
   validates: boolean
   /** undefined where neither `device` nor `limit` was given. */
   device: { name: string; description: string } | undefined
+  /** On the device, by what they are for. */
   bytes: PlannedBytes
   /** The sum of `bytes`. */
   requiredBytes: number
@@ -84,6 +94,7 @@ export interface MemoryPlan {
   fits: boolean | undefined
   /** Pinned memory of the host. */
   hostBytes: number
+  /** What the host has for it; undefined where no limit is known. */
   hostLimitBytes: number | undefined
   /** Known GPUs whose memory it fits. */
   fitsOn: string[]

@@ -50,6 +50,7 @@ const commands = [
   'eval ruler',
   'generate',
   'inspect',
+  'plan',
   'doctor',
   'bench',
   'demo',
