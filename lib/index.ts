@@ -58,6 +58,7 @@ export {
 } from './eval/perplexity.js'
 export { rouge, type RougeScore, type RougeScores } from './eval/rouge.js'
 export {
+  type ArticleOptions,
   readArticles,
   summarize,
   type SummaryArticle,

@@ -39,8 +39,8 @@ export const evalSummaries: Command<typeof options> = {
   name: 'eval summaries',
   summary: 'Summarises long articles (GovReport) and compares by ROUGE.',
   details:
-    'Prompt, lengths and sampling are those of the paper; ROUGE is that of rouge_score with its stemmer. To fine-tune for it:\n' +
-    'write examples with --examples, then: ropewalk extend --data <examples> --prompt-field prompt --completion-field completion',
+    'Prompt, lengths and sampling are those of the paper; ROUGE is that of rouge_score with its stemmer. Examples to\n' +
+    'fine-tune on come from --examples, and are read by extend with --prompt-field prompt --completion-field completion.',
   examples: [
     'ropewalk eval summaries ./llama-16k --data govreport-test.jsonl',
     'ropewalk eval summaries ./llama-16k --data govreport-train.jsonl --examples train-examples.jsonl',

@@ -95,13 +95,21 @@ export interface SummaryFigure {
  *
  * @category Evaluation
  */
-export interface SummaryResult extends Record<keyof RougeScores, SummaryFigure> {
+export interface SummaryResult {
   /** How many there are. */
   articles: number
   /** Articles that were cut. */
   cut: number
   /** Summaries that the model ended itself. */
   ended: number
+  /** Of words. */
+  rouge1: SummaryFigure
+  /** Of pairs of neighbouring words. */
+  rouge2: SummaryFigure
+  /** Of the longest common subsequence. */
+  rougeL: SummaryFigure
+  /** Of the same by lines. */
+  rougeLsum: SummaryFigure
   /** One an article, in their order. */
   records: SummaryRecord[]
 }
@@ -115,7 +123,22 @@ const TAIL = '\nNow summarize the above article.\nSummary:'
 /** Fields of GovReport's files. */
 const FIELDS = { article: 'report', summary: 'summary' }
 
-type ReadOptions = { fields?: { article?: string; summary?: string }; signal?: AbortSignal }
+/**
+ * How articles are read.
+ *
+ * @category Evaluation
+ */
+export interface ArticleOptions {
+  /** Names of the fields; default GovReport's. */
+  fields?: {
+    /** Default `report`. */
+    article?: string
+    /** Default `summary`. */
+    summary?: string
+  }
+  /** Ends the reading between two articles; it rejects with the signal's reason. */
+  signal?: AbortSignal
+}
 
 /**
  * Reads articles and their summaries from .jsonl and .parquet files, or folders of them, in the order of `paths`. The fields
@@ -126,13 +149,13 @@ type ReadOptions = { fields?: { article?: string; summary?: string }; signal?: A
  *
  * @category Evaluation
  */
-export async function readArticles(paths: readonly string[], options: ReadOptions = {}): Promise<SummaryArticle[]> {
+export async function readArticles(paths: readonly string[], options: ArticleOptions = {}): Promise<SummaryArticle[]> {
   const articles: SummaryArticle[] = []
   for await (const article of articlesOf(paths, options)) articles.push(article)
   return articles
 }
 
-async function* articlesOf(paths: readonly string[], options: ReadOptions): AsyncGenerator<SummaryArticle> {
+async function* articlesOf(paths: readonly string[], options: ArticleOptions): AsyncGenerator<SummaryArticle> {
   const { article, summary } = { ...FIELDS, ...options.fields }
   let index = 0
   for (const path of await documentFiles(paths)) {
@@ -273,7 +296,7 @@ export async function writeSummaryExamples(
   model: Pick<Llama, 'tokenizer'>,
   paths: readonly string[],
   out: string,
-  options: SummaryLimits & ReadOptions & { onProgress?: (done: { done: number }) => void } = {},
+  options: SummaryLimits & ArticleOptions & { onProgress?: (done: { done: number }) => void } = {},
 ): Promise<number> {
   const { articleTokens, summaryTokens } = limitsOf(options)
   const tokenizer = await model.tokenizer()

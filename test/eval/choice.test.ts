@@ -248,7 +248,7 @@ t.test('what is wrong with the data is named', async (t) => {
     ]),
   )
   const race = { article: 'a', questions: ['q'], options: [['1', '2', '3', '4']], answers: ['A'] }
-  const cases: [ChoiceTask, string, string | undefined, object][] = [
+  const cases: [ChoiceTask, string, string | undefined, any][] = [
     [
       'boolq',
       file('bad/a.jsonl', lines([{ passage: 'p', question: 'q', answer: 'yes' }])),
