@@ -17,13 +17,9 @@ constexpr int kResident = 4;  // blocks of an SM: 64 registers a thread
 constexpr int kWarps = kFlatThreads / kWarp;
 constexpr int kLane = kStateBlock / kWarp;  // elements of a lane
 
-// What OctaveMap says of an octave, together.
-struct alignas(16) Piece {
-  float rise, shift, last, unused;
-};
-struct Map {
+struct alignas(16) Map {
   uint32_t carry[32];
-  Piece piece[32];
+  float4 piece[32];  // rise, shift and last of an octave
   float value[256];  // by the byte
 };
 struct Maps {
@@ -40,13 +36,13 @@ __device__ __forceinline__ void fill_map(Map& map, const OctaveMap& from, float 
   map.value[place] = value;
   if (place >= 32) return;
   map.carry[place] = from.carry[place];
-  map.piece[place] = {from.rise[place], from.shift[place], from.last[place], 0.0f};
+  map.piece[place] = float4{from.rise[place], from.shift[place], from.last[place], 0.0f};
 }
 
 // The whole part of nearest()'s y, for x from 2^-24 to 1.
 __device__ __forceinline__ int32_t whole_y(const Map& map, float x) {
   const uint32_t bits = bits_of(x), carried = bits + map.carry[bits >> 23 & 31];
-  const float4 piece = reinterpret_cast<const float4*>(map.piece)[carried >> 23 & 31];
+  const float4 piece = map.piece[carried >> 23 & 31];
   return to_whole(fminf(x * piece.x + piece.y, piece.z));
 }
 

@@ -5,6 +5,7 @@ import { gpuCases } from './gpu.js'
 import {
   adamw,
   adamwBytes,
+  adamwName,
   append,
   attention,
   attentionOfRotated,
@@ -177,7 +178,7 @@ function adamwCases(setting: Setting): Case[] {
   return OPTIMIZERS.flatMap(([name, optimizer, least]) => {
     const bytes = adamwBytes(optimizer) * size
     return kernelCases(setting, {
-      ...{ stem: 'adamw', name: `${name} ${size}`, unit: 'GB/s', work: bytes, bytes },
+      ...{ stem: 'adamw', name: adamwName(name, optimizer, size), unit: 'GB/s', work: bytes, bytes },
       kernel: adamw(size, optimizer),
       ...(name === 'f32' && { peer: { op: 'adamw', size } }),
       bar: { side: 'copy', least },

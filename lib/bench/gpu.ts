@@ -3,6 +3,7 @@ import { type Case, type KernelCase, kernelCases, rooflineSide, type Setting, ta
 import {
   adamw,
   adamwBytes,
+  adamwName,
   append,
   attention,
   type AttentionShape,
@@ -190,7 +191,14 @@ function optimizers({ quick }: Setting): KernelCase[] {
   return OPTIMIZERS.map(([name, optimizer]) => {
     const bytes = adamwBytes(optimizer) * size
     return {
-      ...{ ...COPY, stem: 'adamw', name: `${name} ${size}`, work: bytes, bytes, kernel: adamw(size, optimizer) },
+      ...{
+        ...COPY,
+        stem: 'adamw',
+        name: adamwName(name, optimizer, size),
+        work: bytes,
+        bytes,
+        kernel: adamw(size, optimizer),
+      },
       ...(name === 'f32' && { peer: { op: 'adamw', size, dtype: 'f32' } }),
       ...(optimizer.states === 'u8' && { bar: { side: 'copy', least: 0.85 } }),
     }

@@ -241,6 +241,7 @@ export const OPTIMIZERS: readonly (readonly [name: string, optimizer: Optimizer,
   ['f32', { weights: 'f32', states: 'f32' }, 0.8],
   ['bf16 with f32 masters', { weights: 'master', states: 'f32' }, 0.8],
   ['bf16, stochastic, bf16 states', { weights: 'stochastic', states: 'bf16' }, 0.8],
+  ['f32, 8-bit states', { weights: 'f32', states: 'u8' }, 0.85],
   ['bf16 with remainders, 8-bit states', { weights: 'low', states: 'u8' }, 0.85],
   ['bf16, stochastic, 8-bit states', { weights: 'stochastic', states: 'u8' }, 0.85],
 ]
@@ -252,6 +253,10 @@ const gradientsOf = ({ weights, states }: Optimizer): DType => (states === 'f32'
 /** Bytes that an update reads and writes for an element. f32 masters are read and written, their p is written. */
 export const adamwBytes = (optimizer: Optimizer): number =>
   WEIGHT_BYTES[optimizer.weights] + STATE_BYTES[optimizer.states] + DTYPE_BYTES[gradientsOf(optimizer)]
+
+/** Of a case; with the bytes of an element where these are not plain from the dtypes. */
+export const adamwName = (name: string, optimizer: Optimizer, size: number): string =>
+  `${name}${optimizer.states === 'u8' ? ` (${adamwBytes(optimizer).toFixed(2)} bytes each)` : ''} ${size}`
 
 export function adamw(size: number, optimizer: Optimizer = { weights: 'f32', states: 'f32' }): Kernel {
   const { weights, states } = optimizer

@@ -34,6 +34,8 @@ interface Exception {
 const halves = 'eight f32 are two requests of every other 16 bytes: one that follows finds the sectors in a cache'
 const once = 'once a block, after its loop'
 const scattered = 'where a token goes is up to the data'
+const filled = 'once a block, before its loop'
+const looked = 'which entry a lane looks up is up to the data'
 const before = 'a token starts where the one before it ends: one number off its sector'
 const oneOfRow = 'one number of a row of products'
 const EXCEPTIONS: Exception[] = [
@@ -45,6 +47,10 @@ const EXCEPTIONS: Exception[] = [
     reason: halves,
   })),
   { kernel: 'adamw_8bit_kernel', access: 'device store', text: 'uint4*>(p)[i / 4]', ratio: 2, reason: halves },
+  { kernel: 'adamw_8bit_kernel', access: 'shared store', text: 'map.piece[place] =', ratio: 4, reason: filled },
+  { kernel: 'adamw_8bit_kernel', access: 'shared load', text: 'maps.m.value[', ratio: 4, reason: looked },
+  { kernel: 'adamw_8bit_kernel', access: 'shared load', text: 'maps.v.value[', ratio: 4, reason: looked },
+  { kernel: 'adamw_8bit_kernel', access: 'shared load', text: 'map.piece[carried', ratio: 2, reason: looked },
   ...['attention_rotate_kernel', 'attention_fwd_kernel', 'attention_bwd_kernel'].map((kernel): Exception => ({
     kernel,
     access: 'device load',
