@@ -50,7 +50,22 @@ const MAY_IMPORT: Record<string, readonly string[]> = {
   index: ['errors', 'rope', 'runtime', 'files', 'model', 'train', 'eval', 'theory'],
   bench: ['errors', 'rope', 'runtime', 'files', 'model', 'train', 'index'],
   demo: ['errors', 'rope', 'runtime', 'files', 'model', 'train', 'eval', 'index', 'report'],
-  cli: ['errors', 'rope', 'runtime', 'files', 'model', 'train', 'eval', 'theory', 'index', 'report', 'bench', 'demo'],
+  reproduce: ['errors', 'runtime', 'files', 'model', 'train', 'eval', 'theory', 'index', 'report', 'demo'],
+  cli: [
+    'errors',
+    'rope',
+    'runtime',
+    'files',
+    'model',
+    'train',
+    'eval',
+    'theory',
+    'index',
+    'report',
+    'bench',
+    'demo',
+    'reproduce',
+  ],
 }
 
 /** lib/model/llama.ts is of `model`, lib/rope.ts of `rope`. */

@@ -12,6 +12,7 @@ import { extend } from './extend.js'
 import { generate } from './generate.js'
 import { inspect } from './inspect.js'
 import { plan } from './plan.js'
+import { reproduce } from './reproduce.js'
 import { theory } from './theory.js'
 import { type Command, helpText, parseOptions, UsageError } from './options.js'
 import { Output, type Sink } from './output.js'
@@ -30,6 +31,7 @@ const commands = [
   generate,
   inspect,
   plan,
+  reproduce,
   theory,
   doctor,
   bench,

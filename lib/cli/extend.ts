@@ -1,6 +1,7 @@
 import { RopewalkError } from '../errors.js'
 import { isTaken } from '../files/durable.js'
 import { Llama, type RopeExtension, Trainer, type TrainerProgress } from '../index.js'
+import { listen } from './interrupt.js'
 import {
   type Command,
   commandLine,
@@ -190,27 +191,4 @@ async function train(
   }
   output.note(`trained ${step} steps (${formatDuration(seconds)} now); checkpoints are in ${checkpoints}`)
   return undefined
-}
-
-/** Turns SIGINT and SIGTERM into an AbortSignal; the second one ends the process. */
-function listen(output: Output): { signal: AbortSignal; code(): number | undefined; stop(): void } {
-  const controller = new AbortController()
-  let code: number | undefined
-  const codes = { SIGINT: 130, SIGTERM: 143 } as const
-  const handler = (name: 'SIGINT' | 'SIGTERM'): void => {
-    if (code !== undefined) process.exit(codes[name])
-    code = codes[name]
-    output.note(`${name}: ending after this step; once more to end at once`)
-    controller.abort()
-  }
-  process.on('SIGINT', handler)
-  process.on('SIGTERM', handler)
-  return {
-    signal: controller.signal,
-    code: () => code,
-    stop() {
-      process.off('SIGINT', handler)
-      process.off('SIGTERM', handler)
-    },
-  }
 }

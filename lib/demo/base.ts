@@ -73,15 +73,20 @@ export interface CurvePoint {
 export interface BaseOptions {
   signal?: AbortSignal
   onPoint?: (point: CurvePoint) => void
-  /** A fraction of the steps, for tests. */
+  /** A fraction of the steps, for tests and for studies of training length. */
   scale?: number
+  /** What differs from the demo's config.json, for studies of size. */
+  shape?: Readonly<Record<string, number>>
+  threads?: number
 }
 
 /**
  * Trains the demo's base model from nothing, with fixed seeds, and writes it to `folder` as a Hugging Face folder in
  * bfloat16, with its tokenizer and its training curve (training.json). The folder is replaced at the end.
  */
-export async function trainBase(folder: string, { signal, onPoint, scale = 1 }: BaseOptions = {}): Promise<void> {
+export async function trainBase(folder: string, options: BaseOptions = {}): Promise<void> {
+  const { signal, onPoint, scale = 1, shape, threads } = options
+  const config = { ...CONFIG, ...shape }
   const work = `${folder}.tmp-${process.pid}`
   try {
     await mkdir(work, { recursive: true })
@@ -89,7 +94,11 @@ export async function trainBase(folder: string, { signal, onPoint, scale = 1 }: 
     await writeFileDurable(join(work, 'tokenizer.json'), json(trainTokenizer(sampleText(1, 300), VOCABULARY)))
     const settings = { tokenizer_class: 'PreTrainedTokenizerFast', bos_token: BEGIN, eos_token: END }
     await writeFileDurable(join(work, 'tokenizer_config.json'), json({ ...settings, model_max_length: WINDOW }))
-    using model = await Llama.create(CONFIG, { seed: 1, tokenizer: work })
+    using model = await Llama.create(config, {
+      seed: 1,
+      tokenizer: work,
+      ...(threads === undefined ? {} : { threads }),
+    })
     const corpus = new Corpus(await loadTokenizer(work))
     const curve: CurvePoint[] = []
     const started = performance.now()
@@ -119,7 +128,7 @@ export async function trainBase(folder: string, { signal, onPoint, scale = 1 }: 
         onPoint?.(point)
       }
     }
-    await saveAsBfloat16(model, work, folder)
+    await saveAsBfloat16(model, config, work, folder)
     const seconds = Math.round((performance.now() - started) / 1000)
     const description = { parameters: model.parameterCount, tokens, seconds, device: model.device.description }
     await writeFileDurable(join(folder, 'training.json'), json({ ...description, curve }))
@@ -139,8 +148,13 @@ async function test(model: Llama, corpus: Corpus, context: number) {
 }
 
 /** Half the bytes; the demo reads them back as float32. */
-async function saveAsBfloat16(model: Llama, tokenizer: string, folder: string): Promise<void> {
-  using half = await Llama.create(CONFIG, { dtype: 'bfloat16', tokenizer })
+async function saveAsBfloat16(
+  model: Llama,
+  config: Record<string, unknown>,
+  tokenizer: string,
+  folder: string,
+): Promise<void> {
+  using half = await Llama.create(config, { dtype: 'bfloat16', tokenizer })
   for (const { name } of model.parameters()) await half.write(name, await model.read(name))
   await half.save(folder, { overwrite: true })
 }

@@ -19,12 +19,12 @@ const NAMES = words(
   'Mara Ivo Lena Otto Nina Paul Rosa Emil Clara Hugo Vera Adam Ella Finn Greta Igor Jana Karl Luca Mila Noah Olga Pia ' +
     'Rolf Sara Tom Uma Viktor Wanda Yann Zoe Ben',
 )
-const QUALITIES = words(
+export const QUALITIES = words(
   'grey old red small bright dark young soft green cold heavy quiet blue wild thin warm golden broken white rare plain ' +
     'round proud dusty sweet black clean rough silver tall empty strange',
 )
 /** What is said of a person: the words around a quality and one of the nouns. */
-const FACTS: readonly { verb: readonly string[]; nouns: readonly string[] }[] = [
+export const FACTS: readonly { verb: readonly string[]; nouns: readonly string[] }[] = [
   { verb: words('keeps a'), nouns: words('cat dog horse goat crow otter fox hen') },
   { verb: words('lives near the'), nouns: words('bridge lake mill forest harbour tower garden market') },
   { verb: words('wears a'), nouns: words('coat hat scarf ring shirt belt cloak mask') },
@@ -78,15 +78,27 @@ export class Dice {
   }
 }
 
-/** An endless text about `people` persons, as pieces. */
-export function* prose(dice: Dice, people: number): Generator<string, never> {
-  const persons = dice.some(NAMES, people).map((name) => ({
+/** Somebody with a quality and a noun for each kind of fact. */
+export interface Person {
+  name: string
+  facts: readonly (readonly [quality: string, noun: string])[]
+}
+
+/** So many persons with different names. */
+export const persons = (dice: Dice, count: number): Person[] =>
+  dice.some(NAMES, count).map((name) => ({
     name,
-    facts: FACTS.map(({ nouns }) => [dice.pick(QUALITIES), dice.pick(nouns)]),
+    facts: FACTS.map(({ nouns }) => [dice.pick(QUALITIES), dice.pick(nouns)] as const),
   }))
+
+/** An endless text about `people` persons, as pieces. */
+export const prose = (dice: Dice, people: number): Generator<string, never> => tell(dice, persons(dice, people))
+
+/** What is known of these persons, in any order, again and again, as pieces. */
+export function* tell(dice: Dice, list: readonly Person[]): Generator<string, never> {
   yield* piecesOf(TITLE, true)
   for (;;) {
-    const { name, facts } = dice.pick(persons)
+    const { name, facts } = dice.pick(list)
     const fact = dice.below(FACTS.length)
     if (dice.next() < 0.2) yield* piecesOf(dice.pick(OPENERS))
     yield* piecesOf([name, ...FACTS[fact]!.verb, ...facts[fact]!])

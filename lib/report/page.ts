@@ -17,6 +17,7 @@ figure { margin: 1rem 0 } figcaption { max-width: 44rem; color: var(--soft); fon
 .legend { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; padding: 0; list-style: none; color: var(--soft) }
 .legend svg { vertical-align: middle; margin-right: .4rem }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
+.scroll + .scroll { margin-top: 1rem }
 caption { text-align: left; color: var(--soft); padding-bottom: .3rem }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
 th:first-child, td:first-child { text-align: left; padding-left: 0 }

@@ -1,0 +1,282 @@
+import {
+  needle,
+  type NeedleResult,
+  perplexityByPosition,
+  type PositionResult,
+  ruler,
+  type RulerResult,
+  type RulerTask,
+} from '../index.js'
+import { rulerTasks } from '../eval/ruler-tasks.js'
+import { heatMap } from '../report/cells.js'
+import { lineChart, STYLES } from '../report/plot.js'
+import { lengthAxis, logAxis } from './charts.js'
+import type { ReportFolder, ReportRecord } from './folder.js'
+import { forwardWork, madeBy, METHODS, nameOf, type Plan } from './models.js'
+import { textsOf, trainUnits } from './perplexity.js'
+import { finalId } from './results.js'
+import { type Experiment, figure, label, none, percent, perplexityText, type Section, type Table } from './sections.js'
+import { doublings, type Settings, windowOf } from './settings.js'
+import type { Unit } from './units.js'
+
+/** Beyond the paper: the heat map of length and depth, RULER's tasks, and perplexity by position. */
+
+/** The model that was not changed, and both fine-tuned ones, at a factor. */
+function contrasted(settings: Settings, factor: number): string[] {
+  const direct = settings.direct.includes(factor) ? [finalId(settings, 'direct', factor)] : []
+  return ['base', finalId(settings, 'pi', factor), ...direct]
+}
+
+export function modelTitle(id: string): string {
+  const { method, factor, step } = nameOf(id)
+  const tuned = method === 'base' ? '' : step > 0 ? ` ${factor}x, tuned` : ` ${factor}x, not tuned`
+  return `${METHODS[method]}${tuned}`
+}
+
+/** Each factor's models at its extended window. */
+const pairs = ({
+  settings,
+  window,
+}: {
+  settings: Settings
+  window: number
+}): { id: string; factor: number; context: number }[] =>
+  settings.extensions.flatMap(({ factor }) =>
+    contrasted(settings, factor).map((id) => ({ id, factor, context: windowOf(window, factor) })),
+  )
+
+const view = ({ settings, model }: ReportRecord) => ({ settings, window: model.window })
+
+const needleKey = (id: string, context: number): string => `needle/${id}/${context}`
+
+export const needles: Experiment = {
+  id: 'needle',
+  title: 'Needle in a haystack: passkeys by length and depth',
+  data: [],
+  trains: true,
+  units: (plan) => [
+    ...trainUnits(plan),
+    ...pairs(plan).map(({ id, context }): Unit => {
+      const { settings, window } = plan
+      const { depths, trials } = settings.needle
+      const contexts = doublings(window, context)
+      return {
+        key: needleKey(id, context),
+        label: `needle, ${id}, up to ${context}`,
+        work: contexts.reduce((sum, length) => sum + forwardWork(depths * trials * length, length, window), 0),
+        after: madeBy(id),
+        async run({ model: load, signal, progress }) {
+          const value: NeedleResult = await needle(await load(id), {
+            ...{ contexts, trials, seed: settings.seed },
+            depths: Array.from({ length: depths }, (_, n) => n / (depths - 1)),
+            ...(signal ? { signal } : {}),
+            onProgress: ({ done, total }) => progress(done / total),
+          })
+          return { value }
+        },
+      }
+    }),
+  ],
+  section(folder) {
+    const { settings } = folder.record
+    const found = pairs(view(folder.record)).flatMap(({ id, factor, context }) => {
+      const result = folder.get<NeedleResult>(needleKey(id, context))
+      return result ? [{ id, factor, context, result }] : []
+    })
+    return {
+      id: 'needle',
+      title: this.title,
+      text: [
+        `Prompts of each length, the key at ${settings.needle.depths} depths from the beginning (0 %) to the end (100 %) of the text, ` +
+          `${settings.needle.trials} keys a cell.`,
+      ],
+      tables: [
+        {
+          id: 'needle',
+          caption: 'Keys found, at all lengths and depths together',
+          head: ['model', 'longest prompt', 'keys found'],
+          rows: found.map(({ id, context, result }) => [
+            label(modelTitle(id)),
+            figure(context, String),
+            figure(result.accuracy, percent),
+          ]),
+        },
+      ],
+      charts: found.map(({ id, context, result: { contexts, depths, cells } }) =>
+        heatMap({
+          title: `${modelTitle(id)}, up to ${context}`,
+          x: { label: 'length of the prompt, in tokens', names: contexts.map(String) },
+          y: { label: 'depth of the key', names: depths.map(percent) },
+          values: depths.map((depth) =>
+            contexts.map((length) => cells.find((cell) => cell.context === length && cell.depth === depth)!.accuracy),
+          ),
+          ...{ min: 0, max: 1, format: percent },
+        }),
+      ),
+      leftOut: [],
+    }
+  },
+}
+
+type RulerUnit = Pick<RulerResult, 'tasks'> | { leftOut: string }
+
+const rulerKey = (task: RulerTask, id: string, context: number): string => `ruler/${task}/${id}/${context}`
+
+function rulerUnit(plan: Plan, task: RulerTask, id: string, context: number): Unit {
+  const { settings, window } = plan
+  const { trials } = settings.ruler
+  return {
+    key: rulerKey(task, id, context),
+    label: `RULER ${task}, ${id}, ${context}`,
+    work: forwardWork(trials * context, context, window),
+    after: madeBy(id),
+    async run({ model: load, signal, progress }) {
+      const model = await load(id)
+      try {
+        const { tasks } = await ruler(model, {
+          ...{ context, tasks: [task], trials, seed: settings.seed },
+          ...(signal ? { signal } : {}),
+          onProgress: ({ done, total }) => progress(done / total),
+        })
+        return { value: { tasks } satisfies RulerUnit }
+      } catch (error) {
+        // Its prompt is longer than the window, which for a small tokenizer's long prompts may well be.
+        if (!(error instanceof RangeError)) throw error
+        return { value: { leftOut: error.message } satisfies RulerUnit }
+      }
+    },
+  }
+}
+
+export const rulers: Experiment = {
+  id: 'ruler',
+  title: 'RULER: retrieval, tracking and counting at the extended window',
+  data: [],
+  trains: true,
+  units: (plan) => [
+    ...trainUnits(plan),
+    ...pairs(plan).flatMap(({ id, context }) => rulerTasks.map((task) => rulerUnit(plan, task, id, context))),
+  ],
+  section(folder) {
+    const { settings } = folder.record
+    const rows = pairs(view(folder.record))
+    const at = (task: RulerTask, id: string, context: number) => folder.get<RulerUnit>(rulerKey(task, id, context))
+    const left = new Set<string>()
+    const table: Table = {
+      id: 'ruler',
+      caption: 'Score: the share of what is asked for that the answer contains',
+      head: ['window', 'model', ...rulerTasks],
+      rows: rows.map(({ id, context }) => [
+        label(String(context)),
+        label(modelTitle(id)),
+        ...rulerTasks.map((task) => {
+          const unit = at(task, id, context)
+          if (unit && 'leftOut' in unit) left.add(`${task} at ${context}: ${unit.leftOut}`)
+          return !unit || 'leftOut' in unit ? none() : figure(unit.tasks[0]!.accuracy, percent)
+        }),
+      ]),
+    }
+    return {
+      id: 'ruler',
+      title: this.title,
+      text: [`RULER's tasks (arXiv 2404.06654), made here; ${settings.ruler.trials} prompts each, greedy decoding.`],
+      tables: [table],
+      charts: [],
+      leftOut: [...left],
+    }
+  },
+}
+
+const positionKey = (id: string, context: number): string => `position/${id}/${context}`
+
+export const positions: Experiment = {
+  id: 'position',
+  title: 'Perplexity by position: does the far context help, and where does it stop',
+  data: ['pg19'],
+  trains: true,
+  units: (plan) => [
+    ...trainUnits(plan),
+    ...pairs(plan).map(({ id, context }): Unit => {
+      const { settings, window } = plan
+      const { documents, windows } = settings.position
+      return {
+        key: positionKey(id, context),
+        label: `perplexity by position, ${id}, ${context}`,
+        work: forwardWork(documents * windows * context, context, window),
+        after: madeBy(id),
+        async run({ model: load, signal, progress }) {
+          const model = await load(id)
+          const texts = await textsOf(plan, 'pg19', model)
+          if (texts.reach < context - 1) return { value: { leftOut: `no document of ${context - 1} tokens` } }
+          const value: PositionResult = await perplexityByPosition(model, texts.documents.slice(0, documents), {
+            ...{ window: context, windowsPerDocument: windows },
+            ...(signal ? { signal } : {}),
+            onProgress: ({ done, total }) => progress(done / total),
+          })
+          return { value }
+        },
+      }
+    }),
+  ],
+  section: (folder) => positionSection(folder),
+}
+
+function positionSection(folder: ReportFolder): Section {
+  const { settings, model } = folder.record
+  const charts: string[] = []
+  const rows: Table['rows'] = []
+  for (const { factor } of settings.extensions) {
+    const context = windowOf(model.window, factor)
+    const found = contrasted(settings, factor).flatMap((id) => {
+      const result = folder.get<PositionResult | { leftOut: string }>(positionKey(id, context))
+      return result && !('leftOut' in result) ? [{ id, result }] : []
+    })
+    if (found.length === 0) continue
+    const lines = found.map(({ id, result }, i) => ({
+      ...STYLES[i % STYLES.length]!,
+      name: modelTitle(id),
+      points: result.bins.slice(4).map(({ from, to, perplexity }) => [Math.sqrt(from * to), perplexity] as const),
+    }))
+    charts.push(
+      lineChart({
+        title: `${factor}x: perplexity by tokens before`,
+        x: lengthAxis('tokens of text before', [16, ...doublings(model.window / 2, context)]),
+        y: logAxis(
+          'perplexity',
+          lines.flatMap(({ points }) => points.map(([, value]) => value)),
+        ),
+        lines,
+        legend: true,
+      }),
+    )
+    for (const { id, result } of found) {
+      const last = result.bins.filter(({ from }) => from * 2 <= context)
+      const [far, before] = [last.at(-1), last.at(-2)]
+      rows.push([
+        label(String(context)),
+        label(modelTitle(id)),
+        figure(before?.perplexity, perplexityText),
+        figure(far?.perplexity, perplexityText),
+        figure(result.helpsUpTo, String),
+      ])
+    }
+  }
+  return {
+    id: 'position',
+    title: positions.title,
+    text: [
+      'Documents cut into windows that do not overlap; each token is scored by what stands before it. Text helps up to the end ' +
+        'of the last bin in which the loss is lower than in the one before by more than its standard error.',
+    ],
+    tables: [
+      {
+        id: 'position',
+        caption: 'PG-19: perplexity in the last two doublings of the tokens before, and up to where context helps',
+        head: ['window', 'model', 'last doubling but one', 'last doubling', 'helps up to'],
+        rows,
+      },
+    ],
+    charts,
+    leftOut: [],
+  }
+}
