@@ -287,7 +287,7 @@ Napi::Value download(const Napi::CallbackInfo& info) {
 Napi::Value read(const Napi::CallbackInfo& info) {
   std::shared_ptr<Buffer> buffer = handle(info, 0, addon(info).buffers, "buffer");
   const int64_t offset = integer(info, 1, 0, kMaxSize);
-  const auto dtype = static_cast<DType>(integer(info, 2, 0, kDTypes - 1));
+  const auto dtype = static_cast<DType>(integer(info, 2, 0, kPlainDTypes - 1));
   const int fd = static_cast<int>(integer(info, 3, 0, INT32_MAX));
   const int64_t file_offset = integer(info, 4, 0, kMaxSize);
   const auto file_dtype = static_cast<FileDType>(integer(info, 5, 0, kFileDTypes - 1));
@@ -307,7 +307,7 @@ Napi::Value read(const Napi::CallbackInfo& info) {
 Napi::Value find_not_finite(const Napi::CallbackInfo& info) {
   std::shared_ptr<Buffer> buffer = handle(info, 0, addon(info).buffers, "buffer");
   const int64_t offset = integer(info, 1, 0, kMaxSize);
-  const auto dtype = static_cast<DType>(integer(info, 2, 0, kDTypes - 1));
+  const auto dtype = static_cast<DType>(integer(info, 2, 0, kPlainDTypes - 1));
   const int64_t count = integer(info, 3, 0, kMaxSize / 8);
   check_range(info, *buffer, offset, count * dtype_bytes(dtype));
   if (!buffer->file()) throw Napi::TypeError::New(info.Env(), "argument 0 must be a file that is used in place");

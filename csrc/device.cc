@@ -134,7 +134,7 @@ void Buffer::download(size_t offset, void* to, size_t bytes) {
 }
 
 size_t file_dtype_bytes(FileDType dtype) {
-  if (static_cast<int64_t>(dtype) < kDTypes) return static_cast<size_t>(dtype_bytes(static_cast<DType>(dtype)));
+  if (static_cast<int64_t>(dtype) < kPlainDTypes) return static_cast<size_t>(dtype_bytes(static_cast<DType>(dtype)));
   return dtype == FileDType::f64 ? 8 : 2;
 }
 

@@ -98,7 +98,7 @@ class Buffer {
   bool host_ = false;
 };
 
-// The first are those of DType, in its order.
+// The first are the plain ones of DType, in its order.
 enum class FileDType : int { f32, bf16, i32, u8, u16, f16, f64 };
 constexpr int64_t kFileDTypes = 7;
 size_t file_dtype_bytes(FileDType dtype);

@@ -5,11 +5,18 @@
 
 namespace rw {
 
-enum class DType : uint32_t { f32, bf16, i32, u8, u16 };
-constexpr int64_t kDTypes = 5;
+enum class DType : uint32_t { f32, bf16, i32, u8, u16, nf4, int8 };
+constexpr int64_t kDTypes = 7, kPlainDTypes = 5;  // the last two are quantised: quantized.h
 
+// Of one element; only plain ones have bytes of their own.
 constexpr int64_t dtype_bytes(DType t) { return t == DType::u8 ? 1 : t == DType::bf16 || t == DType::u16 ? 2 : 4; }
 constexpr bool is_float(DType t) { return t == DType::f32 || t == DType::bf16; }
+constexpr bool is_quantized(DType t) { return t == DType::nf4 || t == DType::int8; }
+constexpr int64_t kQuantizedAlignment = 16;  // of a quantised tensor's place
+constexpr int64_t quantized_bytes(DType t, int64_t elements) {
+  const int64_t blocks = (elements + 63) / 64, groups = (blocks + 255) / 256;
+  return t == DType::nf4 ? 32 * blocks + (blocks + 3) / 4 * 4 + 4 * groups + 4 : 68 * blocks;
+}
 
 // A dense, row-major tensor on a device. `data` is null where an optional tensor is absent.
 struct Tensor {
@@ -23,6 +30,7 @@ struct Tensor {
     for (int i = 0; i < ndim; i++) n *= dims[i];
     return n;
   }
+  int64_t bytes() const { return is_quantized(dtype) ? quantized_bytes(dtype, size()) : size() * dtype_bytes(dtype); }
   template <typename T>
   T* as() const {
     return static_cast<T*>(data);

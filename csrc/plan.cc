@@ -29,6 +29,8 @@ class Reader {
   size_t at_ = 0;
 };
 
+constexpr int64_t kMostBytes = int64_t{1} << 58;
+
 Tensor read_tensor(Reader& reader, const std::vector<Memory>& buffers, const char* op, const FieldInfo& field) {
   Tensor tensor = {};
   const int64_t buffer = reader.integer();
@@ -41,13 +43,14 @@ Tensor read_tensor(Reader& reader, const std::vector<Memory>& buffers, const cha
               rank >= 0 && rank <= 4;
   tensor.dtype = static_cast<DType>(dtype);
   tensor.ndim = static_cast<int32_t>(rank);
-  int64_t bytes = fits ? dtype_bytes(tensor.dtype) : 0;
+  int64_t most = kMostBytes;  // no product of dims that are within it overflows
   for (int64_t i = 0; fits && i < rank; i++) {
     tensor.dims[i] = reader.integer();
-    fits = tensor.dims[i] > 0 && !__builtin_mul_overflow(bytes, tensor.dims[i], &bytes);
+    fits = tensor.dims[i] > 0 && tensor.dims[i] <= most;
+    if (fits) most /= tensor.dims[i];
   }
-  int64_t end = 0;
-  fits = fits && !__builtin_add_overflow(offset, bytes, &end) && end <= static_cast<int64_t>(buffers[buffer].bytes);
+  fits = fits && offset <= kMostBytes && (!is_quantized(tensor.dtype) || offset % kQuantizedAlignment == 0) &&
+         offset + tensor.bytes() <= static_cast<int64_t>(buffers[buffer].bytes);
   if (!fits) throw std::runtime_error(std::string(op) + ": " + field.name + " does not lie inside its buffer");
   tensor.data = static_cast<char*>(buffers[buffer].base) + offset;
   return tensor;

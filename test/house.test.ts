@@ -166,6 +166,7 @@ const KERNEL_HEADERS = new Set([
   '../ops.h',
   '../ops.def',
   '../adamw.h',
+  '../quantized.h',
 ])
 
 t.test('kernels include plain headers and use no containers of the standard library', async (t) => {

@@ -9,7 +9,7 @@ namespace rw::cpu::RW_ISA {
 // Element (i, j) is data[i * row + j * column]. A transposed matrix is one with its strides exchanged.
 struct Matrix {
   void* data;
-  DType dtype;  // f32 or bf16
+  DType dtype;  // f32 or bf16; of b also a quantised one
   int64_t row, column;
 };
 

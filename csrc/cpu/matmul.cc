@@ -1,5 +1,6 @@
 // c = a b (+ add), with a (M,K), b (K,N) and c (M,N) stored as the op's suffix says: n as is, t transposed. a, b, add
-// and c are f32 or bf16 each; bf16 is widened while packing, sums are f32, and c is rounded once, at its store.
+// and c are f32 or bf16 each; bf16 is widened while packing, sums are f32, and c is rounded once, at its store. A
+// quantised b is dequantised while packing, a panel at a time: 32 KB of its values exist before they are packed.
 //
 // Three ways, chosen by the shape alone (GFLOP/s of one core of a Zen 5 at 4.0 GHz, 255 at best, see bench/LOG.md):
 //
@@ -21,6 +22,7 @@
 //
 // Van Zee, van de Geijn, BLIS: A Framework for Rapidly Instantiating BLAS Functionality, ACM TOMS 41(3), 2015;
 // Goto, van de Geijn, Anatomy of High-Performance Matrix Multiplication, ACM TOMS 34(3), 2008.
+#include "dequantize.h"
 #include "gemm.h"
 
 namespace rw::cpu::RW_ISA {
@@ -44,6 +46,7 @@ int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 struct Problem {
   int64_t m, n, k;
   Matrix a, b, add, c;
+  Quantized q;  // the parts of a quantised b
 };
 
 // Scratch: what thread 0 packs or shares for all, then a private part for each thread.
@@ -61,6 +64,28 @@ struct Workspace {
                        : static_cast<float*>(context->scratch(thread, own_floats * sizeof(float)));
   }
 };
+
+// Packs columns j .. j + count of b from row k on, at most GROUP and KC of them.
+void pack_b(const Problem& p, int64_t j, int64_t k, int64_t count, int64_t depth, float* panels, int64_t stride) {
+  const Matrix& b = p.b;
+  const int64_t start = j * b.column + k * b.row;
+  if (!is_quantized(b.dtype)) return pack<NR>(b.dtype, b.data, start, b.column, b.row, count, depth, panels, stride);
+  float values[NR * KC];
+  if (b.row == 1) {
+    for (int64_t i = 0; i < count; i += NR, panels += stride) {
+      const int64_t columns = min(count - i, NR);
+      for (int64_t column = 0; column < columns; column++)
+        dequantize_run(b.dtype, p.q, start + (i + column) * b.column, depth, p.a.dtype, values + column * KC);
+      pack_transposed<NR>(values, KC, columns, depth, panels);
+    }
+  } else {
+    static_assert(GROUP <= NR * KC, "a row is dequantised at a time");
+    for (int64_t row = 0; row < depth; row++) {
+      dequantize_run(b.dtype, p.q, start + row * b.row, count, p.a.dtype, values);
+      pack_copied<NR>(values, count, count, 1, panels + row * NR, stride);
+    }
+  }
+}
 
 // One task needs no other thread, nor does a problem that is done before another thread would have woken up.
 template <typename Body>
@@ -180,8 +205,7 @@ void multiply_packed(Context& context, const Problem& p) {
     const int64_t slabs = ceil_div(p.k, KC);
     for_tasks(context, p, ceil_div(columns, GROUP) * slabs, [&](int64_t task, int) {
       const int64_t j = task / slabs * GROUP, k0 = task % slabs * KC;
-      pack<NR>(p.b.dtype, p.b.data, (j0 + j) * p.b.column + k0 * p.b.row, p.b.column, p.b.row, min(columns - j, GROUP),
-               min(p.k - k0, KC), work.shared + j * p.k + k0 * NR, p.k * NR);
+      pack_b(p, j0 + j, k0, min(columns - j, GROUP), min(p.k - k0, KC), work.shared + j * p.k + k0 * NR, p.k * NR);
     });
     for_tasks(context, p, rows.count() * splits, [&](int64_t task, int thread) {
       const int64_t block = task / splits, j = task % splits * width;
@@ -203,7 +227,7 @@ void multiply_some_rows(Context& context, const Problem& p) {
     const int64_t j0 = task * GROUP, columns = min(p.n - j0, GROUP);
     for (int64_t k = 0; k < p.k; k += KC) {
       const int64_t depth = min(p.k - k, KC);
-      pack<NR>(p.b.dtype, p.b.data, j0 * p.b.column + k * p.b.row, p.b.column, p.b.row, columns, depth, b, b_step);
+      pack_b(p, j0, k, columns, depth, b, b_step);
       for (int64_t j = 0; j < columns; j += NR)
         for (int64_t i = 0; i < p.m; i += MR) {
           float* c = sums + i * GROUP + j;
@@ -265,13 +289,15 @@ void all_dots(int64_t rows, int64_t columns, int64_t depth, const float* a, int6
       dots<R>(rows - i, columns - j, depth, a + i * lda, lda, b + j * ldb, ldb, sums + i * ld + j, ld);
 }
 
-// Very few rows, b with columns contiguous along k (y = x w^T of one token): b is read once, as whole rows.
+// Very few rows, b with columns contiguous along k (y = x w^T of one token): b is read once, as whole rows; a quantised
+// one by way of scratch, fewer rows at a time. T is the dtype that it is read in.
 template <typename T>
 void multiply_few_rows(Context& context, const Problem& p) {
   constexpr int R = RW_VECTOR_BYTES == 64 ? 4 : 2;
-  constexpr int64_t chunk = 32;
+  const bool is_whole = !is_quantized(p.b.dtype);
+  const int64_t chunk = is_whole ? 32 : 8;
   const int64_t lda = round_up(p.k, VL);
-  Workspace work(context, p.m * lda, p.m * chunk);
+  Workspace work(context, p.m * lda, p.m * chunk + (is_whole ? 0 : chunk * p.k));
   for (int64_t i = 0; i < p.m; i++)
     for (int64_t k = 0; k < lda; k++) {
       float* x = work.shared + i * lda + k;
@@ -280,7 +306,13 @@ void multiply_few_rows(Context& context, const Problem& p) {
   for_tasks(context, p, ceil_div(p.n, chunk), [&](int64_t task, int thread) {
     float* sums = work.own(thread);
     const int64_t j = task * chunk, columns = min(p.n - j, chunk);
-    all_dots<R>(p.m, columns, p.k, work.shared, lda, at<T>(p.b, 0, j), p.b.column, sums, chunk);
+    if (is_whole) {
+      all_dots<R>(p.m, columns, p.k, work.shared, lda, at<T>(p.b, 0, j), p.b.column, sums, chunk);
+    } else {
+      float* values = sums + p.m * chunk;
+      dequantize_run(p.b.dtype, p.q, j * p.k, columns * p.k, p.a.dtype, values);
+      all_dots<R>(p.m, columns, p.k, work.shared, lda, values, p.k, sums, chunk);
+    }
     finish(p, 0, j, p.m, columns, sums, chunk);
   });
 }
@@ -288,15 +320,16 @@ void multiply_few_rows(Context& context, const Problem& p) {
 }  // namespace
 
 void gemm(Context& context, int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, Matrix add, Matrix c) {
-  const Problem p = {m, n, k, a, b, add, c};
+  Problem p = {m, n, k, a, b, add, c, {}};
+  if (is_quantized(b.dtype)) p.q = quantized(b.dtype, b.data, n * k);
   if (m > SOME_ROWS)
     multiply_packed(context, p);
   else if (m > FEW_ROWS || b.row != 1)
     multiply_some_rows(context, p);
-  else if (b.dtype == DType::f32)
-    multiply_few_rows<float>(context, p);
-  else
+  else if (b.dtype == DType::bf16)
     multiply_few_rows<bf16>(context, p);
+  else
+    multiply_few_rows<float>(context, p);
 }
 
 namespace {

@@ -113,6 +113,21 @@ inline vf lookup8(const float (&table)[8], vu index) {
 #endif
 }
 
+// table[index], index < 16.
+inline vf lookup16(const float (&table)[16], vu index) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_maskz_permutexvar_ps(0xffff, (__m512i)index, _mm512_loadu_ps(table));
+#elif defined(__AVX2__)
+  const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)index);
+  const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), (__m256i)index);
+  return (vf)_mm256_blendv_ps(low, high, (__m256)(index << 28));
+#else
+  vf x;
+  for (int64_t i = 0; i < VL; i++) x[i] = table[index[i]];
+  return x;
+#endif
+}
+
 // Sum of the lanes, always in the same order.
 inline float sum(vf x) {
   float lane[VL];

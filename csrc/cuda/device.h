@@ -85,8 +85,7 @@ inline void limit_to_tensors([[maybe_unused]] const OpInfo& op, [[maybe_unused]]
   for (size_t i = 0; i < op.field_count; i++) {
     const bool scalar = op.fields[i].field == Field::integer || op.fields[i].field == Field::real;
     const auto* tensor = reinterpret_cast<const Tensor*>(field);
-    if (!scalar && *tensor)
-      tensors[count++] = {tensor->data, static_cast<size_t>(tensor->size() * dtype_bytes(tensor->dtype))};
+    if (!scalar && *tensor) tensors[count++] = {tensor->data, static_cast<size_t>(tensor->bytes())};
     field += scalar ? sizeof(int64_t) : sizeof(Tensor);
   }
   simt::limit_device_memory(tensors, count);

@@ -1,10 +1,10 @@
 // Matrix products for the ops of matmul.cu and of linear_cross_entropy.cu, and what the kernels behind them share.
 #pragma once
-#include "device.h"
+#include "dequantize.h"
 
 namespace rw::cuda {
 
-// A row-major matrix in device memory: f32 or bf16, `stride` elements from one row to the next.
+// A row-major matrix in device memory: f32, bf16, or b quantised; `stride` elements from one row to the next.
 struct Matrix {
   const void* data;
   DType dtype;
@@ -40,6 +40,18 @@ struct GatedProduct : Product {
   void *up, *y;
 };
 
+// b is quantised, its rows without gaps.
+template <DType dtype>
+struct QuantizedProduct : Product {
+  Quantized q;
+  QuantizedMaps maps;
+};
+
+template <typename P>
+constexpr bool kIsQuantized = false;
+template <DType dtype>
+constexpr bool kIsQuantized<QuantizedProduct<dtype>> = true;
+
 // Columns of c that a thread stores at a time, and the elements that it reads at a time.
 constexpr int kMmaPiece = 8, kFfmaPiece = 4;
 
@@ -56,6 +68,13 @@ __device__ __forceinline__ TilePosition tile_of_block(const Product& p) {
   const unsigned group = blockIdx.x / (kGroup * columns), within = blockIdx.x % (kGroup * columns);
   const unsigned height = rows - group * kGroup < kGroup ? rows - group * kGroup : kGroup;
   return {static_cast<int>((group * kGroup + within % height) * TileM), static_cast<int>(within / height * TileN)};
+}
+
+// Where the 16-byte piece `piece` of a row lies in a tile: eight consecutive rows have the same piece in eight
+// different groups of banks, so that neither the copies nor ldmatrix ever wait for a bank.
+template <int Columns>
+__device__ __forceinline__ int swizzled(int row, int piece) {
+  return row * Columns + ((piece ^ (row & 7)) << 3);
 }
 
 // Count elements as floats, and back. Count * sizeof(T) is 8 or a multiple of 16; p is aligned to 8 or 16 bytes.

@@ -1,6 +1,6 @@
-// The f32 kernel of matmul.cu: a and b f32 or bf16 each, exact f32 products and sums.
+// The f32 kernel of matmul.cu: a and b f32 or bf16 each, or b quantised; exact f32 products and sums.
 #pragma once
-#include "gemm.h"
+#include "gemm_quantized.h"
 
 namespace rw::cuda {
 
@@ -29,24 +29,24 @@ struct FfmaOperand {
   // Pieces of a row as stored, and what lies between the rows of a thread's pieces.
   static constexpr int kPieces = Along ? 4 : kExtent / kFfmaPiece, kRowStep = 256 / kPieces;
 
-  const T* from;  // the thread's first piece of the next tile
+  typename Elements<T>::Pointer from;  // the thread's first piece of the next tile
   int64_t stride;
   int rows, columns;  // of the matrix, from there on
   bool wide;
 
-  __device__ __forceinline__ FfmaOperand(const void* data, int64_t stride, int first, int end, int k, int k_end,
-                                         bool wide)
+  __device__ __forceinline__ FfmaOperand(typename Elements<T>::Pointer data, int64_t stride, int first, int end, int k,
+                                         int k_end, bool wide)
       : stride(stride), wide(wide) {
     const int row = (Along ? first : k) + threadIdx.x / kPieces;
     const int column = (Along ? k : first) + threadIdx.x % kPieces * kFfmaPiece;
-    from = static_cast<const T*>(data) + row * stride + column;
+    from = data + (row * stride + column);
     rows = (Along ? end : k_end) - row;
     columns = (Along ? k_end : end) - column;
   }
 
   // The thread's i-th piece of the tile: from memory, and into the tile in shared memory.
   __device__ __forceinline__ void load(int i, float (&piece)[kFfmaPiece]) const {
-    const T* p = from + i * kRowStep * stride;
+    const auto p = from + i * kRowStep * stride;
     const int count = i * kRowStep < rows ? columns : 0;
 #pragma unroll
     for (int j = 0; j < kFfmaPiece; j++) piece[j] = 0;
@@ -77,14 +77,15 @@ struct FfmaOperand {
 };
 
 template <typename AType, typename BType, Layout layout, int Quads>
-__global__ void __launch_bounds__(256, 2) ffma_kernel(Product p) {
+__global__ void __launch_bounds__(256, 2) ffma_kernel(typename Elements<BType>::P p) {
   using Tile = FfmaTile<Quads>;
   auto& smem = dyn_smem<typename Tile::Smem>();
   const auto [m, n] = tile_of_block<Tile::m, Tile::n>(p);
   const int k = blockIdx.y * p.k_share, k_end = p.k - k < p.k_share ? p.k : k + p.k_share;
   const int tiles = ceil_div(k_end - k, Tile::k);
-  FfmaOperand<AType, layout != Layout::tn, Quads> a(p.a, p.a_stride, m, p.m, k, k_end, p.a_wide);
-  FfmaOperand<BType, layout == Layout::nt, Quads> b(p.b, p.b_stride, n, p.n, k, k_end, p.b_wide);
+  FfmaOperand<AType, layout != Layout::tn, Quads> a(static_cast<const AType*>(p.a), p.a_stride, m, p.m, k, k_end,
+                                                    p.a_wide);
+  FfmaOperand<BType, layout == Layout::nt, Quads> b(Elements<BType>::of(p), p.b_stride, n, p.n, k, k_end, p.b_wide);
   // A warp has 4 x 8 threads: the four a and eight b of its reads are one row of banks at most.
   const int row = 4 * (warp_index() / 2 * 4 + lane_index() / 8), column = 4 * (warp_index() % 2 * 8 + lane_index() % 8);
 

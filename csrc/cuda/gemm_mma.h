@@ -1,7 +1,7 @@
-// The tensor-core kernel of matmul.cu: a, b bf16.
+// The tensor-core kernel of matmul.cu: a bf16, b bf16 or quantised.
 #pragma once
 #include "elementwise.h"
-#include "gemm.h"
+#include "gemm_quantized.h"
 
 namespace rw::cuda {
 
@@ -22,13 +22,6 @@ struct MmaTile {
   };
   static_assert(sizeof(Smem) <= 163 * 1024, "an SM of sm_80 has no more");
 };
-
-// Where the 16-byte piece `piece` of a row lies in a tile: eight consecutive rows have the same piece in eight
-// different groups of banks, so that neither the copies nor ldmatrix ever wait for a bank.
-template <int Columns>
-__device__ __forceinline__ int swizzled(int row, int piece) {
-  return row * Columns + ((piece ^ (row & 7)) << 3);
-}
 
 // A thread's share of copying tiles, Rows x Columns as the operand is stored, into shared memory. What lies outside of
 // the matrix becomes 0. Paired: a tile has eight rows of one matrix, then the same rows of a second one, and so on.
@@ -167,39 +160,73 @@ __device__ __forceinline__ void store_gated(const GatedProduct& p, int row, int 
   store_pieces(to, row, column, y);
 }
 
+// What b is read by, and what it is kept in.
+template <typename Tile, Layout layout, bool Aligned, typename P>
+struct RightOperand {
+  using type = Operand<false, layout == Layout::nt, Tile::n, Tile, Aligned, std::is_same_v<P, GatedProduct>>;
+  using Smem = typename Tile::Smem;
+};
+template <typename Tile, Layout layout, DType dtype>
+struct RightOperand<Tile, layout, false, QuantizedProduct<dtype>> {
+  using type = ScatteredOperand<dtype, layout == Layout::nt, Tile::n, Tile>;
+  using Smem = typename Tile::Smem;
+};
+template <typename Tile, Layout layout, DType dtype>
+struct RightOperand<Tile, layout, true, QuantizedProduct<dtype>> {
+  using type = QuantizedOperand<dtype, layout == Layout::nt, Tile::n, Tile>;
+  using Smem = QuantizedSmem<dtype, Tile>;
+};
+
 template <typename Tile, Layout layout, bool Aligned, typename P = Product>
 __global__ void __launch_bounds__(Tile::threads, Tile::blocks_per_sm) mma_kernel(P p) {
-  constexpr bool kGated = std::is_same_v<P, GatedProduct>;
+  constexpr bool kGated = std::is_same_v<P, GatedProduct>, kQuantized = kIsQuantized<P>;
+  constexpr bool kExpands = kQuantized && Aligned;  // b passes through codes in shared memory
   using A = Operand<true, layout != Layout::tn, Tile::m, Tile, Aligned>;
-  using B = Operand<false, layout == Layout::nt, Tile::n, Tile, Aligned, kGated>;
+  using B = typename RightOperand<Tile, layout, Aligned, P>::type;
+  using FragmentsOfB = Operand<false, layout == Layout::nt, Tile::n, Tile, Aligned>;
   constexpr int kSteps = Tile::k / 16, kRows = Tile::warp_m / 16, kColumns = Tile::warp_n / 16,
                 kAhead = Tile::stages - 1;
 
-  auto& smem = dyn_smem<typename Tile::Smem>();
-  const auto [m, n] = tile_of_block < Tile::m, kGated ? Tile::n / 2 : Tile::n > (p);
+  auto& smem = dyn_smem<typename RightOperand<Tile, layout, Aligned, P>::Smem>();
+  const TilePosition at = tile_of_block < Tile::m, kGated ? Tile::n / 2 : Tile::n > (p);
+  const int m = at.m, n = at.n;
   const int k = blockIdx.y * p.k_share, k_end = p.k - k < p.k_share ? p.k : k + p.k_share;
   const int tiles = ceil_div(k_end - k, Tile::k);
-  const void* second = nullptr;
-  if constexpr (kGated) second = p.w_up;
   A a(p.a, nullptr, p.a_stride, m, p.m, k, k_end);
-  B b(p.b, second, p.b_stride, n, p.n, k, k_end);
+  auto b = [&] {
+    if constexpr (kQuantized)
+      return B(p, share_maps(p.maps), n, p.n, k, k_end);
+    else if constexpr (kGated)
+      return B(p.b, p.w_up, p.b_stride, n, p.n, k, k_end);
+    else
+      return B(p.b, nullptr, p.b_stride, n, p.n, k, k_end);
+  }();
   const int warp_m = warp_index() / Tile::warps_n * Tile::warp_m, warp_n = warp_index() % Tile::warps_n * Tile::warp_n;
 
 #pragma unroll
   for (int stage = 0; stage < kAhead; stage++) {
     a.copy(smem.a[stage]), a.advance();
-    b.copy(smem.b[stage]), b.advance();
+    if constexpr (kExpands)
+      b.copy(smem.codes[stage]);
+    else
+      b.copy(smem.b[stage]);
+    b.advance();
     cp_async_commit();
   }
   cp_async_wait<kAhead - 1>();
+  if constexpr (kExpands) {
+    b.fetch_scales(kAhead);
+    b.template expand<0, 1>(smem.codes[0], smem.b[0]);
+  }
   __syncthreads();
 
   float sum[kRows][2 * kColumns][4] = {};
   uint32_t fragment_a[2][kRows][4], fragment_b[2][kColumns][4];
   A::fragments(fragment_a[0], smem.a[0], warp_m, 0);
-  B::fragments(fragment_b[0], smem.b[0], warp_n, 0);
+  FragmentsOfB::fragments(fragment_b[0], smem.b[0], warp_n, 0);
 
   int now = 0, write = kAhead;  // the stage in use, and the one that is free
+  int now_b = 0;                // the same of b where it is expanded: there are two
   for (int tile = 0; tile < tiles; tile++) {
     const int next = tile + 1 == tiles ? now : now + 1 == Tile::stages ? 0 : now + 1;
 #pragma unroll
@@ -207,18 +234,32 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks_per_sm) mma_kernel
       // Tiles after the last one are empty: the copies read nothing, and no branch is needed. They go into the stage
       // before the present one, whose last fragments were read before the barrier below.
       if (step == 0) a.copy(smem.a[write]), a.advance();
-      if (step == 1) {
-        b.copy(smem.b[write]), b.advance();
-        cp_async_commit();
-      }
-      if (step == kSteps - 1) {  // the next tile is there
-        cp_async_wait<kAhead - 1>();
-        __syncthreads();
+      if constexpr (kExpands) {
+        // The codes of the tile after the next one take the place of those that were expanded in the tile before.
+        if (step == 0) b.fetch_scales(1);
+        if (step == 1) {
+          b.copy(smem.codes[now_b]), b.advance();
+          cp_async_commit();
+          cp_async_wait<kAhead - 1>();
+        }
+        if (step == 1) b.template expand<0, 2>(smem.codes[1 - now_b], smem.b[1 - now_b]);
+        if (step == 2) b.template expand<1, 2>(smem.codes[1 - now_b], smem.b[1 - now_b]);
+        if (step == kSteps - 1) __syncthreads();  // the next tile is there
+      } else {
+        if (step == 1) {
+          b.copy(smem.b[write]), b.advance();
+          cp_async_commit();
+        }
+        if (step == kSteps - 1) {  // the next tile is there
+          cp_async_wait<kAhead - 1>();
+          __syncthreads();
+        }
       }
       // Fragments are loaded one step ahead; after the last tile once more from it, in vain.
       const int ahead = (step + 1) % kSteps, stage = step == kSteps - 1 ? next : now;
       A::fragments(fragment_a[ahead % 2], smem.a[stage], warp_m, ahead);
-      B::fragments(fragment_b[ahead % 2], smem.b[stage], warp_n, ahead);
+      FragmentsOfB::fragments(fragment_b[ahead % 2], smem.b[kExpands ? step == kSteps - 1 ? 1 - now_b : now_b : stage],
+                              warp_n, ahead);
 #pragma unroll
       for (int i = 0; i < kRows; i++)
 #pragma unroll
@@ -228,6 +269,7 @@ __global__ void __launch_bounds__(Tile::threads, Tile::blocks_per_sm) mma_kernel
     }
     write = now;
     now = next;
+    now_b = 1 - now_b;
   }
   cp_async_wait<0>();  // nothing is under way when the block ends
 

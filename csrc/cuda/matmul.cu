@@ -54,22 +54,27 @@ constexpr int kFewThreads = 256, kFewColumns = 2;
 
 // Each warp computes two columns of c, Rows at most: b's rows are read 8 elements a lane, a's come out of the L1.
 template <typename A, typename B, typename C, int Rows>
-__global__ void __launch_bounds__(kFewThreads) few_rows_kernel(Product p) {
+__global__ void __launch_bounds__(kFewThreads) few_rows_kernel(typename Elements<B>::P p) {
   const int column = (blockIdx.x * (kFewThreads / kWarp) + warp_index()) * kFewColumns, lane = lane_index();
   const A* a[Rows];
-  const B* b[kFewColumns];
+  typename Elements<B>::Pointer b[kFewColumns];
+  const auto all = Elements<B>::of(p);
 #pragma unroll
   for (int i = 0; i < Rows; i++) a[i] = static_cast<const A*>(p.a) + (i < p.m ? i : p.m - 1) * p.a_stride;
 #pragma unroll
-  for (int j = 0; j < kFewColumns; j++)
-    b[j] = static_cast<const B*>(p.b) + (column + j < p.n ? column + j : p.n - 1) * p.b_stride;
+  for (int j = 0; j < kFewColumns; j++) b[j] = all + (column + j < p.n ? column + j : p.n - 1) * p.b_stride;
 
   float sum[Rows][kFewColumns] = {};
 #pragma unroll(Rows == 1 ? 4 : 1)
   for (int k = 8 * lane; k < p.k; k += 8 * kWarp) {
     float x[8], y[kFewColumns][8];
 #pragma unroll
-    for (int j = 0; j < kFewColumns; j++) load_piece(b[j] + k, y[j]);
+    for (int j = 0; j < kFewColumns; j++) {
+      load_piece(b[j] + k, y[j]);
+      if constexpr (kIsQuantized<typename Elements<B>::P> && std::is_same_v<A, bf16>)
+#pragma unroll
+        for (int u = 0; u < 8; u++) y[j][u] = to_float(to_bf16(y[j][u]));  // as a tile has it
+    }
 #pragma unroll
     for (int i = 0; i < Rows; i++) {
       load_piece(a[i] + k, x);
@@ -90,11 +95,17 @@ __global__ void __launch_bounds__(kFewThreads) few_rows_kernel(Product p) {
     }
 }
 
-template <typename A, typename B, typename C>
-void launch_few_rows(const Context& context, const Product& p) {
-  const auto kernel = p.m == 1 ? few_rows_kernel<A, B, C, 1> : few_rows_kernel<A, B, C, 4>;
-  const unsigned blocks = ceil_div(p.n, kFewThreads / kWarp * kFewColumns);
-  launch({blocks, kFewThreads, 0, context.stream}, kernel, p);
+template <typename B>
+void launch_few_rows(const Context& context, DType a, const typename Elements<B>::P& p) {
+  with_float_type(a, [&](auto zero_a) {
+    with_float_type(p.dtype, [&](auto zero_c) {
+      using A = decltype(zero_a);
+      using C = decltype(zero_c);
+      const auto kernel = p.m == 1 ? few_rows_kernel<A, B, C, 1> : few_rows_kernel<A, B, C, 4>;
+      const unsigned blocks = ceil_div(p.n, kFewThreads / kWarp * kFewColumns);
+      launch({blocks, kFewThreads, 0, context.stream}, kernel, p);
+    });
+  });
 }
 
 // ---- tiles
@@ -111,15 +122,15 @@ struct TileKernel {
   void (*kernel)(P);
 };
 
-template <typename Tile, Layout layout, bool Aligned>
-constexpr TileKernel<Product> mma_tile(double rate) {
+template <typename Tile, Layout layout, bool Aligned, typename P = Product>
+constexpr TileKernel<P> mma_tile(double rate) {
   return {Tile::m,
           Tile::n,
           Tile::threads,
-          sizeof(typename Tile::Smem),
+          sizeof(typename RightOperand<Tile, layout, Aligned, P>::Smem),
           Tile::blocks_per_sm,
           rate,
-          mma_kernel<Tile, layout, Aligned>};
+          mma_kernel<Tile, layout, Aligned, P>};
 }
 
 // Half of a tile's columns are those of gate, half those of up.
@@ -135,7 +146,7 @@ constexpr TileKernel<GatedProduct> gated_tile(double rate) {
 }
 
 template <typename A, typename B, Layout layout, int Quads>
-constexpr TileKernel<Product> ffma_tile(double rate) {
+constexpr TileKernel<typename Elements<B>::P> ffma_tile(double rate) {
   using Tile = FfmaTile<Quads>;
   return {Tile::m, Tile::n, Tile::threads, sizeof(typename Tile::Smem), 2, rate, ffma_kernel<A, B, layout, Quads>};
 }
@@ -158,6 +169,18 @@ constexpr TileKernel<Product> ffma_tiles[] = {ffma_tile<float, B, layout, 2>(0.8
 // No model multiplies bf16 by f32 weights.
 template <Layout layout>
 constexpr TileKernel<Product> ffma_bf16_tiles[] = {ffma_tile<bf16, float, layout, 1>(0.5 * 64)};
+
+// Expanding codes takes instructions beside the products', and registers that the large tile has not left.
+template <DType dtype, Layout layout>
+constexpr TileKernel<QuantizedProduct<dtype>> quantized_mma_tiles[] = {
+    mma_tile<MediumTile, layout, true, QuantizedProduct<dtype>>(0.65 * 1024),
+    mma_tile<SmallTile, layout, true, QuantizedProduct<dtype>>(0.4 * 1024)};
+template <DType dtype, Layout layout>
+constexpr TileKernel<QuantizedProduct<dtype>> quantized_scattered_tiles[] = {
+    mma_tile<SmallTile, layout, false, QuantizedProduct<dtype>>(0.1 * 1024)};
+template <DType dtype, Layout layout>
+constexpr TileKernel<QuantizedProduct<dtype>> quantized_ffma_tiles[] = {
+    ffma_tile<float, Coded<dtype>, layout, 1>(0.4 * 64)};
 
 // A product of gate and up counts double, hence half the rates.
 constexpr TileKernel<GatedProduct> gated_tiles[] = {gated_tile<LargeTile>(0.45 * 1024),
@@ -218,11 +241,13 @@ Choice<P> choose(const Tiles<P>& tiles, int64_t m, int64_t n, int64_t k, const C
 
 // Whether rows of `length` elements can be read `piece` elements at a time.
 bool in_pieces(const Matrix& x, int64_t length, int piece) {
+  if (is_quantized(x.dtype)) return length % piece == 0;
   return aligned(x.data, static_cast<size_t>(piece * dtype_bytes(x.dtype) < 16 ? piece * dtype_bytes(x.dtype) : 16)) &&
          x.stride % piece == 0 && length % piece == 0;
 }
 
-void launch_tiles(Context& context, const Tiles<Product>& tiles, Product p) {
+template <typename P>
+void launch_tiles(Context& context, const Tiles<P>& tiles, P p) {
   const auto [tile, wanted] = choose(tiles, p.m, p.n, p.k, context, kMaxShares);
   p.k_share = static_cast<int>(ceil_div(ceil_div<int64_t>(p.k, wanted), int64_t{64}) * 64);
   const unsigned shares = ceil_div(p.k, p.k_share);  // none of them empty
@@ -231,7 +256,7 @@ void launch_tiles(Context& context, const Tiles<Product>& tiles, Product p) {
   const Launch at({count, shares}, tile->threads, tile->smem, context.stream);
   if (shares == 1) return launch(at, tile->kernel, p);
 
-  Product parts = p;
+  P parts = p;
   parts.c = context.scratch(static_cast<size_t>(size * shares) * sizeof(float));
   parts.add = nullptr;
   parts.dtype = DType::f32;
@@ -243,6 +268,24 @@ void launch_tiles(Context& context, const Tiles<Product>& tiles, Product p) {
     launch({blocks, kSumThreads, 0, context.stream}, sum_parts_kernel<T>, static_cast<const float*>(parts.c),
            static_cast<int>(shares), static_cast<const T*>(p.add), static_cast<T*>(p.c), size);
   });
+}
+
+template <DType dtype>
+void quantized_gemm(Context& context, Layout layout, DType a, bool few, const Product& product) {
+  QuantizedProduct<dtype> p = {};
+  static_cast<Product&>(p) = product;
+  p.q = quantized(dtype, const_cast<void*>(p.b), int64_t{p.n} * p.k);
+  p.maps = kQuantizedMaps;
+  const bool whole = p.b_stride % kQuantBlock == 0;
+  if (few && whole) return launch_few_rows<Coded<dtype>>(context, a, p);
+  const auto choose_tiles = [&](auto constant) {
+    constexpr Layout order = decltype(constant)::value;
+    if (a == DType::f32) return launch_tiles(context, list(quantized_ffma_tiles<dtype, order>), p);
+    if (whole && p.a_wide) return launch_tiles(context, list(quantized_mma_tiles<dtype, order>), p);
+    launch_tiles(context, list(quantized_scattered_tiles<dtype, order>), p);
+  };
+  if (layout == Layout::nt) return choose_tiles(std::integral_constant<Layout, Layout::nt>{});
+  choose_tiles(std::integral_constant<Layout, Layout::nn>{});
 }
 
 constexpr int64_t kLargest = INT32_MAX - 1024;  // dimensions are rounded up to tiles in 32 bits
@@ -259,7 +302,7 @@ void gemm(Context& context, Layout layout, int64_t m, int64_t n, int64_t k, cons
           const void* add, void* c, DType dtype) {
   need_sizes(m, n, k);
   const int64_t a_row = layout == Layout::tn ? m : k, b_row = layout == Layout::nt ? k : n;
-  const bool mma = a.dtype == DType::bf16 && b.dtype == DType::bf16;
+  const bool mma = a.dtype == DType::bf16 && b.dtype != DType::f32;
   const int piece = mma ? kMmaPiece : kFfmaPiece;
   const Matrix out = {c, dtype, n}, addend = {add, dtype, n};
   const Product p = {a.data,
@@ -276,14 +319,11 @@ void gemm(Context& context, Layout layout, int64_t m, int64_t n, int64_t k, cons
                      in_pieces(out, n, piece) && in_pieces(addend, n, piece),
                      in_pieces(a, a_row, piece),
                      in_pieces(b, b_row, piece)};
-  if (layout == Layout::nt && m <= 4 && in_pieces(a, k, 8) && in_pieces(b, k, 8))
-    return with_float_type(a.dtype, [&](auto zero_a) {
-      with_float_type(b.dtype, [&](auto zero_b) {
-        with_float_type(dtype, [&](auto zero_c) {
-          launch_few_rows<decltype(zero_a), decltype(zero_b), decltype(zero_c)>(context, p);
-        });
-      });
-    });
+  const bool few = layout == Layout::nt && m <= 4 && in_pieces(a, k, 8);
+  if (b.dtype == DType::nf4) return quantized_gemm<DType::nf4>(context, layout, a.dtype, few, p);
+  if (b.dtype == DType::int8) return quantized_gemm<DType::int8>(context, layout, a.dtype, few, p);
+  if (few && in_pieces(b, k, 8))
+    return with_float_type(b.dtype, [&](auto zero) { launch_few_rows<decltype(zero)>(context, a.dtype, p); });
   const bool whole = p.a_wide && p.b_wide;
   switch (layout) {
     case Layout::nn:

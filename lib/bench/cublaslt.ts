@@ -3,7 +3,7 @@ import { existsSync } from 'node:fs'
 import { join } from 'node:path'
 import { type Buffer, Device } from '../runtime/device.js'
 import { native } from '../runtime/native.js'
-import { DTYPE_CODE, type DType, type Tensor } from '../runtime/tensor.js'
+import { DTYPE_CODE, type PlainDType, type Tensor } from '../runtime/tensor.js'
 import { random, result } from './data.js'
 import type { Layout } from './kernels.js'
 import type { Side } from './measure.js'
@@ -31,7 +31,7 @@ export interface Product {
   m: number
   n: number
   k: number
-  dtype: DType
+  dtype: PlainDType
 }
 
 /** a, b and c of a product, each in a buffer of its own. */

@@ -4,7 +4,7 @@ import { toBfloat16 } from '../runtime/bfloat16.js'
 import type { Device } from '../runtime/device.js'
 import { cast, fill } from '../runtime/ops.gen.js'
 import { Recorder } from '../runtime/recorder.js'
-import { DTYPE_BYTES, type DType, Tensor } from '../runtime/tensor.js'
+import { DTYPE_BYTES, type DType, type PlainDType, Tensor } from '../runtime/tensor.js'
 
 /** Random numbers that are made here, once; larger tensors are filled with copies of them, on the device. */
 const POOL = 4 << 20
@@ -30,7 +30,7 @@ export function randomTokens(rows: number, time: number, vocabulary: number): nu
 }
 
 /** Uniform numbers in (-scale, scale). */
-export async function random(device: Device, dtype: DType, dims: readonly number[], scale = 1): Promise<Tensor> {
+export async function random(device: Device, dtype: PlainDType, dims: readonly number[], scale = 1): Promise<Tensor> {
   const tensor = device.tensor(dtype, dims, 'random numbers')
   if (tensor.size <= POOL) {
     await device.upload(tensor, numbers(tensor.size, dtype, scale))
@@ -68,7 +68,7 @@ function numbers(size: number, dtype: DType, scale: number): Float32Array | Uint
 
 async function withPool(
   device: Device,
-  dtype: DType,
+  dtype: PlainDType,
   scale: number,
   record: (recorder: Recorder, pool: Tensor) => void,
 ): Promise<void> {

@@ -3,7 +3,7 @@ import { Device } from '../runtime/device.js'
 import * as ops from '../runtime/ops.gen.js'
 import { type Plan } from '../runtime/plan.js'
 import { Recorder } from '../runtime/recorder.js'
-import { DTYPE_BYTES, type DType, Tensor } from '../runtime/tensor.js'
+import { DTYPE_BYTES, type PlainDType, Tensor } from '../runtime/tensor.js'
 import { integers, random, result } from './data.js'
 import type { Side } from './measure.js'
 
@@ -80,7 +80,7 @@ async function seconds(plan: Plan): Promise<number> {
   return (performance.now() - start) / 1000
 }
 
-export function matmul(layout: Layout, m: number, n: number, k: number, dtype: DType = 'f32'): Kernel {
+export function matmul(layout: Layout, m: number, n: number, k: number, dtype: PlainDType = 'f32'): Kernel {
   return async (device) => {
     const a = await random(device, dtype, layout === 'tn' ? [k, m] : [m, k])
     const b = await random(device, dtype, layout === 'nt' ? [n, k] : [k, n])
@@ -99,7 +99,11 @@ export interface AttentionShape {
 }
 
 /** Queries, keys and values of variance 1, positions 0 .. T-1, causal. */
-async function attentionInputs(device: Device, dtype: DType, { batch, time, heads, kvHeads, headDim }: AttentionShape) {
+async function attentionInputs(
+  device: Device,
+  dtype: PlainDType,
+  { batch, time, heads, kvHeads, headDim }: AttentionShape,
+) {
   const of = (count: number): Promise<Tensor> => random(device, dtype, [batch, time, count, headDim], Math.sqrt(3))
   const angle = (t: number, i: number): number => t * 10000 ** (-i / (headDim / 2))
   const half = headDim / 2
@@ -118,7 +122,7 @@ async function attentionInputs(device: Device, dtype: DType, { batch, time, head
 }
 
 /** Causal, the rotary embedding included. */
-export function attention(mode: Mode, shape: AttentionShape, dtype: DType = 'f32'): Kernel {
+export function attention(mode: Mode, shape: AttentionShape, dtype: PlainDType = 'f32'): Kernel {
   return async (device) => {
     const { batch, time, heads } = shape
     const inputs = await attentionInputs(device, dtype, shape)
@@ -148,7 +152,7 @@ export function attention(mode: Mode, shape: AttentionShape, dtype: DType = 'f32
 }
 
 /** The forward pass over keys that were rotated before: what is left of attention_fwd without the rotation of its keys. */
-export function attentionOfRotated(shape: AttentionShape, dtype: DType = 'f32'): Kernel {
+export function attentionOfRotated(shape: AttentionShape, dtype: PlainDType = 'f32'): Kernel {
   return async (device) => {
     const { k, v, ...inputs } = await attentionInputs(device, dtype, shape)
     const o = result(device, dtype, inputs.q.dims)
@@ -158,7 +162,7 @@ export function attentionOfRotated(shape: AttentionShape, dtype: DType = 'f32'):
 }
 
 /** Rotating keys, and copying values, into a cache. */
-export function append(shape: AttentionShape, dtype: DType = 'f32'): Kernel {
+export function append(shape: AttentionShape, dtype: PlainDType = 'f32'): Kernel {
   return async (device) => {
     const { k, v, cos, sin, pos } = await attentionInputs(device, dtype, shape)
     const slot = await integers(device, [shape.batch, shape.time], (n) => n % shape.time)
@@ -167,7 +171,7 @@ export function append(shape: AttentionShape, dtype: DType = 'f32'): Kernel {
   }
 }
 
-export function rmsnorm(mode: Mode, rows: number, channels: number, dtype: DType = 'f32'): Kernel {
+export function rmsnorm(mode: Mode, rows: number, channels: number, dtype: PlainDType = 'f32'): Kernel {
   return async (device) => {
     const dims = [rows, channels]
     const [x, dy] = [await random(device, dtype, dims), await random(device, dtype, dims)]
@@ -180,7 +184,7 @@ export function rmsnorm(mode: Mode, rows: number, channels: number, dtype: DType
   }
 }
 
-export function swiglu(mode: Mode, size: number, dtype: DType = 'f32'): Kernel {
+export function swiglu(mode: Mode, size: number, dtype: PlainDType = 'f32'): Kernel {
   return async (device) => {
     const [gate, up] = [await random(device, dtype, [size]), await random(device, dtype, [size])]
     const dgate = result(device, dtype, [size])
@@ -195,7 +199,7 @@ export function linearCrossEntropy(
   channels: number,
   vocabulary: number,
   chunk: number,
-  dtype: DType = 'f32',
+  dtype: PlainDType = 'f32',
 ): Kernel {
   return async (device) => {
     const x = await random(device, dtype, [rows, channels], Math.sqrt(3))
@@ -216,7 +220,7 @@ export function embedding(
   rows: number,
   channels: number,
   vocabulary: number,
-  dtype: DType = 'f32',
+  dtype: PlainDType = 'f32',
 ): Kernel {
   return async (device) => {
     const ids = await integers(device, [rows], () => Math.floor(vocabulary * Math.random()))
@@ -248,7 +252,8 @@ export const OPTIMIZERS: readonly (readonly [name: string, optimizer: Optimizer,
 
 const WEIGHT_BYTES = { f32: 8, master: 10, low: 8, stochastic: 4 }
 const STATE_BYTES = { f32: 16, bf16: 8, u8: 4 + 16 / 256 }
-const gradientsOf = ({ weights, states }: Optimizer): DType => (states === 'f32' || weights === 'f32' ? 'f32' : 'bf16')
+const gradientsOf = ({ weights, states }: Optimizer): PlainDType =>
+  states === 'f32' || weights === 'f32' ? 'f32' : 'bf16'
 
 /** Bytes that an update reads and writes for an element. f32 masters are read and written, their p is written. */
 export const adamwBytes = (optimizer: Optimizer): number =>
@@ -266,7 +271,7 @@ export function adamw(size: number, optimizer: Optimizer = { weights: 'f32', sta
     const g = await random(device, gradientsOf(optimizer), [size], 0.01)
     const zeros = new Recorder(device, 'optimizer start')
     // zero bytes are 0 in every dtype
-    const zero = (dtype: DType, elements: number): Tensor => {
+    const zero = (dtype: PlainDType, elements: number): Tensor => {
       const to = result(device, dtype, [elements])
       ops.fill(zeros, { y: new Tensor(to.storage, 0, 'f32', [to.bytes / 4]), value: 0 })
       return to
@@ -285,7 +290,7 @@ export function adamw(size: number, optimizer: Optimizer = { weights: 'f32', sta
 }
 
 /** Our own copy, element by element. */
-export function copy(size: number, dtype: DType = 'f32'): Kernel {
+export function copy(size: number, dtype: PlainDType = 'f32'): Kernel {
   return async (device) => {
     const x = await random(device, dtype, [size])
     const y = result(device, dtype, [size])

@@ -5,7 +5,7 @@ import { join } from 'node:path'
 import { createInterface } from 'node:readline'
 import { Device } from '../runtime/device.js'
 import { native, PACKAGE_ROOT } from '../runtime/native.js'
-import type { DType } from '../runtime/tensor.js'
+import type { PlainDType } from '../runtime/tensor.js'
 import { cublasltSide, openCublaslt } from './cublaslt.js'
 import type { Side } from './measure.js'
 
@@ -78,7 +78,7 @@ export class Peers {
       sides.push({ name: 'openblas', work, run })
     }
     if (this.cublaslt && peer.op === 'matmul') {
-      const { layout, m, n, k, dtype, sets } = peer as MatmulCase & { dtype: DType; sets: number }
+      const { layout, m, n, k, dtype, sets } = peer as MatmulCase & { dtype: PlainDType; sets: number }
       const product = { layout, m, n, k, dtype }
       sides.push(await cublasltSide(this.device, this.cublaslt, product, sets, work, repeats))
     }

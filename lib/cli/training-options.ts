@@ -1,5 +1,5 @@
 // Options that commands share which train, or plan to.
-import type { LoraOptions, MemoryOptions, PoseOptions } from '../index.js'
+import type { LoraOptions, MemoryOptions, PlanRequest } from '../index.js'
 import { loraParts, loraTargets } from '../model/lora.js'
 import { defined, type OptionTable, UsageError, type Values } from './options.js'
 
@@ -45,6 +45,13 @@ export const adapterOptions = {
     help: `of ${loraTargets.join(', ')}, with commas; or all`,
   },
   'also-train': { kind: 'text', value: 'names', help: `with --lora, whole: ${loraParts.join(', ')}, with commas` },
+  quantize: {
+    kind: 'text',
+    value: 'form',
+    choices: ['nf4', 'int8'],
+    help: 'with --lora: how the matrices of the blocks are kept',
+    default: 'as the others',
+  },
   pose: { ...whole, help: 'PoSE: windows of --context tokens train the positions of this many' },
 } as const satisfies OptionTable
 
@@ -83,14 +90,20 @@ export function memoryWords(memory: MemoryOptions): string {
 }
 
 /** Names are checked by the library. */
-export function readAdapter(values: Values<typeof adapterOptions>): { lora?: LoraOptions; pose?: PoseOptions } {
+export function readAdapter(
+  values: Values<typeof adapterOptions>,
+): Pick<PlanRequest, 'lora' | 'quantize' | 'pose'> {
   const { lora: rank, 'lora-targets': targets, 'also-train': also, pose } = values
   if (rank === undefined && (targets ?? also) !== undefined) {
     throw new UsageError(`--${targets === undefined ? 'also-train' : 'lora-targets'} needs --lora: the adapter's rank`)
   }
+  if (rank === undefined && values.quantize !== undefined) {
+    throw new UsageError("--quantize needs --lora: quantised weights are too coarse to be trained themselves")
+  }
   const lora = { rank, targets: targets === 'all' ? loraTargets : list(targets), alsoTrain: list(also) }
   return {
     ...(rank !== undefined && { lora: defined(lora) as LoraOptions }),
+    ...(values.quantize !== undefined && { quantize: values.quantize as 'nf4' | 'int8' }),
     ...(pose !== undefined && { pose: { length: pose } }),
   }
 }

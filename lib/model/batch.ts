@@ -244,7 +244,7 @@ export function mean(nll: Float32Array, { targets }: Batch): number {
 }
 
 /** The elements in another dtype, float32 rounded to the nearest bfloat16. */
-export function convert(name: string, tensor: HostTensor, dtype: 'float32' | 'bfloat16'): ArrayBufferView {
+export function convert(name: string, tensor: HostTensor, dtype: 'float32' | 'bfloat16'): Float32Array | Uint16Array {
   const { type, data } = tensor
   if (type === 'float32' && data instanceof Float32Array) {
     return dtype === 'float32' ? data.slice() : Uint16Array.from(data, toBfloat16)

@@ -3,7 +3,7 @@ import { fromBfloat16 } from '../runtime/bfloat16.js'
 import type { Device } from '../runtime/device.js'
 import { sumSquares } from '../runtime/ops.gen.js'
 import { Recorder } from '../runtime/recorder.js'
-import type { DType, Tensor } from '../runtime/tensor.js'
+import { isQuantized, type PlainDType, type Tensor } from '../runtime/tensor.js'
 import type { Parameters } from './parameters.js'
 
 /** Throws, naming the first, where a weight is NaN or infinite. One read of the weights on the device. */
@@ -13,6 +13,7 @@ export async function requireFinite(weights: Parameters, path: string): Promise<
   const whole = weights.flat(weights.buffer, weights.dtype)
   if (Number.isFinite(await sumOfSquares(device, whole))) return
   for (const { name, value } of weights) {
+    if (isQuantized(value.dtype)) continue // nothing that is not finite is ever quantised
     if (Number.isFinite(await sumOfSquares(device, value))) continue
     const index = firstNonFinite(await device.download(value), weights.dtype)
     if (index === -1) continue // finite, but its square is not
@@ -24,7 +25,7 @@ export async function requireFinite(weights: Parameters, path: string): Promise<
 export async function notFinite(path: string, name: string, weight: Tensor, index: number, device: Device) {
   const one = weight.view(weight.size).rows(index, 1)
   const bytes = await device.download(one)
-  const value = toNumbers(bytes, weight.dtype)[0]
+  const value = toNumbers(bytes, weight.dtype as PlainDType)[0]
   return new RopewalkError(
     'ERR_NOT_FINITE',
     `${path}: ${name} has ${value} at element ${index}: the weights are damaged. Use an earlier checkpoint, or download ` +
@@ -44,10 +45,10 @@ async function sumOfSquares(device: Device, x: Tensor): Promise<number> {
   }
 }
 
-function toNumbers(bytes: Uint8Array, dtype: DType): Float32Array {
+function toNumbers(bytes: Uint8Array, dtype: PlainDType): Float32Array {
   if (dtype === 'f32') return new Float32Array(bytes.buffer)
   return Float32Array.from(new Uint16Array(bytes.buffer), fromBfloat16)
 }
 
-const firstNonFinite = (bytes: Uint8Array, dtype: DType): number =>
+const firstNonFinite = (bytes: Uint8Array, dtype: PlainDType): number =>
   toNumbers(bytes, dtype).findIndex((value) => !Number.isFinite(value))

@@ -6,11 +6,10 @@ import { type ModelFolder, openModelFolder } from '../files/folder.js'
 import { saveAdapterFolder, saveModelFolder } from '../files/save.js'
 import { loadTokenizer, type Tokenizer } from '../files/tokenizer.js'
 import { Device } from '../runtime/device.js'
-import type { DType } from '../runtime/tensor.js'
+import { type DType, isQuantized } from '../runtime/tensor.js'
 import {
   type Batch,
   type BatchOptions,
-  convert,
   type HostTensor,
   mean,
   readBatch,
@@ -35,6 +34,7 @@ import { Parameters } from './parameters.js'
 import { gradientsOf, type Pass, PassCache, type PassKind, recordPass, runPass, runScored } from './passes.js'
 import { adapterPositions, checkAdapter, readAdapter, writeAdapter } from './peft.js'
 import { chooseScored } from './scored.js'
+import { checkValues, readValues, writeValues } from './values.js'
 
 /**
  * Options of {@link Llama.create}; dtype is float32 unless given.
@@ -160,6 +160,11 @@ export class Llama {
     return this.weights.dtype === 'bf16' ? 'bfloat16' : 'float32'
   }
 
+  /** How the matrices of the blocks are kept, where {@link LoadOptions} `quantize` has rounded them. */
+  get quantization(): 'nf4' | 'int8' | undefined {
+    return this.weights.quantization
+  }
+
   /** The longest context, in tokens, that the config promises. */
   get contextWindow(): number {
     return contextWindow(this.config)
@@ -176,8 +181,11 @@ export class Llama {
   }
 
   /** Names (Hugging Face's), dims and dtypes of all parameters, in the order of the model. */
-  parameters(): { name: string; dims: number[]; type: 'float32' | 'bfloat16' }[] {
-    return Array.from(this.weights, ({ name, value }) => ({ name, dims: [...value.dims], type: this.dtype }))
+  parameters(): { name: string; dims: number[]; type: 'float32' | 'bfloat16' | 'nf4' | 'int8' }[] {
+    const { dtype } = this
+    return Array.from(this.weights, ({ name, value }) => {
+      return { name, dims: [...value.dims], type: isQuantized(value.dtype) ? value.dtype : dtype }
+    })
   }
 
   /**
@@ -239,32 +247,26 @@ export class Llama {
     })
   }
 
-  /** A parameter's values, in the model's dtype, of an adapter's in float32. RangeError for an unknown name. */
+  /**
+   * A parameter's values, in the model's dtype; of an adapter's in float32, and of a quantised one those that it stands
+   * for, in float32. RangeError for an unknown name.
+   */
   async read(name: string): Promise<HostTensor<Float32Array | Uint16Array>> {
     const parameter = this.find(name)
-    const { value } = parameter
-    const bytes = await this.exclusive(() => this.device.download(parameter.value))
-    const data = value.dtype === 'f32' ? new Float32Array(bytes.buffer) : new Uint16Array(bytes.buffer)
-    return { type: value.dtype === 'f32' ? 'float32' : 'bfloat16', dims: [...value.dims], data }
+    return this.exclusive(() => readValues(this.device, parameter.value))
   }
 
   /**
    * Replaces a parameter's values. The tensor must have its dims (else RangeError) and be float32 or bfloat16 (else
-   * TypeError); it becomes the model's dtype, float32 rounded to the nearest bfloat16, ties to even.
+   * TypeError); it becomes the model's dtype, float32 rounded to the nearest bfloat16, ties to even. For a quantised
+   * parameter it is quantised, and must be finite (else RangeError).
    */
   async write(name: string, tensor: HostTensor): Promise<void> {
     const parameter = this.find(name)
-    const { value } = parameter
-    if (!tensor || !Array.isArray(tensor.dims) || !ArrayBuffer.isView(tensor.data)) {
-      throw new TypeError(`${name}: expected a tensor { type, dims, data }`)
-    }
-    if (tensor.dims.join() !== value.dims.join() || tensor.data.length !== value.size) {
-      throw new RangeError(`${name}: dims are (${tensor.dims.join(',')}), expected (${value.dims.join(',')})`)
-    }
-    const data = convert(name, tensor, value.dtype === 'f32' ? 'float32' : 'bfloat16')
+    const data = checkValues(name, tensor, parameter.value)
     await this.exclusive(async () => {
-      if (this.weights.has(name)) await this.own()
-      await this.device.upload(parameter.value, data)
+      if (this.weights.has(name) && !isQuantized(parameter.value.dtype)) await this.own()
+      await writeValues(this.device, data, parameter.value)
     })
   }
 
@@ -318,10 +320,15 @@ export class Llama {
   /**
    * Writes a Hugging Face folder, whole or not at all: config.json with the new positions, weights, tokenizer. Throws
    * RopewalkError ERR_EXISTS, ERR_NO_SPACE, ERR_WRITE, and ERR_NOT_FINITE where a weight is NaN or infinite. A model
-   * with an adapter has to be merged first.
+   * with an adapter has to be merged first; one that is quantised is not saved (Error).
    */
   async save(path: string, options: SaveOptions = {}): Promise<void> {
     if (this.lora) throw new Error('this model has an adapter: merge() it first, or saveAdapter() to save it alone')
+    if (this.quantization) {
+      throw new Error(
+        `this model is quantised (${this.quantization}), and less exact than ${this.path}: load it without quantize to save it`,
+      )
+    }
     await this.exclusive(async () => {
       await this.requireFinite()
       const fileDtype = FILE_DTYPE_OF[this.dtype]
@@ -344,11 +351,16 @@ export class Llama {
   /**
    * Makes the adapter a part of the weights: W + (alpha / rank) B A, computed in float32 and rounded once. The adapter is
    * gone then. Throws an Error where there is none.
+   *
+   * Of a quantised model, W are the dequantised weights, rounded to the model's dtype; they stay so, and take as much
+   * memory as if they had never been quantised. What the checkpoint has lost by quantising is not in the sum: to merge
+   * into the checkpoint's own weights, load it without `quantize` and with the adapter.
    */
   async merge(): Promise<void> {
     await this.exclusive(async () => {
       const lora = this.requireLora()
       await this.own()
+      await this.weights.dequantize()
       await lora.merge()
       this.dropAdapter()
     })

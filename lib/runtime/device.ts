@@ -1,6 +1,6 @@
 import { didYouMean, formatBytes, RopewalkError } from '../errors.js'
 import { type DeviceMemory, native } from './native.js'
-import { DTYPE_BYTES, DTYPE_CODE, type DType, type Storage, Tensor } from './tensor.js'
+import { DTYPE_CODE, type DType, type Storage, Tensor, tensorBytes } from './tensor.js'
 
 /** Element types of files; integers stay integers, the others are converted to what the tensor holds. */
 export type FileDType = 'F32' | 'BF16' | 'I32' | 'U8' | 'U16' | 'F16' | 'F64'
@@ -215,8 +215,8 @@ export class Device {
 
   /** @internal A tensor in a buffer of its own. */
   tensor(dtype: DType, dims: readonly number[], name: string): Tensor {
-    const bytes = dims.reduce((product, dim) => product * dim, DTYPE_BYTES[dtype])
-    return new Tensor(this.alloc(bytes, name), 0, dtype, dims)
+    const size = dims.reduce((product, dim) => product * dim, 1)
+    return new Tensor(this.alloc(tensorBytes(dtype, size), name), 0, dtype, dims)
   }
 
   /** @internal Copies host data to a tensor; the array may be reused as soon as this returns its promise. */

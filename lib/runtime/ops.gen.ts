@@ -59,7 +59,7 @@ export const OPS = [
     opcode: 4,
     fields: [
       { kind: 'IN', name: 'a', dtype: 'F', dims: ['M', 'K'] },
-      { kind: 'IN', name: 'b', dtype: 'W', dims: ['K', 'N'] },
+      { kind: 'IN', name: 'b', dtype: 'Q', dims: ['K', 'N'] },
       { kind: 'OPT', name: 'add', dtype: 'G', dims: ['M', 'N'] },
       { kind: 'OUT', name: 'c', dtype: 'G', dims: ['M', 'N'] },
     ],
@@ -70,7 +70,7 @@ export const OPS = [
     opcode: 5,
     fields: [
       { kind: 'IN', name: 'a', dtype: 'F', dims: ['M', 'K'] },
-      { kind: 'IN', name: 'b', dtype: 'W', dims: ['N', 'K'] },
+      { kind: 'IN', name: 'b', dtype: 'Q', dims: ['N', 'K'] },
       { kind: 'OPT', name: 'add', dtype: 'G', dims: ['M', 'N'] },
       { kind: 'OUT', name: 'c', dtype: 'G', dims: ['M', 'N'] },
     ],
@@ -92,8 +92,8 @@ export const OPS = [
     opcode: 7,
     fields: [
       { kind: 'IN', name: 'a', dtype: 'F', dims: ['M', 'K'] },
-      { kind: 'IN', name: 'w_gate', dtype: 'W', dims: ['N', 'K'] },
-      { kind: 'IN', name: 'w_up', dtype: 'W', dims: ['N', 'K'] },
+      { kind: 'IN', name: 'w_gate', dtype: 'Q', dims: ['N', 'K'] },
+      { kind: 'IN', name: 'w_up', dtype: 'Q', dims: ['N', 'K'] },
       { kind: 'OUT', name: 'gate', dtype: 'F', dims: ['M', 'N'] },
       { kind: 'OUT', name: 'up', dtype: 'F', dims: ['M', 'N'] },
       { kind: 'OUT', name: 'y', dtype: 'F', dims: ['M', 'N'] },
@@ -357,8 +357,26 @@ export const OPS = [
     flops: () => 0,
   },
   {
-    name: 'fill',
+    name: 'quantize',
     opcode: 27,
+    fields: [
+      { kind: 'IN', name: 'x', dtype: 'F', dims: ['N'] },
+      { kind: 'OUT', name: 'y', dtype: 'Q', dims: ['N'] },
+    ],
+    flops: ({ N }) => 20 * N,
+  },
+  {
+    name: 'dequantize',
+    opcode: 28,
+    fields: [
+      { kind: 'IN', name: 'x', dtype: 'Q', dims: ['N'] },
+      { kind: 'OUT', name: 'y', dtype: 'G', dims: ['N'] },
+    ],
+    flops: ({ N }) => N,
+  },
+  {
+    name: 'fill',
+    opcode: 29,
     fields: [
       { kind: 'OUT', name: 'y', dtype: 'F', dims: ['N'] },
       { kind: 'FLT', name: 'value' },
@@ -421,19 +439,22 @@ export function rmsnormBwd(recorder: Recorder, args: RmsnormBwd): { dx: Tensor; 
 
 export interface MatmulNn {
   a: Tensor // F (M,K)
-  b: Tensor // W (K,N)
+  b: Tensor // Q (K,N)
   add?: Tensor | undefined // G (M,N)
   c?: Tensor | undefined // G (M,N)
 }
 
-/** c = a b (+ add), with a, b stored as the suffix says: n as is, t transposed. f32 accumulation. */
+/**
+ * c = a b (+ add), with a, b stored as the suffix says: n as is, t transposed. f32 accumulation. A quantised b is
+ * dequantised to the dtype of a, tile by tile within the product.
+ */
 export function matmulNn(recorder: Recorder, args: MatmulNn): { c: Tensor } {
   return recorder.emit(OPS[4], args) as { c: Tensor }
 }
 
 export interface MatmulNt {
   a: Tensor // F (M,K)
-  b: Tensor // W (N,K)
+  b: Tensor // Q (N,K)
   add?: Tensor | undefined // G (M,N)
   c?: Tensor | undefined // G (M,N)
 }
@@ -455,8 +476,8 @@ export function matmulTn(recorder: Recorder, args: MatmulTn): { c: Tensor } {
 
 export interface MatmulSwiglu {
   a: Tensor // F (M,K)
-  w_gate: Tensor // W (N,K)
-  w_up: Tensor // W (N,K)
+  w_gate: Tensor // Q (N,K)
+  w_up: Tensor // Q (N,K)
   gate?: Tensor | undefined // F (M,N)
   up?: Tensor | undefined // F (M,N)
   y?: Tensor | undefined // F (M,N)
@@ -757,14 +778,39 @@ export function cast(recorder: Recorder, args: Cast): { y: Tensor } {
   return recorder.emit(OPS[26], args) as { y: Tensor }
 }
 
+export interface Quantize {
+  x: Tensor // F (N)
+  y?: Tensor | undefined // Q (N)
+}
+
+/**
+ * y = x, rounded to nf4 or int8 in blocks of 64 elements; the last one is filled up with 0. A block's largest magnitude
+ * is its absmax. int8: a byte an element, round(x / s), and s = absmax / 127 in f32. nf4 (arXiv 2305.14314): four bits an
+ * element, the number of the nearest to x / absmax of 16 values (appendix E). The absmax is kept as a byte: offset + u
+ * map[byte], offset the mean of all of them, u the largest distance from it in a group of 256 blocks, and the map that of
+ * 8-bit states with both signs, sorted. As bitsandbytes has it, but for the order of sums. NaN and infinity spoil all.
+ */
+export function quantize(recorder: Recorder, args: Quantize): { y: Tensor } {
+  return recorder.emit(OPS[27], args) as { y: Tensor }
+}
+
+export interface Dequantize {
+  x: Tensor // Q (N)
+  y?: Tensor | undefined // G (N)
+}
+
+export function dequantize(recorder: Recorder, args: Dequantize): { y: Tensor } {
+  return recorder.emit(OPS[28], args) as { y: Tensor }
+}
+
 export interface Fill {
   y?: Tensor | undefined // F (N)
   value: number
 }
 
 export function fill(recorder: Recorder, args: Fill): { y: Tensor } {
-  return recorder.emit(OPS[27], args) as { y: Tensor }
+  return recorder.emit(OPS[29], args) as { y: Tensor }
 }
 
 /** Of the table; the addon and every backend must have been built from the same one. */
-export const TABLE_HASH = 'd8f5d80436740b83'
+export const TABLE_HASH = '5fa8a730118a69f9'

@@ -2,7 +2,7 @@ import { Buffer, type Device } from './device.js'
 import { checkLimits } from './limits.js'
 import { Plan, type PlanOptions } from './plan.js'
 import { checkRule } from './rules.js'
-import { DTYPE_BYTES, type DType, isFloat, Scratch, setPurpose, Tensor } from './tensor.js'
+import { type DType, isFloat, isQuantized, Scratch, setPurpose, Tensor, tensorBytes } from './tensor.js'
 
 export type FieldKind = 'IN' | 'OUT' | 'INOUT' | 'OPT' | 'OPT_INOUT' | 'OPT_OUT' | 'TMP' | 'INT' | 'FLT'
 
@@ -73,7 +73,7 @@ export class Recorder {
     if (!Number.isSafeInteger(size) || size < 1 || dims.some((dim) => !Number.isInteger(dim) || dim < 1)) {
       throw new RangeError(`${name}: dims (${dims.join(',')}) must be positive whole numbers`)
     }
-    return new Tensor(new Scratch(size * DTYPE_BYTES[dtype], name, host), 0, dtype, dims)
+    return new Tensor(new Scratch(tensorBytes(dtype, size), name, host), 0, dtype, dims)
   }
 
   /** Checks and appends one operation; allocates what it writes and was not given. Called by the emitters. */
@@ -182,7 +182,11 @@ export class Recorder {
       throw new RangeError(`${where}: has ${tensor.size} elements, the limit is ${MOST_IDS} (${tensor.describe()})`)
     }
     if (/^[A-Z]$/.test(field.dtype!)) {
-      if (!isFloat(tensor.dtype)) throw new TypeError(`${where}: dtype is ${tensor.dtype}, expected f32 or bf16`)
+      const quantized = field.dtype === 'Q'
+      if (!isFloat(tensor.dtype) && !(quantized && isQuantized(tensor.dtype))) {
+        const known = quantized ? 'f32, bf16, nf4 or int8' : 'f32 or bf16'
+        throw new TypeError(`${where}: dtype is ${tensor.dtype}, expected ${known}`)
+      }
       dtypes[field.dtype!] = tensor.dtype
     }
     if (actual.length !== dims.length) {

@@ -1,5 +1,5 @@
 // What the op table cannot say of an operation's arguments; checked at record time, like the table.
-import type { Tensor } from './tensor.js'
+import { isQuantized, type Tensor } from './tensor.js'
 
 type Args = { readonly [name: string]: Tensor | number | undefined }
 
@@ -22,7 +22,22 @@ function adamw(op: string, args: Args): void {
   }
 }
 
-const RULES: Readonly<Record<string, (op: string, args: Args) => void>> = { adamw, adamw_8bit: adamw }
+/** One of the two is quantised, not just narrow: for that there is cast. */
+const quantized =
+  (name: 'x' | 'y') =>
+  (op: string, args: Args): void => {
+    const tensor = args[name] as Tensor | undefined
+    if (!tensor) throw new TypeError(`${op}: ${name} is missing: a tensor of dtype nf4 or int8`)
+    if (isQuantized(tensor.dtype)) return
+    throw new TypeError(`${op}: ${name} (${tensor.describe()}) must be nf4 or int8; cast is for f32 and bf16`)
+  }
+
+const RULES: Readonly<Record<string, (op: string, args: Args) => void>> = {
+  adamw,
+  adamw_8bit: adamw,
+  quantize: quantized('y'),
+  dequantize: quantized('x'),
+}
 
 /** Throws where the arguments break the rule of their op. */
 export function checkRule(op: string, args: Args): void {

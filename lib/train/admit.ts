@@ -21,6 +21,7 @@ function planningOf(model: Llama, settings: Settings, { rows, time, accumulate }
     name: model.path,
     config: model.config,
     dtype: model.weights.dtype,
+    quantization: model.quantization,
     context: time,
     settings: { ...settings, batchSize: rows, accumulate, context: time },
     steps: undefined,

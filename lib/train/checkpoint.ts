@@ -22,7 +22,7 @@ import type { Lora } from '../model/lora.js'
 import type { Parameters } from '../model/parameters.js'
 import { readAdapterTensors, writeAdapter } from '../model/peft.js'
 import type { Device, FileDType } from '../runtime/device.js'
-import { type DType, Tensor } from '../runtime/tensor.js'
+import { type PlainDType, Tensor } from '../runtime/tensor.js'
 import type { DataCursor } from './data.js'
 import type { AdamW } from './optimizer.js'
 
@@ -65,7 +65,7 @@ export const checkpointName = (step: number): string => `checkpoint-${String(ste
 
 /** Bytes of a checkpoint, but for headers and the tokenizer. */
 export function checkpointBytes(weights: Parameters, lora: Lora | undefined, optimizer: AdamW): number {
-  return (lora ? lora.savedBytes : weights.buffer.bytes) + optimizer.stateBytes
+  return (lora ? lora.savedBytes : weights.bytes) + optimizer.stateBytes
 }
 
 /** Checkpoints in a folder, the newest first; healthy or not. */
@@ -127,7 +127,13 @@ export async function writeCheckpoint(
     for (const { name, bytes, sha256 } of saved) sums[name] = { bytes, sha256 }
     const entries: TensorEntry[] = Array.from(optimizer.entries(), ({ name, tensor }) => {
       const { bytes, dims, dtype } = tensor
-      return { name, dtype: FILE_DTYPE[dtype], dims: [...dims], bytes, data: () => device.downloadChunks(tensor) }
+      return {
+        name,
+        dtype: FILE_DTYPE[dtype as PlainDType],
+        dims: [...dims],
+        bytes,
+        data: () => device.downloadChunks(tensor),
+      }
     })
     sums[STATE] = await writeSafetensors(join(temporary, STATE), entries, [], { sync: true })
     const text = Buffer.from(`${JSON.stringify(record, undefined, 2)}\n`)
@@ -153,7 +159,7 @@ export async function makeFolder(output: string, needed: number): Promise<void> 
   }
 }
 
-const FILE_DTYPE: Readonly<Record<DType, TensorEntry['dtype']>> = {
+const FILE_DTYPE: Readonly<Record<PlainDType, TensorEntry['dtype']>> = {
   f32: 'F32',
   bf16: 'BF16',
   i32: 'I32',

@@ -125,9 +125,9 @@ export class Finder {
     const key = [gradients, masters, moments, offloadOptimizer].join()
     let found = this.updated.get(key)
     if (!found) {
-      const { config, dtype, settings, onGpu, rates } = this.planning
+      const { config, dtype, quantization, settings, onGpu, rates } = this.planning
       const device = Device.open(onGpu ? 'dry:cuda' : 'dry')
-      const weights = new Parameters(device, dtype, parameterShapes(config))
+      const weights = new Parameters(device, dtype, parameterShapes(config), { quantization })
       const lora = settings.lora && new Lora(weights, config, settings.lora)
       const memory = { ...MEMORY_DEFAULTS, gradients, masters, moments, offloadOptimizer }
       const optimizer = new AdamW((lora ?? weights).segments(), { ...settings, memory })
@@ -174,9 +174,9 @@ export class Finder {
   }
 
   private recordLayers(layers: number, memory: MemorySettings, context: number, batchSize: number): StepRecord {
-    const { config, dtype, settings, onGpu } = this.planning
+    const { config, dtype, quantization, settings, onGpu } = this.planning
     const device = Device.open(onGpu ? 'dry:cuda' : 'dry')
-    return recordStep(device, { ...config, layers }, dtype, { ...settings, batchSize, memory }, context)
+    return recordStep(device, { ...config, layers }, dtype, { ...settings, batchSize, memory }, context, quantization)
   }
 }
 

@@ -4,7 +4,7 @@ import type { Buffer, Device } from '../runtime/device.js'
 import { adamw, adamw8bit, add, cast, clip, fill, sumSquares } from '../runtime/ops.gen.js'
 import type { Plan } from '../runtime/plan.js'
 import { Recorder } from '../runtime/recorder.js'
-import { DTYPE_BYTES, type DType, setPurpose, Tensor } from '../runtime/tensor.js'
+import { DTYPE_BYTES, type PlainDType, setPurpose, Tensor, tensorBytes } from '../runtime/tensor.js'
 import { MEMORY_DEFAULTS, type MemorySettings } from './memory.js'
 import { type SegmentStates, StateLayout, type StateName } from './states.js'
 
@@ -207,7 +207,7 @@ export class AdamW {
   }
 
   /** The output matrix's gradient is added up over parts of the rows, and kept in f32; vectors are small. */
-  private gradientDtype({ name }: Segment): DType {
+  private gradientDtype({ name }: Segment): PlainDType {
     const narrow = this.memory.gradients === 'bfloat16' && /\.layers\.\d+$/.test(name)
     return narrow ? 'bf16' : 'f32'
   }
@@ -217,7 +217,7 @@ export class AdamW {
     const gradient = segment && (whole ?? this.buffers.get(segment))
     if (!gradient) return undefined
     const start = segment.of.offset(parameter.name) - segment.first
-    const offset = gradient.offset + start * DTYPE_BYTES[gradient.dtype]
+    const offset = gradient.offset + tensorBytes(gradient.dtype, start)
     return new Tensor(gradient.storage, offset, gradient.dtype, parameter.value.dims)
   }
 

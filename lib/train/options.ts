@@ -323,6 +323,15 @@ function checkMemory(memory: MemorySettings, accumulate: number): void {
   }
 }
 
+/** Throws where weights would be trained that are quantised. */
+export function requirePlain(quantization: string | undefined, { lora }: Pick<Settings, 'lora'>): void {
+  if (quantization === undefined || lora) return
+  throw new RangeError(
+    `the weights are quantised (${quantization}), too coarse for updates: train an adapter beside them (lora: {}), or ` +
+      'leave quantize away to train all weights',
+  )
+}
+
 const list = (value: string | readonly string[] | undefined): readonly string[] | undefined =>
   typeof value === 'string' ? [value] : value && [...value]
 

@@ -4,7 +4,7 @@ import { Lora } from '../model/lora.js'
 import { Parameters } from '../model/parameters.js'
 import type { Device } from '../runtime/device.js'
 import type { Plan } from '../runtime/plan.js'
-import type { DType, Purpose } from '../runtime/tensor.js'
+import type { PlainDType, Purpose, QuantizedDType } from '../runtime/tensor.js'
 import { checkpointBytes } from './checkpoint.js'
 import { requireLayers } from './memory.js'
 import { AdamW } from './optimizer.js'
@@ -18,8 +18,9 @@ import { TrainingPasses } from './passes.js'
  */
 export interface TrainingPlan {
   /**
-   * Weights in the model's dtype, and an adapter's in float32, each parameter padded to a multiple of 256 elements. With
-   * `lora` they may stay in their files, in the page cache, and are counted here all the same.
+   * Weights in the model's dtype, and an adapter's in float32, each parameter padded to a multiple of 256 elements; those
+   * that are quantised as they are. With `lora` the others may stay in their files, in the page cache, and are counted
+   * here all the same.
    */
   weightsBytes: number
   /** Gradients that are held from the backward pass to the update: none or few with fused updates. */
@@ -93,13 +94,14 @@ export interface StepRecord {
 export function recordStep(
   device: Device,
   config: LlamaConfig,
-  dtype: DType,
+  dtype: PlainDType,
   settings: StepSettings,
   context: number,
+  quantization?: QuantizedDType,
 ): StepRecord {
   const { batchSize, accumulate, validation, memory } = settings
   requireLayers(memory, config.layers)
-  const weights = new Parameters(device, dtype, parameterShapes(config))
+  const weights = new Parameters(device, dtype, parameterShapes(config), { quantization })
   const lora = settings.lora && new Lora(weights, config, settings.lora)
   const optimizer = new AdamW((lora ?? weights).segments(), settings)
   const shape = [batchSize, context, accumulate] as const
@@ -109,13 +111,14 @@ export function recordStep(
 
 /** Memory and operations of a model's training steps. */
 export function planTraining(model: Llama, settings: StepSettings, context: number): TrainingPlan {
-  return summarize(recordStep(model.device.planner(), model.config, model.weights.dtype, settings, context))
+  const { device, config, weights } = model
+  return summarize(recordStep(device.planner(), config, weights.dtype, settings, context, weights.quantization))
 }
 
 /** The figures of a record. */
 export function summarize({ device, weights, lora, optimizer, passes }: StepRecord): TrainingPlan {
   return {
-    weightsBytes: weights.buffer.bytes + (lora?.parameters.buffer.bytes ?? 0),
+    weightsBytes: weights.bytes + (lora?.parameters.buffer.bytes ?? 0),
     gradientBytes: optimizer.gradientBytes,
     optimizerBytes: optimizer.stateBytes - optimizer.hostBytes,
     activationBytes: passes.arenaBytes,

@@ -74,6 +74,8 @@ export interface MemoryPlan {
   accumulate: number
   /** Of the weights. */
   dtype: 'float32' | 'bfloat16'
+  /** undefined where the matrices are as `dtype` says. */
+  quantization: 'nf4' | 'int8' | undefined
   /** With the defaults filled in. */
   memory: Required<MemoryOptions>
   /** undefined where the weights are trained. */
@@ -127,11 +129,13 @@ export async function plan(request: PlanRequest): Promise<MemoryPlan> {
 /** Records the step with these memory options. */
 export function record(planning: Planning, memory: MemorySettings): StepRecord {
   const device = Device.open(planning.onGpu ? 'dry:cuda' : 'dry')
-  return recordStep(device, planning.config, planning.dtype, { ...planning.settings, memory }, planning.context)
+  const { config, dtype, quantization, settings, context } = planning
+  return recordStep(device, config, dtype, { ...settings, memory }, context, quantization)
 }
 
 export function describePlan(planning: Planning, step: StepRecord, memory = planning.settings.memory): MemoryPlan {
-  const { name, config, dtype, context, settings, device, onGpu, limitBytes, hostLimitBytes, driverBytes } = planning
+  const { name, config, dtype, quantization, context, settings, device, onGpu } = planning
+  const { limitBytes, hostLimitBytes, driverBytes } = planning
   const { batchSize, accumulate, lora, pose, validation } = settings
   const summary = summarize(step)
   const { peak, hostBytes } = summary
@@ -157,6 +161,7 @@ export function describePlan(planning: Planning, step: StepRecord, memory = plan
       trainedCount: trainedCount(step),
     },
     ...{ context, batchSize, accumulate, dtype: dtype === 'f32' ? 'float32' : 'bfloat16', memory, device },
+    quantization,
     ...{ lora, pose, validates: validation !== undefined },
     ...{ bytes, requiredBytes, limitBytes, hostBytes, hostLimitBytes },
     fits: fits({ requiredBytes, hostBytes }, planning),

@@ -4,15 +4,16 @@ import { join } from 'node:path'
 import { didYouMean, quote } from '../errors.js'
 import { readJsonObject } from '../files/json.js'
 import { type LlamaConfig, readConfig } from '../model/config.js'
+import { checkQuantize } from '../model/load.js'
 import { checkLora, type LoraOptions } from '../model/lora.js'
 import { modelPresets, presetConfig } from '../model/presets.js'
 import { Device } from '../runtime/device.js'
-import type { DType } from '../runtime/tensor.js'
+import type { PlainDType, QuantizedDType } from '../runtime/tensor.js'
 import { CPU_RATES, type Rates } from './estimate.js'
 import { DRIVER_BYTES, findGpu, type Gpu, gpuCalled, readBytes } from './gpus.js'
 import { availableBytes } from './host.js'
 import { checkMemoryOf, type MemoryOptions, requireLayers } from './memory.js'
-import { readOptions, type Settings, type TrainerOptions } from './options.js'
+import { readOptions, requirePlain, type Settings, type TrainerOptions } from './options.js'
 import type { PoseOptions } from './pose.js'
 
 /**
@@ -35,6 +36,8 @@ export interface PlanRequest {
   memory?: MemoryOptions
   /** As the trainer's: an adapter is trained, not the weights. */
   lora?: LoraOptions
+  /** How the matrices of the blocks are kept, as in `Llama.load`; needs `lora`. Default: as `dtype` says. */
+  quantize?: 'nf4' | 'int8'
   /** As the trainer's: the positions of `pose.length` tokens are trained, in windows of `context`. It takes no memory. */
   pose?: PoseOptions
   /** As the trainer's; what counts is whether there is one. */
@@ -55,7 +58,8 @@ export interface PlanRequest {
 export interface Planning {
   name: string
   config: LlamaConfig
-  dtype: DType
+  dtype: PlainDType
+  quantization: QuantizedDType | undefined
   context: number
   settings: Settings
   device: { name: string; description: string } | undefined
@@ -78,6 +82,7 @@ const KNOWN: Record<keyof PlanRequest, true> = {
   dtype: true,
   memory: true,
   lora: true,
+  quantize: true,
   pose: true,
   validation: true,
   maxGradNorm: true,
@@ -96,7 +101,7 @@ export async function readRequest(request: PlanRequest): Promise<Planning> {
     if (Object.hasOwn(KNOWN, key)) continue
     throw new TypeError(`unknown option ${quote(key)}${didYouMean(key, Object.keys(KNOWN))}`)
   }
-  const { model, dtype = 'bfloat16', device, limit, hostLimit, ...options } = request
+  const { model, dtype = 'bfloat16', quantize, device, limit, hostLimit, ...options } = request
   if (dtype !== 'float32' && dtype !== 'bfloat16') {
     throw new RangeError(`dtype is ${quote(dtype)}, but must be "float32" or "bfloat16"`)
   }
@@ -105,7 +110,9 @@ export async function readRequest(request: PlanRequest): Promise<Planning> {
       "memory is 'auto', which a trainer takes: plan() says what given options need, fit() finds them",
     )
   }
+  checkQuantize(quantize)
   const settings = readOptions(options)
+  requirePlain(quantize, settings)
   if (settings.context === undefined) throw new TypeError('context is missing: the tokens in a training window')
   const { name, config } = await readModel(model)
   requireLayers(settings.memory, config.layers)
@@ -113,7 +120,7 @@ export async function readRequest(request: PlanRequest): Promise<Planning> {
   if (settings.lora) checkLora(config, settings.lora)
   return {
     ...{ name, config, dtype: dtype === 'float32' ? 'f32' : 'bf16', context: settings.context, settings },
-    ...{ steps: options.steps, ...readDevice({ device, limit, hostLimit }) },
+    ...{ quantization: quantize, steps: options.steps, ...readDevice({ device, limit, hostLimit }) },
   }
 }
 

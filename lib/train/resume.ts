@@ -5,7 +5,7 @@ import type { JsonValue } from '../files/json.js'
 import type { Llama } from '../model/llama.js'
 import { isTrained, type LoraSettings } from '../model/lora.js'
 import { writeRope } from '../rope.js'
-import { Tensor } from '../runtime/tensor.js'
+import { isQuantized, Tensor } from '../runtime/tensor.js'
 import { findCheckpoint, listCheckpoints, removeLeftovers, type TrainerRecord } from './checkpoint.js'
 import { MEMORY_DEFAULTS, type MemorySettings } from './memory.js'
 import type { Settings } from './options.js'
@@ -99,15 +99,19 @@ export async function frozenWeights({ device, weights }: Llama, { alsoTrain }: L
   const hash = createHash('sha256')
   for (const { name, value } of weights) {
     if (isTrained(name, value.dims, alsoTrain)) continue
-    const { storage, offset, bytes } = value
-    hash.update(await device.download(new Tensor(storage, offset, 'u8', [Math.min(bytes, SAMPLE)])))
+    const { storage, offset, bytes, dtype } = value
+    const size = Math.min(bytes, SAMPLE)
+    // Scales of quantised ones are at their end.
+    for (const at of isQuantized(dtype) ? [offset, offset + bytes - size] : [offset]) {
+      hash.update(await device.download(new Tensor(storage, at, 'u8', [size])))
+    }
   }
   return hash.digest('hex')
 }
 
 /** What decides the model beside its weights, as it stands in trainer.json; `frozen` are those that are not saved. */
 export function decisiveModel(
-  { config, dtype, lora }: Llama,
+  { config, dtype, quantization, lora }: Llama,
   settings: Settings,
   frozen?: string,
 ): TrainerRecord['model'] {
@@ -118,7 +122,7 @@ export function decisiveModel(
     frozenWeights: frozen,
     adapterScale: lora?.scale ?? settings.lora.alpha / settings.lora.rank,
   }
-  return JSON.parse(JSON.stringify({ ...fields, rope, dtype, ...adapter })) as TrainerRecord['model']
+  return JSON.parse(JSON.stringify({ ...fields, rope, dtype, quantization, ...adapter })) as TrainerRecord['model']
 }
 
 /** Throws RopewalkError ERR_RESUME that names the first difference, what was saved and what is given now. */

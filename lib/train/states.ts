@@ -1,6 +1,6 @@
 import { PADDING, type Parameter, type Segment } from '../model/parameters.js'
 import type { Buffer } from '../runtime/device.js'
-import { DTYPE_BYTES, type DType, Tensor } from '../runtime/tensor.js'
+import { DTYPE_BYTES, type PlainDType, Tensor } from '../runtime/tensor.js'
 import type { MemorySettings } from './memory.js'
 
 /** Kinds of states, as they are called in checkpoints. */
@@ -10,7 +10,7 @@ export type StateName = 'm' | 'v' | 'm_scale' | 'v_scale' | 'master' | 'low'
 export type SegmentStates = Partial<Record<StateName, Tensor>>
 
 interface State {
-  dtype: DType
+  dtype: PlainDType
   /** Elements of the parameters that one element of the state is for. */
   per: number
 }

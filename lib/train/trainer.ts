@@ -21,7 +21,7 @@ import { MetricsLog, type StepResult } from './metrics.js'
 import { explainOutOfMemory, fittingMemory, requireFit, type StepShape } from './admit.js'
 import { requireLayers } from './memory.js'
 import { AdamW } from './optimizer.js'
-import { readOptions, type Settings, type TrainerOptions } from './options.js'
+import { readOptions, requirePlain, type Settings, type TrainerOptions } from './options.js'
 import { TrainingPasses } from './passes.js'
 import { planTraining, type TrainingPlan } from './plan.js'
 import {
@@ -110,6 +110,7 @@ export class Trainer {
     if (context !== undefined) this.requireWindow(context, 'context')
     if (pose) this.requireWindow(pose.length, 'pose.length')
     if (lora) checkLora(model.config, lora)
+    requirePlain(model.quantization, this.settings)
     this.requireAdapter()
   }
 

@@ -3,8 +3,9 @@
 import { Device } from '../../lib/runtime/device.js'
 import * as emitters from '../../lib/runtime/ops.gen.js'
 import { type OpField, type OpRow, Recorder, reads, writes } from '../../lib/runtime/recorder.js'
-import { DTYPE_BYTES, type DType, isFloat, Tensor } from '../../lib/runtime/tensor.js'
+import { DTYPE_BYTES, type DType, isQuantized, Tensor, tensorBytes } from '../../lib/runtime/tensor.js'
 import { encode, FLOATS, Random, rowOf, tensor } from './harness.js'
+import { FORMATS, quantizedTensor } from './quantized-reference.js'
 
 type Shape = Record<string, number>
 
@@ -27,11 +28,15 @@ export const ODD_SIZES: Sizes = {
   shift: 1,
 }
 
+/** What a letter may stand for. */
+const dtypesOf = (row: OpRow, letter: string): readonly DType[] =>
+  letter !== 'Q' ? FLOATS : /quantize/.test(row.name) ? FORMATS : [...FLOATS, ...FORMATS]
+
 /** Letters that stand for a dtype, and every way to bind them. */
 function bindings(row: OpRow): Record<string, DType>[] {
   const letters = [...new Set(row.fields.flatMap(({ dtype = '' }) => (/^[A-Z]$/.test(dtype) ? [dtype] : [])))]
   return letters.reduce<Record<string, DType>[]>(
-    (all, letter) => all.flatMap((one) => FLOATS.map((dtype) => ({ ...one, [letter]: dtype }))),
+    (all, letter) => all.flatMap((one) => dtypesOf(row, letter).map((dtype) => ({ ...one, [letter]: dtype }))),
     [{}],
   )
 }
@@ -104,11 +109,13 @@ async function runOp(
     const shape = field.dims.map((dim) => sizeOf(dim, dims))
     const dtype = dtypeOf(field, types)
     const size = shape.reduce((product, dim) => product * dim, 1)
-    const buffer = device.alloc((size + shift) * DTYPE_BYTES[dtype], name)
+    const offset = shift * (isQuantized(dtype) ? 16 : DTYPE_BYTES[dtype])
+    const buffer = device.alloc(tensorBytes(dtype, size) + offset, name)
     owned.push(buffer)
-    const placed = new Tensor(buffer, shift * DTYPE_BYTES[dtype], dtype, shape)
-    const make = isFloat(dtype) || dtype === 'i32' ? value(row, name, dims, random) : () => random.int(0, 255)
-    if (reads(kind)) await device.upload(placed, encode(tensor(dtype, shape, make)))
+    const placed = new Tensor(buffer, offset, dtype, shape)
+    const make = dtype === 'u8' || dtype === 'u16' ? () => random.int(0, 255) : value(row, name, dims, random)
+    const host = isQuantized(dtype) ? quantizedTensor(dtype, shape, make, 'f32').b : tensor(dtype, shape, make)
+    if (reads(kind)) await device.upload(placed, encode(host))
     if (writes(kind)) written.push(placed)
     args[name] = placed
   }

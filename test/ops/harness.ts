@@ -12,7 +12,7 @@ import type { Test } from 'tap'
 import { Device } from '../../lib/runtime/device.js'
 import * as emitters from '../../lib/runtime/ops.gen.js'
 import { type OpRow, Recorder, reads, writes } from '../../lib/runtime/recorder.js'
-import { DTYPE_BYTES, type DType, Tensor } from '../../lib/runtime/tensor.js'
+import { DTYPE_BYTES, type DType, isQuantized, Tensor, tensorBytes } from '../../lib/runtime/tensor.js'
 
 /** Mulberry32: small, seeded, the same everywhere. */
 export class Random {
@@ -91,7 +91,10 @@ export interface Precision {
 const EXACT: Precision = { exact: true, r: identity, store: () => identity }
 const NAIVE: Precision = { exact: false, r: Math.fround, store: rounding }
 
-/** A tensor on the host; its values are already rounded to the dtype. Without values it is an output to be written. */
+/**
+ * A tensor on the host; its values are already rounded to the dtype, those of a quantised one are its bytes. Without
+ * values it is an output to be written.
+ */
 export interface HostTensor {
   dtype: DType
   dims: number[]
@@ -122,7 +125,7 @@ export function encode({ dtype, values }: HostTensor): Uint8Array {
   if (dtype === 'f32') return new Uint8Array(Float32Array.from(values).buffer)
   if (dtype === 'i32') return new Uint8Array(Int32Array.from(values).buffer)
   if (dtype === 'u16') return new Uint8Array(Uint16Array.from(values).buffer)
-  if (dtype === 'u8') return Uint8Array.from(values)
+  if (dtype === 'u8' || isQuantized(dtype)) return Uint8Array.from(values)
   const bits = new Uint16Array(values.length)
   for (let i = 0; i < bits.length; i++) bits[i] = toBf16Bits(values[i]!)
   return new Uint8Array(bits.buffer)
@@ -133,7 +136,7 @@ export function decode(dtype: DType, bytes: Uint8Array): Float64Array {
   if (dtype === 'f32') return Float64Array.from(new Float32Array(own))
   if (dtype === 'i32') return Float64Array.from(new Int32Array(own))
   if (dtype === 'u16') return Float64Array.from(new Uint16Array(own))
-  if (dtype === 'u8') return Float64Array.from(new Uint8Array(own))
+  if (dtype === 'u8' || isQuantized(dtype)) return Float64Array.from(new Uint8Array(own))
   return Float64Array.from(new Uint16Array(own), fromBf16Bits)
 }
 
@@ -263,8 +266,9 @@ function layOut(c: OpCase, row: OpRow, shift: number): { regions: Region[]; tota
   for (const { name, kind, dims } of row.fields) {
     const value = c.args[name]
     if (!dims || typeof value !== 'object' || c.alias?.[name]) continue
-    const bytes = value.size * DTYPE_BYTES[value.dtype]
-    const offset = align(total, 64) + shift * DTYPE_BYTES[value.dtype] // a view of rows starts anywhere
+    const bytes = tensorBytes(value.dtype, value.size)
+    // a view of rows starts anywhere
+    const offset = align(total, 64) + shift * (isQuantized(value.dtype) ? 16 : DTYPE_BYTES[value.dtype])
     regions.push({ field: name, offset, bytes, dtype: value.dtype, dims: value.dims, written: writes(kind) })
     total = offset + bytes + GUARD
   }
@@ -377,15 +381,16 @@ const show = (x: number): string => (Object.is(x, -0) ? '-0' : String(x))
 
 /** How far `got` is from the truth, against how far the naive computation is; undefined where that is well. */
 function compare(c: OpCase, field: string, got: HostTensor, exact: ArrayLike<number>, naive: ArrayLike<number>) {
-  if (exact.length !== got.size || naive.length !== got.size) {
-    return `${field}: the reference has ${exact.length} values, expected ${got.size}`
+  const size = got.values.length
+  if (exact.length !== size || naive.length !== size) {
+    return `${field}: the reference has ${exact.length} values, expected ${size}`
   }
   const round = rounding(got.dtype)
   let largest = c.scale?.[field] ?? 0
   let naiveError = 0
   let error = 0
   let at = 0
-  for (let i = 0; i < got.size; i++) {
+  for (let i = 0; i < size; i++) {
     const rounded = round(naive[i]!)
     const value = got.values[i]!
     if (c.bitwise || !Number.isFinite(rounded)) {

@@ -19,6 +19,7 @@ import {
   tensor,
   worst,
 } from './harness.js'
+import { FORMATS, quantizedTensor } from './quantized-reference.js'
 
 type Layout = 'nn' | 'nt' | 'tn'
 const LAYOUTS: readonly Layout[] = ['nn', 'nt', 'tn']
@@ -272,6 +273,93 @@ for (const [seed, layout] of LAYOUTS.entries()) {
     })
   })
 }
+
+// ---- a quantised b ----
+
+for (const [seed, layout] of (['nn', 'nt'] as const).entries()) {
+  const op = `matmul_${layout}`
+
+  t.test(`${op}: a quantised b`, availability(), async (t) => {
+    // Rows that are whole blocks, which a GPU reads 16 bytes at a time, and others; few, some and many rows of a.
+    const random = new Random(71 + seed)
+    const sizes = [...ODD, ...RESIDUES]
+    for (let i = 0; i < 200; i++) {
+      const [format, F, G, addend, whole] = combination(i, FORMATS, FLOATS, FLOATS, ADDENDS, [true, false])
+      const length = whole ? 64 * random.int(1, i % 5 === 0 ? 10 : 4) : random.pick([...sizes, 200, 300])
+      const other = random.pick(sizes)
+      const [N, K] = layout === 'nt' ? [other, length] : [length, whole ? random.int(1, 200) : other]
+      const M = random.pick([random.int(1, 5), random.int(6, 40), random.pick(sizes), i % 20 === 0 ? 300 : 70])
+      const a = tensor(F, [M, K], () => random.normal())
+      const { b, values } = quantizedTensor(format, bDims(layout, N, K), () => random.normal(), F)
+      const add = addend === 'absent' ? undefined : tensor(G, [M, N], () => random.normal())
+      await check(t, {
+        op,
+        label: `${M}x${N}x${K} ${F} ${format} ${G}, add ${addend}`,
+        args: { a, b, add, c: output(G, [M, N]) },
+        alias: addend === 'aliased' ? { add: 'c' } : {},
+        reference: (p) => ({ c: multiply(p, layout, a.values, values, add?.values, M, N, K) }),
+        scale: { c: terms(layout, a, { ...b, values }, M, N, K) },
+      })
+    }
+  })
+
+  t.test(`${op}: a quantised b in tiles of 128 and 256, by their product with a vector`, availability(), async (t) => {
+    // As for plain matrices. Every block of 64 has an element of the largest magnitude, so that -1, 0 and 1 are exact.
+    const random = new Random(81 + seed)
+    const onGpu = process.env['ROPEWALK_TEST_DEVICE']?.startsWith('cuda')
+    for (let i = 0; i < 16; i++) {
+      const format = FORMATS[i % 2]!
+      const large = i % 4 < 2
+      const [m, n] = onGpu ? (large ? [2048, 4096] : [1024, 2048]) : large ? [256, 512] : [256, 256]
+      const short = random.int(0, 3)
+      const N = layout === 'nt' ? n - 8 * short : n - 64 * (short % 2)
+      const [M, K] = [m + i - 12, layout === 'nt' ? 64 * random.int(1, 7) : random.int(1, 50) * 8]
+      const F = i % 8 > 5 ? 'f32' : 'bf16'
+      const G = i % 3 === 0 ? 'f32' : 'bf16'
+      const a = tensor(F, [M, K], () => random.int(-1, 1))
+      const one = (at: number) => (at % 64 === 0 ? 1 : random.int(-1, 1))
+      const { b, values } = quantizedTensor(format, bDims(layout, N, K), one, F)
+      t.ok(values.every((x) => Math.abs(x) === 1 || Math.abs(x) < 1e-6 || x === 0))
+      const add = i % 5 === 0 ? undefined : tensor(G, [M, N], () => random.int(-1, 1))
+      const x = new Float64Array(N).map(() => random.int(-1, 1))
+      const bx = multiply(exact, layout === 'nt' ? 'tn' : 'nn', values, x, undefined, K, 1, N)
+      const offset = add && multiply(exact, 'nn', add.values, x, undefined, M, 1, N)
+      const wanted = multiply(exact, layout, a.values, bx, offset, M, 1, K)
+      const label = `${M}x${N}x${K} ${F} ${format} ${G}${add ? ', add' : ''}`
+      const all = await runAll(t, { op, label, args: { a, b, add, c: output(G, [M, N]) } })
+      for (const [variant, results] of all) {
+        const { buffer } = results.get('c')!.slice()
+        const c = G === 'f32' ? new Float32Array(buffer) : Float64Array.from(new Uint16Array(buffer), fromBf16Bits)
+        t.strictSame(multiply(exact, 'nn', c, x, undefined, M, 1, N), wanted, `${label}, ${variant}`)
+      }
+    }
+  })
+}
+
+t.test('matmul_swiglu: quantised matrices', availability(), async (t) => {
+  const random = new Random(91)
+  for (let i = 0; i < 24; i++) {
+    const [format, F] = combination(i, FORMATS, FLOATS)
+    const [M, N, K] = [random.int(1, 70), random.int(1, 90), i % 3 === 0 ? random.int(1, 90) : 64 * random.int(1, 3)]
+    const a = tensor(F, [M, K], () => random.normal())
+    const [gate, up] = [0, 1].map(() => quantizedTensor(format, [N, K], () => random.normal() / Math.sqrt(K), F))
+    const plain = ({ b, values }: typeof gate & {}): HostTensor => ({ ...b, values })
+    await check(t, {
+      op: 'matmul_swiglu',
+      label: `${M}x${N}x${K} ${F} ${format}`,
+      args: {
+        a,
+        w_gate: gate!.b,
+        w_up: up!.b,
+        gate: output(F, [M, N]),
+        up: output(F, [M, N]),
+        y: output(F, [M, N]),
+      },
+      reference: (p) => gated(p, a, plain(gate!), plain(up!), M, N, K),
+      scale: { gate: 1, up: 1, y: 1 },
+    })
+  }
+})
 
 // ---- matmul_swiglu ----
 
