@@ -17,8 +17,8 @@ const options = {
     help: 'where the report goes, and is gone on with',
     default: './ropewalk-report',
   },
-  only: { kind: 'text', value: 'ids', help: `of ${EXPERIMENTS.map(({ id }) => id).join(', ')}, with commas between` },
-  data: { kind: 'texts', value: 'name=path', help: `of ${Object.keys(DATA_SETS).join(', ')}; more paths with commas` },
+  only: { kind: 'text', value: 'ids', help: 'experiments, by the ids below, with commas between', default: 'all' },
+  data: { kind: 'texts', value: 'name=path', help: 'data sets, by the names below; more paths of one with commas' },
   contexts: {
     kind: 'numbers',
     value: 'n,n',
@@ -55,12 +55,23 @@ const options = {
   ...commonOptions,
 } as const
 
+/** Words with commas between, in lines of a help text. */
+function inLines(words: readonly string[]): string {
+  const lines = ['']
+  for (const word of words) {
+    if (lines.at(-1)!.length + word.length > 100) lines.push('')
+    lines[lines.length - 1] += `${lines.at(-1) === '' ? '  ' : ', '}${word}`
+  }
+  return lines.join(',\n')
+}
+
 export const reproduce: Command<typeof options> = {
   name: 'reproduce',
   summary: 'Runs the tables and figures of the Position Interpolation paper on a model, and writes a report.',
   details:
     'The defaults are the paper’s recipe. What is finished is kept: the same command goes on where it was stopped.\n' +
-    'Experiments whose data are not given are named in the report, with what they need. Data sets:\n' +
+    'Experiments whose data are not given are named in the report, with what they need.\n\n' +
+    `Experiments:\n${inLines(EXPERIMENTS.map(({ id }) => id))}\nData sets:\n` +
     Object.entries(DATA_SETS)
       .map(([name, help]) => `  ${name.padEnd(17)} ${help}`)
       .join('\n'),

@@ -37,7 +37,7 @@ export const DATA_SETS: Readonly<Record<string, string>> = {
   pg19: 'PG-19, test split: a document a file, line or row',
   'proof-pile': 'documents of Proof-pile',
   boolq: 'dev.jsonl',
-  piqa: 'valid.jsonl with labels in it, or the Hugging Face rows',
+  piqa: 'valid.jsonl,valid-labels.lst, or rows with labels',
   'race-m': 'RACE, middle: the folder of .txt, or rows',
   'race-h': 'RACE, high',
   winogrande: 'dev.jsonl',

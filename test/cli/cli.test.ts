@@ -54,6 +54,7 @@ const commands = [
   'doctor',
   'bench',
   'demo',
+  'reproduce',
   'build',
 ]
 
