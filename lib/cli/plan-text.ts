@@ -23,7 +23,10 @@ const NAMES: Record<keyof PlannedBytes, string> = {
 export function showPlan(plan: MemoryPlan, output: Output): void {
   const { model, dtype, quantization, device, bytes, requiredBytes, peak, hostBytes, lora, checkpointBytes } = plan
   const row = (label: string, text: string): void => output.line(`${label.padEnd(14)}${text}`)
-  row('model', `${model.name}: ${model.parameterCount} weights, ${model.layers} layers, ${dtype}${quantization ? `, matrices ${quantization}` : ''}`)
+  row(
+    'model',
+    `${model.name}: ${model.parameterCount} weights, ${model.layers} layers, ${dtype}${quantization ? `, matrices ${quantization}` : ''}`,
+  )
   if (lora) {
     const beside = lora.alsoTrain.length > 0 ? `, and ${lora.alsoTrain.join(', ')}` : ''
     row('trained', `${model.trainedCount} weights: rank ${lora.rank} of ${lora.targets.join(', ')}${beside}`)
