@@ -1,14 +1,14 @@
 // kv_append:         k_cache[slot[t]] = R k[t], v_cache[slot[t]] = v[t]
 // attention_cached:  o[t] = softmax(scale R q[t] k_cache^T) v_cache over the slots first[t] .. last[t]
 //
-// Shapes: k, v (B,T,K,D); q, o (B,T,H,D); k_cache, v_cache (B,S,K,D), keys rotated; f32 or bf16, computed in f32.
+// Shapes: k, v (B,T,K,D); q, o (B,T,H,D); k_cache, v_cache (B,K,S,D), keys rotated; f32 or bf16, computed in f32.
 //
 // Many tokens (prefill) take the tiled path of attention_fwd, the cache in the place of rotated keys. Few tokens (a
 // step of generation) are bound by reading the cache: every row of it is read once for all tokens and query heads of a
-// kv head, D in the lanes, products of VL slots reduced together by a transpose in registers. Rows are K D elements
-// apart, often a multiple of 4 KB: they are prefetched, and copied before use so that they do not evict one another.
+// kv head, D in the lanes, products of VL slots reduced together by a transpose in registers. The rows of a kv head
+// follow one another, so that a task reads memory in one go, f32 in place.
 //
-// Tasks of a step: (b, 512 slots, kv head), heads innermost as they share pages; enough for 16 threads from 1024 slots
+// Tasks of a step: (b, kv head, 512 slots); enough for 16 threads from 1024 slots
 // and 8 kv heads on. Each leaves maximum, sum and unnormalized output for every row; a second pass combines them in the
 // order of the chunks. The chunks depend on shapes only, so the number of threads changes no bit. Traffic: the visible
 // part of the cache, q and o once, and H (D + 2) floats a chunk and token.
@@ -24,14 +24,15 @@ constexpr float lowest_score = -3e38f;
 
 template <typename F>
 static void append(Context& context, const kv_append_args& a) {
-  int64_t T = a.k.dims[1], K = a.k.dims[2], D = a.k.dims[3], S = a.k_cache.dims[1];
+  int64_t T = a.k.dims[1], K = a.k.dims[2], D = a.k.dims[3], S = a.k_cache.dims[2];
   parallel(context, a.k.dims[0] * T, [&](int64_t task, int) {
-    int64_t row = task * K * D, to = (task / T * S + a.slot.as<int32_t>()[task]) * K * D;
     int64_t angle = a.pos.as<int32_t>()[task] * (D / 2);
-    for (int64_t head = 0; head < K; head++)
-      rotate(a.k_cache.as<F>() + to + head * D, a.k.as<F>() + row + head * D, a.cos.as<float>() + angle,
-             a.sin.as<float>() + angle, D / 2, 1.0f);
-    memcpy(a.v_cache.as<F>() + to, a.v.as<F>() + row, sizeof(F) * K * D);
+    for (int64_t head = 0; head < K; head++) {
+      int64_t row = (task * K + head) * D, to = ((task / T * K + head) * S + a.slot.as<int32_t>()[task]) * D;
+      rotate(a.k_cache.as<F>() + to, a.k.as<F>() + row, a.cos.as<float>() + angle, a.sin.as<float>() + angle, D / 2,
+             1.0f);
+      memcpy(a.v_cache.as<F>() + to, a.v.as<F>() + row, sizeof(F) * D);
+    }
   });
 }
 
@@ -64,11 +65,20 @@ static inline vf scores(const float* q, const float* k, int64_t D) {
   return total;
 }
 
-// Asks for the rows that follow: they are too short and too far apart for the hardware to foresee.
+// Asks for rows that follow: where a task begins, and at the end of a page, the hardware foresees none.
 template <typename F>
-static inline void prefetch_rows(const F* from, int64_t stride, int64_t rows, int64_t D) {
-  for (int64_t r = 0; r < rows; r++)
-    for (int64_t d = 0; d < D; d += 64 / static_cast<int64_t>(sizeof(F))) __builtin_prefetch(from + r * stride + d);
+static inline void prefetch_rows(const F* from, int64_t rows, int64_t D) {
+  for (int64_t i = 0; i < rows * D; i += 64 / static_cast<int64_t>(sizeof(F))) __builtin_prefetch(from + i);
+}
+
+// Rows of D floats from a cache, in place where they are f32 and all of them are there.
+template <typename F>
+static inline const float* rows_of(const F* from, int64_t rows, bool whole, int64_t D, float* tile) {
+  if constexpr (sizeof(F) == sizeof(float)) {
+    if (whole) return from;
+  }
+  load_rows(tile, D, from, D, rows, D);
+  return tile;
 }
 
 // sum[0 .. D) += p[i] v[i] over `count` rows
@@ -88,9 +98,9 @@ static inline void accumulate(float* sum, const float* p, const float* v, int64_
 template <typename F>
 static void step_chunk(const attention_cached_args& a, int64_t b, int64_t head, int64_t begin, int64_t end,
                        float* partial, int64_t partial_stride, float* scratch) {
-  int64_t T = a.q.dims[1], H = a.q.dims[2], D = a.q.dims[3], S = a.k_cache.dims[1], K = a.k_cache.dims[2], G = H / K;
+  int64_t T = a.q.dims[1], H = a.q.dims[2], D = a.q.dims[3], S = a.k_cache.dims[2], K = a.k_cache.dims[1], G = H / K;
   const int32_t *first = a.first.as<int32_t>() + b * T, *last = a.last.as<int32_t>() + b * T;
-  int64_t stride = K * D, low = end, high = begin;
+  int64_t low = end, high = begin;
   for (int64_t t = 0; t < T; t++) {
     if (last[t] < begin || first[t] >= end || last[t] < first[t]) continue;
     low = min_of(low, max_of(first[t], begin));
@@ -103,12 +113,12 @@ static void step_chunk(const attention_cached_args& a, int64_t b, int64_t head, 
       rotate(q + (t * G + g) * D, a.q.as<F>() + ((b * T + t) * H + head * G + g) * D, a.cos.as<float>() + angle,
              a.sin.as<float>() + angle, D / 2, a.scale * log2_e);
   }
-  const F *k = a.k_cache.as<F>() + (b * S * K + head) * D, *v = a.v_cache.as<F>() + (b * S * K + head) * D;
+  const F *k = a.k_cache.as<F>() + (b * K + head) * S * D, *v = a.v_cache.as<F>() + (b * K + head) * S * D;
   for (int64_t n = low; n < high; n += VL) {
-    prefetch_rows(k + (n + VL) * stride, stride, min_of(VL, high - n - VL), D);
-    load_rows(tile, D, k + n * stride, stride, min_of(VL, high - n), D);
+    prefetch_rows(k + (n + VL) * D, min_of(VL, high - n - VL), D);
+    const float* keys = rows_of(k + n * D, min_of(VL, high - n), n + VL <= S, D, tile);
     for (int64_t row = 0; row < T * G; row++)
-      store(weights + row * chunk_slots + n - low, scores(q + row * D, tile, D));
+      store(weights + row * chunk_slots + n - low, scores(q + row * D, keys, D));
   }
 
   vi lane;
@@ -136,16 +146,16 @@ static void step_chunk(const attention_cached_args& a, int64_t b, int64_t head, 
   }
   constexpr int64_t together = VL < 8 ? VL : 8;
   for (int64_t n = low; n < high; n += together) {
-    prefetch_rows(v + (n + 2 * together) * stride, stride, min_of(together, high - n - 2 * together), D);
-    load_rows(tile, D, v + n * stride, stride, min_of(together, high - n), D);
+    prefetch_rows(v + (n + 2 * together) * D, min_of(together, high - n - 2 * together), D);
+    const float* values = rows_of(v + n * D, min_of(together, high - n), true, D, tile);
     for (int64_t row = 0; row < T * G; row++) {
       int64_t from = max_of(n, first[row / G]), to = min_of(min_of(n + together, high), last[row / G] + 1);
       const float* p = weights + row * chunk_slots - low;
       float* result = partial + row * partial_stride + 2;
       if (to - from == together) {
-        accumulate<together>(result, p + n, tile, D);
+        accumulate<together>(result, p + n, values, D);
       } else {
-        for (int64_t i = from; i < to; i++) accumulate<1>(result, p + i, tile + (i - n) * D, D);
+        for (int64_t i = from; i < to; i++) accumulate<1>(result, p + i, values + (i - n) * D, D);
       }
     }
   }
@@ -154,14 +164,14 @@ static void step_chunk(const attention_cached_args& a, int64_t b, int64_t head, 
 template <typename F>
 static void step(Context& context, const attention_cached_args& a) {
   int64_t B = a.q.dims[0], T = a.q.dims[1], H = a.q.dims[2], D = a.q.dims[3];
-  int64_t S = a.k_cache.dims[1], K = a.k_cache.dims[2], G = H / K;
+  int64_t S = a.k_cache.dims[2], K = a.k_cache.dims[1], G = H / K;
   int64_t chunks = round_up(S, chunk_slots) / chunk_slots, width = D + 2, rows = B * K * T * G;
   size_t own = sizeof(float) * (VL * D + round_up(T * G * D, VL) + T * G * chunk_slots);
   // partial[b, kv head, token, head of the group][chunk]
   char* shared = static_cast<char*>(context.scratch(0, own + sizeof(float) * rows * chunks * width));
   float* partial = reinterpret_cast<float*>(shared + own);
   parallel(context, B * K * chunks, [&](int64_t task, int thread) {
-    int64_t b = task / (K * chunks), chunk = task / K % chunks, head = task % K, begin = chunk * chunk_slots;
+    int64_t b = task / (K * chunks), head = task / chunks % K, chunk = task % chunks, begin = chunk * chunk_slots;
     void* scratch = thread ? context.scratch(thread, own) : shared;
     step_chunk<F>(a, b, head, begin, min_of(begin + chunk_slots, S),
                   partial + ((b * K + head) * T * G * chunks + chunk) * width, chunks * width,
@@ -188,14 +198,14 @@ static void step(Context& context, const attention_cached_args& a) {
 template <typename F>
 static void prefill(Context& context, const attention_cached_args& a) {
   int64_t B = a.q.dims[0], T = a.q.dims[1], H = a.q.dims[2], D = a.q.dims[3];
-  int64_t S = a.k_cache.dims[1], K = a.k_cache.dims[2], G = H / K, size = query_tile(G);
+  int64_t S = a.k_cache.dims[2], K = a.k_cache.dims[1], G = H / K, size = query_tile(G);
   int64_t tiles = round_up(T, size) / size;
   parallel(context, B * K * tiles, [&](int64_t task, int thread) {
     int64_t b = task / (K * tiles), head = task / tiles % K, t0 = (tiles - 1 - task % tiles) * size;
     Attend<F> part = {};
     part.q = a.q.as<F>() + ((b * T + t0) * H + head * G) * D;
-    part.k = a.k_cache.as<F>() + (b * S * K + head) * D;
-    part.v = a.v_cache.as<F>() + (b * S * K + head) * D;
+    part.k = a.k_cache.as<F>() + (b * K + head) * S * D;
+    part.v = a.v_cache.as<F>() + (b * K + head) * S * D;
     part.o = a.o.as<F>() + ((b * T + t0) * H + head * G) * D;
     part.cos = a.cos.as<float>();
     part.sin = a.sin.as<float>();
@@ -206,7 +216,7 @@ static void prefill(Context& context, const attention_cached_args& a) {
     part.group = G;
     part.head_dim = D;
     part.q_stride = H * D;
-    part.k_stride = part.v_stride = K * D;
+    part.k_stride = part.v_stride = D;
     part.keys = S;
     part.scale = a.scale;
     attend(part, static_cast<float*>(context.scratch(thread, attend_scratch(D, G))));

@@ -61,9 +61,10 @@ __global__ void __launch_bounds__(kRotateThreads) attention_rotate_kernel(Rotate
     const int token = blockIdx.x * kRotateTokens + at / per_token;
     if (token >= a.tokens) break;
     const int head = at % per_token / per_head, column = at % per_head * n;
-    const int64_t row = a.slot ? token / a.time * a.slots + a.slot[token] : token;
     const int64_t from = token * a.stride + head * a.D + column;
-    const int64_t to = (row * a.heads + head) * a.D + column;
+    const int64_t row = a.slot ? (token / a.time * a.heads + head) * a.slots + a.slot[token]
+                               : static_cast<int64_t>(token) * a.heads + head;
+    const int64_t to = row * a.D + column;
     const int64_t angle = static_cast<int64_t>(a.pos[token]) * half + column;
     float x[n], y[n], cos[n], sin[n];
     load_unit<n>(a.from + from, x);
@@ -94,14 +95,22 @@ constexpr int kPartUnit = 128;
 constexpr int kFewRows = 16;  // rows of the smallest tile
 
 struct Forward : Attention {
-  int64_t stride;   // from a key to the next
+  int64_t stride;                     // from a key to the next
+  int64_t head_stride, batch_stride;  // from a kv head and a sequence to the next
   int group;        // query heads of a kv head: row r of its queries is token r / group, head r % group
   int part;         // slots of a part, a multiple of all tiles
   bool vector;      // 16-byte accesses
   Partial partial;  // null where there is one part
 
   explicit Forward(const Attention& attention)
-      : Attention(attention), stride(static_cast<int64_t>(K) * D), group(H / K), part(0), vector(false), partial() {}
+      : Attention(attention),
+        stride(last ? D : static_cast<int64_t>(K) * D),
+        head_stride(last ? static_cast<int64_t>(S) * D : D),
+        batch_stride(static_cast<int64_t>(S) * K * D),
+        group(H / K),
+        part(0),
+        vector(false),
+        partial() {}
 };
 
 // What a block keeps in shared memory, as its registers are full during the loop.
@@ -210,7 +219,7 @@ __global__ void __launch_bounds__(32 * kWarps, kWarps == 1                   ? 4
   const int begin = max(lowest.x / kKeys * kKeys, static_cast<int>(blockIdx.z) * a.part);
   const int end = min(highest.y, static_cast<int>(blockIdx.z) * a.part + a.part - 1) + 1;
 
-  const int64_t keys = static_cast<int64_t>(b) * a.S * a.stride + kv_head * a.D;
+  const int64_t keys = b * a.batch_stride + kv_head * a.head_stride;
   if (threadIdx.x == 0) smem.place = {keys, b, kv_head * a.group, row0, highest.x, lowest.y, begin, end};
 
   const T *k = static_cast<const T*>(a.k), *v = static_cast<const T*>(a.v);

@@ -343,8 +343,8 @@ __device__ __forceinline__ void rotate_pairs(float (&x)[n], float (&y)[n], const
 // ---- functions of attention.cu
 // ----------------------------------------------------------------------------------------
 
-// to[row] = factor R from[token], rows of heads * D elements, row = token or, with `slot`, that slot of the token's
-// sequence in a cache of S slots; with `copied`, also copy_to[row] = copied[token]. With `heads`, only that many of
+// to[token] = factor R from[token], rows of heads * D elements; with `slot`, to is a cache (B,heads,slots,D), and each
+// head goes to that slot of its own. With `copied`, also copy_to = copied, likewise. With `heads`, only that many of
 // from's heads, those from first_head on.
 struct Rotation {
   const Tensor &from, &cos, &sin, &pos;
@@ -371,7 +371,8 @@ struct Factor {
   }
 };
 
-// Forward attention: over keys first[t] .. t, or first[t] .. last[t] of S slots where `last` is given. k is rotated.
+// Forward attention: over keys first[t] .. t, or first[t] .. last[t] of S slots where `last` is given. k is rotated; k
+// and v are (B,S,K,D), or (B,K,S,D) where `last` is given.
 struct Attention {
   const void *q = nullptr, *k = nullptr, *v = nullptr;
   void* o = nullptr;

@@ -1,7 +1,7 @@
 // kv_append:         k_cache[slot[t]] = R k[t], v_cache[slot[t]] = v[t]
 // attention_cached:  o[t] = softmax(scale R q[t] k_cache^T) v_cache over the slots first[t] .. last[t]
 //
-// Shapes: k, v (B,T,K,D); q, o (B,T,H,D); k_cache, v_cache (B,S,K,D), keys rotated; f32 or bf16, D even, up to 256.
+// Shapes: k, v (B,T,K,D); q, o (B,T,H,D); k_cache, v_cache (B,K,S,D), keys rotated; f32 or bf16, D even, up to 256.
 //
 // kv_append is attention_rotate_kernel with other rows to write to, bound by memory: k and v are read and written once.
 //
@@ -21,7 +21,7 @@ namespace rw::cuda {
 void kv_append(Context& context, const kv_append_args& args) {
   Rotation rotation = {args.k, args.cos, args.sin, args.pos, args.k_cache.data};
   rotation.slot = args.slot.as<int32_t>();
-  rotation.slots = args.k_cache.dims[1];
+  rotation.slots = args.k_cache.dims[2];
   rotation.copied = args.v.data;
   rotation.copy_to = args.v_cache.data;
   rotate_rows(context, rotation);
@@ -42,8 +42,8 @@ void attention_cached(Context& context, const attention_cached_args& args) {
   a.T = static_cast<int>(args.q.dims[1]);
   a.H = static_cast<int>(args.q.dims[2]);
   a.D = static_cast<int>(args.q.dims[3]);
-  a.S = static_cast<int>(args.k_cache.dims[1]);
-  a.K = static_cast<int>(args.k_cache.dims[2]);
+  a.S = static_cast<int>(args.k_cache.dims[2]);
+  a.K = static_cast<int>(args.k_cache.dims[1]);
   attend(context, args.q.dtype, a);
 }
 

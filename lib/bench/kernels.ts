@@ -151,13 +151,16 @@ export function attention(mode: Mode, shape: AttentionShape, dtype: PlainDType =
   }
 }
 
+const cacheDims = ({ batch, time, kvHeads, headDim }: AttentionShape): number[] => [batch, kvHeads, time, headDim]
+
 /** The forward pass over keys that were rotated before: what is left of attention_fwd without the rotation of its keys. */
 export function attentionOfRotated(shape: AttentionShape, dtype: PlainDType = 'f32'): Kernel {
   return async (device) => {
     const { k, v, ...inputs } = await attentionInputs(device, dtype, shape)
+    const [k_cache, v_cache] = [k.view(...cacheDims(shape)), v.view(...cacheDims(shape))]
     const o = result(device, dtype, inputs.q.dims)
     const last = await integers(device, [shape.batch, shape.time], (n) => n % shape.time)
-    return (recorder) => ops.attentionCached(recorder, { ...inputs, k_cache: k, v_cache: v, last, o })
+    return (recorder) => ops.attentionCached(recorder, { ...inputs, k_cache, v_cache, last, o })
   }
 }
 
@@ -166,7 +169,10 @@ export function append(shape: AttentionShape, dtype: PlainDType = 'f32'): Kernel
   return async (device) => {
     const { k, v, cos, sin, pos } = await attentionInputs(device, dtype, shape)
     const slot = await integers(device, [shape.batch, shape.time], (n) => n % shape.time)
-    const [k_cache, v_cache] = [await random(device, dtype, k.dims), await random(device, dtype, v.dims)]
+    const [k_cache, v_cache] = [
+      await random(device, dtype, cacheDims(shape)),
+      await random(device, dtype, cacheDims(shape)),
+    ]
     return (recorder) => ops.kvAppend(recorder, { k, v, cos, sin, pos, slot, k_cache, v_cache })
   }
 }

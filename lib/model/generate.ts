@@ -44,7 +44,7 @@ export class Continuation {
   ) {
     this.version = parameters.version
     this.activations = device.activationsFor(parameters.dtype)
-    const dims = [1, capacity, config.kvHeads, config.headDim]
+    const dims = [1, config.kvHeads, capacity, config.headDim]
     for (let layer = 0; layer < config.layers; layer++) {
       const k = this.own(device.tensor(this.activations, dims, `keys of layer ${layer}`))
       const v = this.own(device.tensor(this.activations, dims, `values of layer ${layer}`))

@@ -122,8 +122,9 @@ export function scoredAttention(
   { cos, sin, pos }: BatchTensors,
   { slot, ...scored }: ScoredTensors,
 ): Tensor {
+  const [batch, time, heads, width] = k.dims as [number, number, number, number]
   const room = (name: string): Tensor => {
-    const tensor = recorder.scratch(k.dtype, k.dims, name)
+    const tensor = recorder.scratch(k.dtype, [batch, heads, time, width], name)
     return fill(recorder, { y: tensor, value: 0 }).y
   }
   const [k_cache, v_cache] = [room('rotated keys'), room('values')]

@@ -162,8 +162,8 @@ export const OPS = [
       { kind: 'IN', name: 'sin', dtype: 'f32', dims: ['P', 'D/2'] },
       { kind: 'IN', name: 'pos', dtype: 'i32', dims: ['B', 'T'] },
       { kind: 'IN', name: 'slot', dtype: 'i32', dims: ['B', 'T'] },
-      { kind: 'INOUT', name: 'k_cache', dtype: 'F', dims: ['B', 'S', 'K', 'D'] },
-      { kind: 'INOUT', name: 'v_cache', dtype: 'F', dims: ['B', 'S', 'K', 'D'] },
+      { kind: 'INOUT', name: 'k_cache', dtype: 'F', dims: ['B', 'K', 'S', 'D'] },
+      { kind: 'INOUT', name: 'v_cache', dtype: 'F', dims: ['B', 'K', 'S', 'D'] },
     ],
     flops: ({ B, T, K, D }) => 3 * B * T * K * D,
   },
@@ -172,8 +172,8 @@ export const OPS = [
     opcode: 12,
     fields: [
       { kind: 'IN', name: 'q', dtype: 'F', dims: ['B', 'T', 'H', 'D'] },
-      { kind: 'IN', name: 'k_cache', dtype: 'F', dims: ['B', 'S', 'K', 'D'] },
-      { kind: 'IN', name: 'v_cache', dtype: 'F', dims: ['B', 'S', 'K', 'D'] },
+      { kind: 'IN', name: 'k_cache', dtype: 'F', dims: ['B', 'K', 'S', 'D'] },
+      { kind: 'IN', name: 'v_cache', dtype: 'F', dims: ['B', 'K', 'S', 'D'] },
       { kind: 'IN', name: 'cos', dtype: 'f32', dims: ['P', 'D/2'] },
       { kind: 'IN', name: 'sin', dtype: 'f32', dims: ['P', 'D/2'] },
       { kind: 'IN', name: 'pos', dtype: 'i32', dims: ['B', 'T'] },
@@ -554,8 +554,8 @@ export interface KvAppend {
   sin: Tensor // f32 (P,D/2)
   pos: Tensor // i32 (B,T)
   slot: Tensor // i32 (B,T)
-  k_cache: Tensor // F (B,S,K,D)
-  v_cache: Tensor // F (B,S,K,D)
+  k_cache: Tensor // F (B,K,S,D)
+  v_cache: Tensor // F (B,K,S,D)
 }
 
 /** Rotates k and stores it with v at slot[t] of the cache. */
@@ -565,8 +565,8 @@ export function kvAppend(recorder: Recorder, args: KvAppend): void {
 
 export interface AttentionCached {
   q: Tensor // F (B,T,H,D)
-  k_cache: Tensor // F (B,S,K,D)
-  v_cache: Tensor // F (B,S,K,D)
+  k_cache: Tensor // F (B,K,S,D)
+  v_cache: Tensor // F (B,K,S,D)
   cos: Tensor // f32 (P,D/2)
   sin: Tensor // f32 (P,D/2)
   pos: Tensor // i32 (B,T)
@@ -813,4 +813,4 @@ export function fill(recorder: Recorder, args: Fill): { y: Tensor } {
 }
 
 /** Of the table; the addon and every backend must have been built from the same one. */
-export const TABLE_HASH = '5fa8a730118a69f9'
+export const TABLE_HASH = '15780648f0d46099'

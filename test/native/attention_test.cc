@@ -535,16 +535,25 @@ void test_cache(const Shape& s, int64_t S, DType type) {
       std::copy_n(from.begin() + i * row, row, to.begin() + (i / S * S + slot.index(i)) * row);
     return to;
   };
+  // (B,S,K,D) as the references have it -> (B,K,S,D) as the cache does
+  auto at_slot = [&](int64_t b, int64_t n, int64_t i) { return ((b * s.K + i / s.D) * S + n) * s.D + i % s.D; };
+  auto by_head = [&](const auto& from) {
+    auto to = from;
+    for (int64_t b = 0; b < s.B; b++)
+      for (int64_t n = 0; n < S; n++)
+        for (int64_t i = 0; i < row; i++) to[at_slot(b, n, i)] = from[(b * S + n) * row + i];
+    return to;
+  };
   auto want_k = placed(exact_k), want_v = placed(fill.v.values<double>());
   auto near_k = placed(naive_k), near_v = placed(fill.v.values<float>());
   for (const Isa& isa : isas) {
     if (!isa.present) continue;
     std::string name = name_of(s, type, isa.name) + " cached S" + std::to_string(S);
     TestContext one(1), three(3);
-    Buffer k_cache(type, {s.B, S, s.K, s.D}), v_cache(type, {s.B, S, s.K, s.D});
+    Buffer k_cache(type, {s.B, s.K, S, s.D}), v_cache(type, {s.B, s.K, S, s.D});
     isa.append(three, {fill.k, fill.v, fill.cos, fill.sin, fill.pos, slot, k_cache, v_cache});
-    check_error(name + " k_cache", k_cache, want_k, near_k);
-    check(v_cache.values<double>() == want_v && k_cache.intact() && v_cache.intact(), name + " v_cache");
+    check_error(name + " k_cache", k_cache, by_head(want_k), by_head(near_k));
+    check(v_cache.values<double>() == by_head(want_v) && k_cache.intact() && v_cache.intact(), name + " v_cache");
 
     Reference<double> exact;
     Reference<float> naive;
@@ -558,8 +567,8 @@ void test_cache(const Shape& s, int64_t S, DType type) {
         bool seen = false;
         for (int64_t t = 0; t < s.T; t++) seen |= first.index(b * s.T + t) <= n && n <= last.index(b * s.T + t);
         for (int64_t i = 0; i < row && !seen; i++) {
-          k_cache.set((b * S + n) * row + i, NAN);
-          v_cache.set((b * S + n) * row + i, NAN);
+          k_cache.set(at_slot(b, n, i), NAN);
+          v_cache.set(at_slot(b, n, i), NAN);
         }
       }
     Buffer o(type, {s.B, s.T, s.H, s.D}), again(type, {s.B, s.T, s.H, s.D});

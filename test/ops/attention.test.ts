@@ -636,8 +636,8 @@ t.test('kv_append', availability(), async (t) => {
       ...table(P, D),
       pos: tensor('i32', [B, T], () => random.int(0, P - 1)),
       slot: tensor('i32', [B, T], slots),
-      k_cache: tensor(F, [B, S, K, D], () => random.normal()),
-      v_cache: tensor(F, [B, S, K, D], () => random.normal()),
+      k_cache: tensor(F, [B, K, S, D], () => random.normal()),
+      v_cache: tensor(F, [B, K, S, D], () => random.normal()),
     }
     const results = await check(t, {
       op: 'kv_append',
@@ -648,9 +648,12 @@ t.test('kv_append', availability(), async (t) => {
         const k_cache = args.k_cache.values.slice()
         const v_cache = args.v_cache.values.slice()
         slots.forEach((slot, at) => {
-          const to = (Math.floor(at / T) * S + slot) * K * D
-          k_cache.set(kr.subarray(at * K * D, (at + 1) * K * D), to)
-          v_cache.set(args.v.values.subarray(at * K * D, (at + 1) * K * D), to)
+          for (let head = 0; head < K; head++) {
+            const to = ((Math.floor(at / T) * K + head) * S + slot) * D
+            const row = at * K + head
+            k_cache.set(kr.subarray(row * D, (row + 1) * D), to)
+            v_cache.set(args.v.values.subarray(row * D, (row + 1) * D), to)
+          }
         })
         return { k_cache, v_cache }
       },
@@ -659,11 +662,11 @@ t.test('kv_append', availability(), async (t) => {
     const wrong: string[] = []
     for (const name of ['k_cache', 'v_cache'] as const) {
       const [was, is] = [encode(args[name]), encode(results[name]!)]
-      const row = was.length / (B * S)
-      for (let slot = 0; slot < B * S; slot++) {
-        const same =
-          Buffer.compare(was.subarray(slot * row, (slot + 1) * row), is.subarray(slot * row, (slot + 1) * row)) === 0
-        if (!same && !written.has(slot)) wrong.push(`${name} ${slot}`)
+      const row = was.length / (B * K * S)
+      for (let at = 0; at < B * K * S; at++) {
+        const same = Buffer.compare(was.subarray(at * row, (at + 1) * row), is.subarray(at * row, (at + 1) * row)) === 0
+        const slot = Math.floor(at / (K * S)) * S + (at % S)
+        if (!same && !written.has(slot)) wrong.push(`${name} ${at}`)
       }
     }
     t.strictSame(wrong, [], 'other slots stay as they were')
@@ -698,9 +701,8 @@ t.test('attention_cached', availability(), async (t) => {
         for (let slot = start; slot <= end; slot++) seen.add(b * S + slot)
       }
     }
-    const row = K * D
-    const cache = (): HostTensor =>
-      tensor(F, [B, S, K, D], (at) => (seen.has(Math.floor(at / row)) ? random.normal() : garbage))
+    const slotAt = (at: number): number => Math.floor(at / (K * S * D)) * S + (Math.floor(at / D) % S)
+    const cache = (): HostTensor => tensor(F, [B, K, S, D], (at) => (seen.has(slotAt(at)) ? random.normal() : garbage))
     const args = {
       q: tensor(F, [B, T, H, D], () => random.normal()),
       k_cache: cache(),
@@ -722,7 +724,7 @@ t.test('attention_cached', availability(), async (t) => {
         const o = new Float64Array(args.q.size)
         for (let b = 0; b < B; b++) {
           for (let h = 0; h < H; h++) {
-            const keyAt = (n: number): number => ((b * S + n) * K + Math.floor(h / (H / K))) * D
+            const keyAt = (n: number): number => ((b * K + Math.floor(h / (H / K))) * S + n) * D
             for (let at = 0; at < T; at++) {
               const query = ((b * T + at) * H + h) * D
               const [low, high] = [first[b * T + at]!, last[b * T + at]!]
@@ -763,8 +765,8 @@ t.test('a cache filled token by token gives what the whole sequence gives', avai
       (i) => x.values[(Math.floor(i / row) * T + at) * row + (i % row)]!,
     )
   }
-  let k_cache = tensor('f32', [B, T, K, D], () => NaN)
-  let v_cache = tensor('f32', [B, T, K, D], () => NaN)
+  let k_cache = tensor('f32', [B, K, T, D], () => NaN)
+  let v_cache = tensor('f32', [B, K, T, D], () => NaN)
   let error = 0
   for (let at = 0; at < T; at++) {
     const { cos, sin } = inputs
