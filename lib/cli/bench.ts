@@ -44,7 +44,7 @@ export const bench: Command<typeof options> = {
   summary: 'Measures kernels, training steps, loading and generating beside peers and what the machine can do.',
   details:
     'ropewalk bench [stem] measures one part only, ropewalk bench matmul,adamw two. Stems:\n' +
-    `${stems.join(', ')}\n\n` +
+    `${stems.slice(0, 8).join(', ')},\n${stems.slice(8).join(', ')}\n\n` +
     'Every side of a case runs in turn, so that other work on the machine meets all alike; given are medians, and\n' +
     'ratios within rounds. Operations are timed by the host, many in one plan. Peers are used where they are: PyTorch\n' +
     'and transformers (of the Python that ROPEWALK_PYTHON names, else python3), on the CPU also OpenBLAS\n' +
