@@ -69,11 +69,10 @@ constexpr QuantizedMaps kQuantizedMaps = make_quantized_maps();
 // Between two neighbours of a map the lower one is the nearest up to here.
 RW_BOTH constexpr float halfway(float below, float above) { return (below + above) * 0.5f; }
 
-// An absmax as it is kept, `value` that of its byte in the map. The product is rounded by itself, whatever the compiler
-// fuses.
+// An absmax as it is kept, `value` that of its byte in the map. The product is rounded by itself.
 RW_DEVICE float kept_absmax(float value, float scale, float mean) {
 #ifdef RW_ISA
-  const auto product = static_cast<float>(static_cast<double>(value) * scale);
+  const volatile float product = value * scale;  // else it would be fused with the addition
 #else
   const float product = __fmul_rn(value, scale);
 #endif

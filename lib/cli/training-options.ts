@@ -90,15 +90,13 @@ export function memoryWords(memory: MemoryOptions): string {
 }
 
 /** Names are checked by the library. */
-export function readAdapter(
-  values: Values<typeof adapterOptions>,
-): Pick<PlanRequest, 'lora' | 'quantize' | 'pose'> {
+export function readAdapter(values: Values<typeof adapterOptions>): Pick<PlanRequest, 'lora' | 'quantize' | 'pose'> {
   const { lora: rank, 'lora-targets': targets, 'also-train': also, pose } = values
   if (rank === undefined && (targets ?? also) !== undefined) {
     throw new UsageError(`--${targets === undefined ? 'also-train' : 'lora-targets'} needs --lora: the adapter's rank`)
   }
   if (rank === undefined && values.quantize !== undefined) {
-    throw new UsageError("--quantize needs --lora: quantised weights are too coarse to be trained themselves")
+    throw new UsageError('--quantize needs --lora: quantised weights are too coarse to be trained themselves')
   }
   const lora = { rank, targets: targets === 'all' ? loraTargets : list(targets), alsoTrain: list(also) }
   return {

@@ -42,7 +42,11 @@ async function dequantized(device: Device, x: Tensor): Promise<Float32Array> {
  * What a tensor of the caller is for a parameter: in its dtype, for a quantised one in float32. Throws TypeError or
  * RangeError where it does not serve.
  */
-export function checkValues(name: string, tensor: HostTensor, { dtype, dims, size }: Tensor): Float32Array | Uint16Array {
+export function checkValues(
+  name: string,
+  tensor: HostTensor,
+  { dtype, dims, size }: Tensor,
+): Float32Array | Uint16Array {
   if (!tensor || !Array.isArray(tensor.dims) || !ArrayBuffer.isView(tensor.data)) {
     throw new TypeError(`${name}: expected a tensor { type, dims, data }`)
   }

@@ -303,6 +303,33 @@ for (const [seed, layout] of (['nn', 'nt'] as const).entries()) {
     }
   })
 
+  t.test(`${op}: a quantised b has the bits that dequantize gives`, availability(), async (t) => {
+    // By the product with unit vectors: absmax of many sizes, of which no part may be kept more exactly here than there.
+    const random = new Random(75 + seed)
+    for (const [i, rows] of [3, 12, 100, 200].entries()) {
+      for (const format of FORMATS) {
+        for (const F of FLOATS) {
+          const K = i % 2 === 0 ? 256 : 200
+          const N = layout === 'nt' ? 70 : 64 * (1 + i) + (i % 2)
+          const a = tensor(F, [rows, K], (at) => Number(at % K === (Math.floor(at / K) * 37) % K))
+          const element = (at: number) => 10 ** ((at >> 6) % 5) * random.normal()
+          const { b, values } = quantizedTensor(format, bDims(layout, N, K), element, F)
+          const chosen = new Float64Array(rows * N).map((_, at) => {
+            const [k, n] = [(Math.floor(at / N) * 37) % K, at % N]
+            return values[layout === 'nt' ? n * K + k : k * N + n]! + 0
+          })
+          await check(t, {
+            op,
+            label: `${rows}x${N}x${K} ${F} ${format}`,
+            args: { a, b, c: output('f32', [rows, N]) },
+            reference: () => ({ c: chosen }),
+            bitwise: true,
+          })
+        }
+      }
+    }
+  })
+
   t.test(`${op}: a quantised b in tiles of 128 and 256, by their product with a vector`, availability(), async (t) => {
     // As for plain matrices. Every block of 64 has an element of the largest magnitude, so that -1, 0 and 1 are exact.
     const random = new Random(81 + seed)
