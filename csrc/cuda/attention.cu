@@ -1,5 +1,4 @@
-// o = softmax(scale R q (R k)^T) v over the keys first[t] .. t; lse = log of the softmax's denominator, maximum
-// included.
+// o = softmax(scale R q (R k)^T) v over the keys first[t] .. t; lse = log of its denominator, maximum included.
 //
 // Shapes: q, o (B,T,H,D); k, v, kr (B,T,K,D), D even, up to 256; cos, sin (P,D/2); lse (B,H,T). q, k, v, o, kr f32 or
 // bf16. Sums, softmax and lse are f32; in bf16 also R k, scale log2(e) R q and the weights (at most 1, unnormalized)
@@ -29,16 +28,14 @@
 // Few queries of a cache (attention_cached): the query heads of a kv head become rows of one tile, and blocks share the
 // slots (blockIdx.z); attention_combine_kernel adds up their f32 results in the order of the slots.
 //
-// Papers: FlashAttention-2 2307.08691 (tiles, running maximum, one division at the end), RoFormer 2104.09864
-// (rotation).
+// Papers: FlashAttention-2 2307.08691 (tiles, running maximum, one division), RoFormer 2104.09864 (rotation).
 #include "attention.h"
 
 namespace rw::cuda {
 
 namespace {
 
-// ---- rotation of rows
-// -------------------------------------------------------------------------------------------------
+// ---- rotation of rows ----
 
 constexpr int kRotateThreads = 128, kRotateTokens = 4;
 
@@ -83,8 +80,7 @@ __global__ void __launch_bounds__(kRotateThreads) attention_rotate_kernel(Rotate
   }
 }
 
-// ---- forward
-// ----------------------------------------------------------------------------------------------------------
+// ---- forward ----
 
 // Partial results of a row from one part of the slots: output (D, not yet divided), maximum and sum.
 struct Partial {
