@@ -27,38 +27,33 @@ __device__ __forceinline__ float scale_of(const QuantizedMaps& maps, const Quant
     return q.scales[block];
 }
 
-// 8 elements of nf4 from their 4 bytes, of int8 from 8.
-__device__ __forceinline__ void decode(const QuantizedMaps& maps, uint32_t codes, float scale, float (&x)[8]) {
+// The values of codes that lie in an integer, element 0 first: Count of nf4, 8 bits for two, or of int8.
+template <DType dtype, int Count>
+__device__ __forceinline__ void decode(const QuantizedMaps& maps, uint32_t codes, float scale, float* x) {
 #pragma unroll
-  for (int i = 0; i < 8; i++) x[i] = maps.nf4[codes >> (8 * (i / 2) + (i % 2 ? 0 : 4)) & 15u] * scale;
-}
-__device__ __forceinline__ void decode(const QuantizedMaps&, uint2 codes, float scale, float (&x)[8]) {
-#pragma unroll
-  for (int i = 0; i < 8; i++) {
-    const auto word = static_cast<int32_t>(i < 4 ? codes.x : codes.y);
-    x[i] = static_cast<float>(word << (24 - 8 * (i % 4)) >> 24) * scale;
+  for (int i = 0; i < Count; i++) {
+    if constexpr (dtype == DType::nf4)
+      x[i] = maps.nf4[codes >> (i / 2 * 8 + (i % 2 ? 0 : 4)) & 15u] * scale;
+    else
+      x[i] = static_cast<float>(static_cast<int32_t>(codes << (24 - 8 * i)) >> 24) * scale;
   }
 }
 
-// Count elements from `at` on, which are of one block; Count divides `at`.
+// Count elements from `at` on, which are of one block; Count is 1, 4 or 8 and divides `at`.
 template <DType dtype, int Count>
 __device__ __forceinline__ void load_quantized(const QuantizedMaps& maps, const Quantized& q, int64_t at,
                                                float (&x)[Count]) {
   const float scale = scale_of<dtype>(maps, q, at / kQuantBlock);
-  if constexpr (Count == 8) {
-    using Codes = std::conditional_t<dtype == DType::nf4, uint32_t, uint2>;
-    decode(maps, *reinterpret_cast<const Codes*>(q.codes + (dtype == DType::nf4 ? at / 2 : at)), scale, x);
+  const uint8_t* from = q.codes + (dtype == DType::nf4 ? at / 2 : at);
+  if constexpr (Count == 1) {
+    const uint32_t byte = *from;
+    decode<dtype, 1>(maps, dtype == DType::nf4 && at % 2 ? byte << 4 : byte, scale, x);
+  } else if constexpr (dtype == DType::int8 && Count == 8) {
+    const uint2 codes = *reinterpret_cast<const uint2*>(from);
+    decode<dtype, 4>(maps, codes.x, scale, x), decode<dtype, 4>(maps, codes.y, scale, x + 4);
   } else {
-    static_assert(Count == 4 || Count == 1);
-#pragma unroll
-    for (int i = 0; i < Count; i++) {
-      if constexpr (dtype == DType::nf4) {
-        const uint32_t byte = q.codes[(at + i) / 2];
-        x[i] = maps.nf4[(at + i) % 2 ? byte & 15u : byte >> 4] * scale;
-      } else {
-        x[i] = static_cast<float>(static_cast<int8_t>(q.codes[at + i])) * scale;
-      }
-    }
+    using Codes = std::conditional_t<dtype == DType::nf4 && Count == 4, uint16_t, uint32_t>;
+    decode<dtype, Count>(maps, *reinterpret_cast<const Codes*>(from), scale, x);
   }
 }
 

@@ -147,10 +147,10 @@ struct QuantizedOperand {
 #pragma unroll
       for (int piece = 0; piece < kChunk / 8; piece++) {
         float x[8];
-        if constexpr (dtype == DType::nf4)
-          decode(maps, word[piece], factor, x);
-        else
-          decode(maps, make_uint2(word[2 * piece], word[2 * piece + 1]), factor, x);
+        constexpr int kWords = 32 / kChunk;  // of a piece: 1 or 2
+#pragma unroll
+        for (int part = 0; part < kWords; part++)
+          decode<dtype, 8 / kWords>(maps, word[kWords * piece + part], factor, x + 8 / kWords * part);
         store_bf16(tile + swizzled < Along ? Tile::k : Extent > (row_of(i), first + piece), x);
       }
     }

@@ -98,6 +98,10 @@ t.test('generate takes a cache', async (t) => {
 
   using other = await Llama.load(join(fixtures, 'mha-f32'), { device: 'cpu' })
   await say(300, cache)
-  const { done } = await other.generate({ prompt: tokens(300, 1), cache, stopIds: [] }).next()
-  t.notOk(done, 'another model begins anew')
+  const anew = other.generate({ prompt: tokens(300, 1), cache, stopIds: [] })
+  const { value } = await anew.next()
+  await anew.return(undefined)
+  const alone = other.generate({ prompt: tokens(300, 1), stopIds: [] })
+  t.same(value, (await alone.next()).value, 'another model begins anew')
+  await alone.return(undefined)
 })

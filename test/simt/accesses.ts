@@ -38,6 +38,8 @@ const filled = 'once a block, before its loop'
 const looked = 'which entry a lane looks up is up to the data'
 const before = 'a token starts where the one before it ends: one number off its sector'
 const oneOfRow = 'one number of a row of products'
+const cached = 'a tile has a part of a sector of each row; those after it find the rest in a cache'
+const lookedUp = 'absmax that differ are looked up at once: one for every 32 elements or more, but in f32'
 const EXCEPTIONS: Exception[] = [
   ...['rmsnorm_fwd_kernel', 'rmsnorm_bwd_kernel', 'adamw_8bit_kernel'].map((kernel): Exception => ({
     kernel,
@@ -93,6 +95,25 @@ const EXCEPTIONS: Exception[] = [
   { kernel: 'few_rows_kernel', access: 'device load', text: 'uint4*>(p)', ratio: 2, reason: halves },
   { kernel: 'few_rows_kernel', access: 'device load', text: 'static_cast<C*>(p.c)', ratio: 4, reason: oneOfRow },
   { kernel: 'few_rows_kernel', access: 'device store', text: 'static_cast<C*>(p.c)', ratio: 4, reason: oneOfRow },
+  { kernel: 'ffma_kernel', access: 'device load', text: 'const Codes*>(from)', ratio: 2, reason: cached },
+  { kernel: 'ffma_kernel', access: 'device load', text: 'return q.scales[block];', ratio: 3, reason: cached },
+  { kernel: 'ffma_kernel', access: 'device load', text: 'return kept_absmax(', ratio: 1.5, reason: cached },
+  { kernel: 'mma_kernel', access: 'device load', text: 'inside ? q.scales[at] : ', ratio: 5, reason: cached },
+  { kernel: 'mma_kernel', access: 'device load', text: 'inside ? q.absmax[at] : ', ratio: 4, reason: cached },
+  ...['ffma_kernel', 'few_rows_kernel', 'mma_kernel'].map((kernel): Exception => ({
+    kernel,
+    access: 'shared load',
+    text: 'kept_absmax(',
+    ratio: 2,
+    reason: lookedUp,
+  })),
+  {
+    kernel: 'nf4_kernel',
+    access: 'shared load',
+    text: 'if (x > halfway(map[middle], map[middle + 1]))',
+    ratio: 2,
+    reason: 'a search in the map, of one absmax for 64 elements, when a model is loaded',
+  },
   { kernel: 'attention_fwd_kernel', access: 'device store', text: 'a.partial.top[', ratio: 4, reason: oneOfRow },
   { kernel: 'attention_fwd_kernel', access: 'device store', text: 'a.partial.total[', ratio: 4, reason: oneOfRow },
   { kernel: 'attention_fwd_kernel', access: 'device store', text: 'a.lse[', ratio: 2, reason: oneOfRow },
