@@ -25,12 +25,10 @@ interface Task {
 
 /** Bytes. */
 interface Measured {
-  /** What was planned, or the weights. */
-  planned: number
+  /** All weights. */
+  weights: number
   /** What the device allocated, at most. */
   allocated: number
-  /** The plan's own part: activations and temporaries. */
-  arena: number
   /** Of the process before and after, and its largest. */
   before: number
   after: number
@@ -62,9 +60,8 @@ async function measure({ kind, time, threads, dir, memory }: Task): Promise<Meas
     using model = await Llama.load(dir, { device: 'cpu', threads })
     const allocated = model.device.peakAllocatedBytes
     return {
-      planned: 4 * model.parameterCount,
+      weights: 4 * model.parameterCount,
       allocated,
-      arena: 0,
       before,
       after: rss(),
       most: mostResident(),
@@ -79,12 +76,9 @@ async function measure({ kind, time, threads, dir, memory }: Task): Promise<Meas
     await trainer.step(randomTokens(1, time, LLAMA_25M.vocab_size))
     seconds = (performance.now() - start) / 1000
   }
-  const { totalBytes: planned, activationBytes: arena } = trainer.plan()
-  const allocated = model.device.allocatedBytes
   const result = {
-    planned,
-    allocated,
-    arena,
+    weights: 4 * model.parameterCount,
+    allocated: model.device.allocatedBytes,
     before,
     after: rss(),
     most: mostResident(),
@@ -105,12 +99,8 @@ async function inOwnProcess(task: Task): Promise<Measured> {
 
 /** Memory of a step of `time` tokens: planned, allocated, resident. */
 export async function stepMemory(time: number, threads: number): Promise<Fact[]> {
-  const { planned, allocated, arena, before, after, most } = await inOwnProcess({
-    kind: 'step',
-    time,
-    threads,
-    dir: '',
-  })
+  const { planned, arena } = await planStep(time)
+  const { allocated, before, after, most } = await inOwnProcess({ kind: 'step', time, threads, dir: '' })
   const name = `memory of a step, T ${time}`
   return [
     { name: `${name}: activations and temporaries planned`, value: arena, unit: 'bytes' },
@@ -131,8 +121,9 @@ const LONG = 16_384
 export async function leanMemory(long: number, short: number, threads: number): Promise<Fact[]> {
   const step = (time: number, memory: MemoryOptions): Promise<Measured> =>
     inOwnProcess({ kind: 'step', time, threads, dir: '', memory })
-  const { planned, allocated, arena, before, most, seconds } = await step(long, LEAN)
-  const all = await planStep(long)
+  const { planned, arena } = await planStep(long, LEAN)
+  const { allocated, before, most, seconds } = await step(long, LEAN)
+  const { arena: all } = await planStep(long)
   const ratios: number[] = []
   for (let round = 0; round < 3; round++) {
     const [plain, lean] = [await step(short, {}), await step(short, LEAN)]
@@ -154,12 +145,12 @@ export async function leanMemory(long: number, short: number, threads: number): 
   ]
 }
 
-/** Bytes of activations and temporaries of a step that keeps everything. */
-async function planStep(time: number): Promise<number> {
-  const config = { ...LLAMA_25M, max_position_embeddings: time }
-  using model = await Llama.create(config, { device: 'cpu', threads: 1, seed: 1 })
-  using trainer = new Trainer(model, { context: time })
-  return trainer.plan().activationBytes
+/** Bytes of a step, planned; `arena` of activations and temporaries. Not in the process that is measured. */
+async function planStep(time: number, memory: MemoryOptions = {}): Promise<{ planned: number; arena: number }> {
+  using model = await Llama.create({ ...LLAMA_25M, max_position_embeddings: time }, { device: 'dry' })
+  using trainer = new Trainer(model, { context: time, memory })
+  const { totalBytes, activationBytes } = trainer.plan()
+  return { planned: totalBytes, arena: activationBytes }
 }
 
 /**
@@ -170,12 +161,12 @@ export async function loadMemory(bytes: number, threads: number): Promise<Fact[]
   const dir = await mkdtemp(join(tmpdir(), 'ropewalk-bench-'))
   try {
     await writeModel(dir, bytes)
-    const { planned, before, most, own } = await inOwnProcess({ kind: 'load', time: 0, threads, dir })
+    const { weights, before, most, own } = await inOwnProcess({ kind: 'load', time: 0, threads, dir })
     const name = 'memory of loading'
     return [
-      { name: `${name}: weights`, value: planned, unit: 'bytes' },
-      { name: `${name}: growth of the process / weights`, value: (most - before) / planned, unit: 'ratio', most: 1.1 },
-      { name: `${name}: growth of its own memory / weights`, value: own / planned, unit: 'ratio', most: 0.1 },
+      { name: `${name}: weights`, value: weights, unit: 'bytes' },
+      { name: `${name}: growth of the process / weights`, value: (most - before) / weights, unit: 'ratio', most: 1.1 },
+      { name: `${name}: growth of its own memory / weights`, value: own / weights, unit: 'ratio', most: 0.1 },
     ]
   } finally {
     await rm(dir, { recursive: true, force: true })

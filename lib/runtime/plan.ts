@@ -8,9 +8,9 @@ export interface PlanOptions {
   keep?: readonly Tensor[]
   /** Leaves out operations whose results neither another one nor the caller reads. */
   prune?: boolean
-  /** Memory to share with other plans that never run at the same time; at least `peakBytes` and `hostBytes`. */
-  arena?: Buffer
-  hostArena?: Buffer
+  /** As `lend`. */
+  arena?: Buffer | undefined
+  hostArena?: Buffer | undefined
   /** Told where pinned memory of the host was refused. */
   onRefused?: (message: string) => void
 }
@@ -48,6 +48,7 @@ export class Plan {
   private readonly scratch = new Map<Scratch, number>()
   private arena: Buffer | undefined
   private hostArena: Buffer | undefined
+  private readonly lent: Pick<PlanOptions, 'arena' | 'hostArena'> = {}
   private handle: number | undefined
   private disposed = false
 
@@ -66,16 +67,24 @@ export class Plan {
     this.peakAt = own.peakAt
     this.flops = this.commands.reduce((sum, command) => sum + command.flops, 0)
     this.traffic = this.commands.reduce((sum, command) => sum + command.traffic, 0)
-    this.arena = arena
-    this.hostArena = hostArena
+    this.lend(arena, hostArena)
+  }
+
+  /**
+   * Before the first run: memory to share with other plans that never run at the same time, of at least `peakBytes` and
+   * `hostBytes`. Whoever lends it frees it.
+   */
+  lend(arena: Buffer | undefined, hostArena: Buffer | undefined): void {
     for (const [lent, bytes] of [
-      [arena, own.bytes],
-      [hostArena, host.bytes],
+      [arena, this.peakBytes],
+      [hostArena, this.hostBytes],
     ] as const) {
       if (lent && lent.bytes < bytes) {
-        throw new RangeError(`plan "${name}" needs an arena of ${bytes} bytes, was given ${lent.bytes}`)
+        throw new RangeError(`plan "${this.name}" needs an arena of ${bytes} bytes, was given ${lent.bytes}`)
       }
     }
+    this.arena = this.lent.arena = arena
+    this.hostArena = this.lent.hostArena = hostArena
   }
 
   /** Allocates the arena and hands the record to the device; `run()` does it on first use. */
@@ -116,8 +125,8 @@ export class Plan {
     if (this.disposed) return
     this.disposed = true
     if (this.handle !== undefined) this.device.freePlan(this.handle)
-    if (!this.options.arena) this.arena?.dispose()
-    if (!this.options.hostArena) this.hostArena?.dispose()
+    if (!this.lent.arena) this.arena?.dispose()
+    if (!this.lent.hostArena) this.hostArena?.dispose()
   }
 
   private encode(): { words: Float64Array; buffers: Uint32Array } {

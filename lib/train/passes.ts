@@ -51,21 +51,18 @@ export class TrainingPasses {
     let arena: Buffer | undefined
     let hostArena: Buffer | undefined
     try {
-      // Once to learn what the largest takes, once more into memory of that size, where there is any.
-      const sizes = kinds.map((kind) => {
+      const recorded = kinds.map((kind) => {
         const pass = this.record(kind, { share })
         share = pass
         this.passes.set(kind, pass)
         return pass.plan
       })
-      this.arenaBytes = Math.max(...sizes.map(({ peakBytes }) => peakBytes))
-      this.hostBytes = Math.max(...sizes.map(({ hostBytes }) => hostBytes))
+      this.arenaBytes = Math.max(...recorded.map(({ peakBytes }) => peakBytes))
+      this.hostBytes = Math.max(...recorded.map(({ hostBytes }) => hostBytes))
       const what = `activations of ${rows} x ${time} tokens`
       arena = weights.device.alloc(this.arenaBytes, what)
       if (this.hostBytes > 0) hostArena = weights.device.allocHost(this.hostBytes, `${what}, checkpoints`, onRefused)
-      if (!weights.device.dry) {
-        for (const kind of kinds) this.passes.set(kind, this.record(kind, { share, arena, hostArena }))
-      }
+      for (const plan of recorded) plan.lend(arena, hostArena)
     } catch (error) {
       arena?.dispose()
       hostArena?.dispose()
@@ -120,7 +117,7 @@ export class TrainingPasses {
   }
 
   /** Training passes also leave sum weight nll in the optimizer's `loss`, where a NaN stops the update. */
-  private record(kind: PassKind, memory: Pick<PassOptions, 'share' | 'arena' | 'hostArena'>): Pass {
+  private record(kind: PassKind, memory: Pick<PassOptions, 'share'>): Pass {
     const { loss, gradients } = this.optimizer
     const onLosses: PassOptions['onLosses'] = (recorder, nll, { weight }) => {
       dot(recorder, { a: nll, b: weight, add: kind === 'accumulate' ? loss : undefined, y: loss })

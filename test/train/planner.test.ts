@@ -89,12 +89,12 @@ const config = {
 }
 
 t.test('the same as Trainer.plan says for a model on such a device', async (t) => {
-  const options: (Omit<TrainerOptions, 'memory'> & { memory?: MemoryOptions })[] = [
+  const options = [
     {},
     { batchSize: 2, accumulate: 3, validation: ['a file'], memory: { checkpointLayers: 2, offloadCheckpoints: true } },
     { lora: { rank: 4, targets: ['q_proj', 'down_proj'], alsoTrain: ['norm'] }, memory: { moments: '8bit' } },
     { pose: { length: 64 } },
-  ]
+  ] as const satisfies Partial<PlanRequest>[]
   for (const dtype of ['float32', 'bfloat16'] as const) {
     for (const [device, planned] of [
       ['dry', 'cpu'],
