@@ -89,10 +89,12 @@ export function search(planning: Planning, fixed: MemoryOptions = {}, onProgress
   return { sets, problem: explain(planning, finder, fixed) }
 }
 
-/** The sets that need least of the device: exact and without the host, without the host, and at all. One pass a step. */
+/** The sets that need least of the device: exact and without the host, without the host, and at all. */
 export async function leanestSets(request: PlanRequest): Promise<Record<'exact' | 'leanest' | 'offloaded', FitSet>> {
-  const finder = new Finder(await readRequest(request), {})
-  const all = finder.candidates({ least: true, onlyFused: true }).sort(byBytes)
+  const planning = await readRequest(request)
+  const finder = new Finder(planning, {})
+  // Fused updates need least; with several passes in a step there are none.
+  const all = finder.candidates({ least: true, onlyFused: planning.settings.accumulate === 1 }).sort(byBytes)
   const first = (holds: (candidate: Candidate) => boolean): FitSet => finder.exactly(all.find(holds)!.memory)
   return {
     exact: first(({ hostBytes, roundings }) => hostBytes === 0 && roundings === 0),
