@@ -16,6 +16,16 @@ export const baseline = {
   help: 'also evaluate the same weights with the positions unscaled',
 } as const
 
+/** Of evaluations whose prompts are made to measure. */
+export const promptContext = {
+  kind: 'number',
+  value: 'n',
+  min: 1,
+  whole: true,
+  help: 'prompt and answer in tokens',
+  default: "the model's window",
+} as const
+
 const perplexityOptions = {
   data: { kind: 'texts', value: 'file', required: true, help: 'texts: .txt, .jsonl, .parquet, or a folder of them' },
   windows: {
@@ -36,14 +46,7 @@ const perplexityOptions = {
 } as const
 
 const passkeyOptions = {
-  context: {
-    kind: 'number',
-    value: 'n',
-    min: 1,
-    whole: true,
-    help: 'prompt and answer in tokens',
-    default: "the model's window",
-  },
+  context: promptContext,
   distances: {
     kind: 'number',
     value: 'n',

@@ -1,7 +1,7 @@
 // Evaluations of retrieval beside the paper's: the heat map over length and depth, and RULER.
 import { decodeUtf8, readSmallFile } from '../files/bytes.js'
 import { needle, ruler, type RulerTask } from '../index.js'
-import { baseline, evaluate, percent, watching } from './eval.js'
+import { baseline, evaluate, percent, promptContext, watching } from './eval.js'
 import { type Command, commonOptions, defined, modelOptions } from './options.js'
 
 const needleOptions = {
@@ -68,14 +68,7 @@ export const evalNeedle: Command<typeof needleOptions> = {
 }
 
 const rulerOptions = {
-  context: {
-    kind: 'number',
-    value: 'n',
-    min: 1,
-    whole: true,
-    help: 'prompt and answer in tokens',
-    default: "the model's window",
-  },
+  context: promptContext,
   tasks: { kind: 'text', value: 'name,...', help: 'such as niah_single_1,niah_multivalue,vt,cwe,fwe', default: 'all' },
   trials: { kind: 'number', value: 'n', min: 1, whole: true, help: 'prompts of each task', default: '20' },
   seed: { kind: 'number', value: 'n', min: 0, whole: true, help: 'of the prompts', default: '0' },

@@ -74,12 +74,17 @@ const leftOut = (folder: ReportFolder): string[] => {
 const thousandths = (value: number): string => value.toFixed(3)
 const percent = (value: number): string => `${(100 * value).toFixed(0)} %`
 
-export const resolution: Experiment = {
-  id: 'resolution',
-  title: 'Near tokens: the loss of angular resolution by factor',
+/** Both look at the same attention, which is measured once. */
+const measured: Pick<Experiment, 'data' | 'trains' | 'units'> = {
   data: ['pg19'],
   trains: true,
   units: (plan) => [...trainUnits(plan), ...attentionUnits(plan)],
+}
+
+export const resolution: Experiment = {
+  id: 'resolution',
+  title: 'Near tokens: the loss of angular resolution by factor',
+  ...measured,
   section(folder): Section {
     const { settings, model } = folder.record
     const list = found(folder)
@@ -152,9 +157,7 @@ export const resolution: Experiment = {
 export const scoreMaxima: Experiment = {
   id: 'score-maxima',
   title: 'Attention scores by distance: do they blow up beyond the window',
-  data: ['pg19'],
-  trains: true,
-  units: (plan) => [...trainUnits(plan), ...attentionUnits(plan)],
+  ...measured,
   section(folder): Section {
     const { settings, model } = folder.record
     const list = found(folder)

@@ -1,6 +1,7 @@
 // What the environment can ask of the emulator: orders, threads, barriers left out one at a time, the access lint. The
 // program runs itself again with each setting.
 #include <algorithm>
+#include <filesystem>
 #include <unistd.h>
 
 #include "check.h"
@@ -153,12 +154,12 @@ int main(int count, char** arguments) {
       std::printf("%s\n", error.what());
       return 0;
     }
-  char folder[] = "/tmp/ropewalk-simt-XXXXXX";
-  if (!mkdtemp(folder)) return 1;
+  std::string folder = (std::filesystem::temp_directory_path() / "ropewalk-simt-XXXXXX").string();
+  if (!mkdtemp(folder.data())) return 1;
   test_settings();
   test_mutations(folder);
   test_lint(folder);
-  for (const char* name : {"/sites", "/lint.json", "/lint.txt"}) unlink((folder + std::string(name)).c_str());
-  rmdir(folder);
+  for (const char* name : {"/sites", "/lint.json", "/lint.txt"}) unlink((folder + name).c_str());
+  rmdir(folder.c_str());
   return summary("modes_test");
 }
