@@ -32,6 +32,7 @@ namespace {
 constexpr int64_t KC = 256;
 constexpr int64_t MC = 336 / MR * MR;
 constexpr int64_t NC = 1024;
+constexpr int64_t LONG_K = 4096;           // f32 c is summed in memory over so many k at a time
 constexpr int64_t PANEL_FLOATS = 4 << 20;  // the packed part of b: 16 MB, or 8 NR columns where k is huge
 constexpr int64_t GROUP = 4 * NR;          // columns of a packing task: pieces of rows worth reading
 constexpr int64_t FEW_ROWS = 16;
@@ -108,6 +109,10 @@ void finish(int64_t rows, int64_t columns, const float* sum, int64_t ld, const A
     for (; j < columns; j++)
       store_one(c + i * c_ld + j, add ? to_float(add[i * add_ld + j]) + sum[i * ld + j] : sum[i * ld + j]);
   }
+}
+
+void* start_at(const Matrix& x, int64_t element) {
+  return static_cast<char*>(x.data) + element * (x.dtype == DType::f32 ? sizeof(float) : sizeof(bf16));
 }
 
 template <typename T>
@@ -216,6 +221,19 @@ void multiply_packed(Context& context, const Problem& p) {
   }
 }
 
+// The weights' gradients of a long context: k is its tokens. One packing of b would be as deep, and 32 MiB at T 32768.
+void multiply_long(Context& context, const Problem& p) {
+  const int64_t slabs = ceil_div(p.k, LONG_K), depth = round_up(ceil_div(p.k, slabs), KC);
+  for (int64_t k = 0; k < p.k; k += depth) {
+    Problem part = p;
+    part.k = min(depth, p.k - k);
+    part.a.data = start_at(p.a, k * p.a.column);
+    part.b.data = start_at(p.b, k * p.b.row);
+    if (k > 0) part.add = p.c;
+    multiply_packed(context, part);
+  }
+}
+
 // Few rows: a is packed once for all, b by each task for its own columns, into a buffer that stays in the cache.
 void multiply_some_rows(Context& context, const Problem& p) {
   const int64_t panels = ceil_div(p.m, MR), panel = p.k * MR + VL, b_step = min(p.k, KC) * NR;
@@ -257,6 +275,7 @@ void dots(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t 
 #pragma GCC unroll 16
     for (int s = 0; s < S; s++) {
       const vf part = load(y[s] + k);
+      __builtin_prefetch(y[s] + k + S * ldb);  // the rows that follow: each is too short for the hardware to foresee
 #pragma GCC unroll 4
       for (int r = 0; r < R; r++) acc[r * S + s] += load(x[r] + k) * part;
     }
@@ -322,7 +341,10 @@ void multiply_few_rows(Context& context, const Problem& p) {
 void gemm(Context& context, int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, Matrix add, Matrix c) {
   Problem p = {m, n, k, a, b, add, c, {}};
   if (is_quantized(b.dtype)) p.q = quantized(b.dtype, b.data, n * k);
-  if (m > SOME_ROWS)
+  const bool is_summed_in_place = c.dtype == DType::f32 && (!add.data || add.dtype == DType::f32);
+  if (m > SOME_ROWS && k > LONG_K && is_summed_in_place && !is_quantized(b.dtype))
+    multiply_long(context, p);
+  else if (m > SOME_ROWS)
     multiply_packed(context, p);
   else if (m > FEW_ROWS || b.row != 1)
     multiply_some_rows(context, p);

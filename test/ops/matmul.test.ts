@@ -125,6 +125,7 @@ for (const [seed, layout] of LAYOUTS.entries()) {
       [33, 47, 129],
       [70, 300, 260],
       [200, 70, 90],
+      [130, 20, 4200],
     ] as const) {
       for (const F of FLOATS) {
         const a = tensor(F, aDims(layout, M, K), () => random.int(-8, 8))
