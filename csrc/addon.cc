@@ -435,11 +435,12 @@ Napi::Value blas_sgemm(const Napi::CallbackInfo& info) {
 }
 
 // (bytes, repeats, threads) -> seconds
-Napi::Value copy_memory(const Napi::CallbackInfo& info) {
+template <auto use>
+Napi::Value use_memory(const Napi::CallbackInfo& info) {
   const auto bytes = static_cast<size_t>(integer(info, 0, 1, kMaxSize));
   const int repeats = static_cast<int>(integer(info, 1, 1, 1 << 20));
   const int threads = static_cast<int>(integer(info, 2, 1, 1024));
-  return Napi::Number::New(info.Env(), blas::copy(bytes, repeats, threads));
+  return Napi::Number::New(info.Env(), use(bytes, repeats, threads));
 }
 
 // (device, path: string, or '' for the usual names) -> one line for people
@@ -487,7 +488,8 @@ Napi::Object export_all(Napi::Env env, Napi::Object exports) {
   exports.Set("blasSgemm", Napi::Function::New<blas_sgemm>(env));
   exports.Set("peerOpen", Napi::Function::New<peer_open>(env));
   exports.Set("peerMultiply", Napi::Function::New<peer_multiply>(env));
-  exports.Set("copyMemory", Napi::Function::New<copy_memory>(env));
+  exports.Set("copyMemory", Napi::Function::New<use_memory<blas::copy>>(env));
+  exports.Set("readMemory", Napi::Function::New<use_memory<blas::read>>(env));
   return exports;
 }
 

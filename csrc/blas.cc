@@ -1,5 +1,6 @@
 #include "blas.h"
 
+#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <cstdlib>
@@ -128,23 +129,48 @@ double sgemm(bool transpose_a, bool transpose_b, int m, int n, int k, int repeat
   return seconds_since(start);
 }
 
+// Seconds that threads take to do `work(first byte, count)` `repeats` times, each for its share.
+template <typename Work>
+static double seconds_of(size_t bytes, int repeats, int threads, Work&& work) {
+  const size_t part = bytes / static_cast<size_t>(threads);
+  const auto share = [&](int thread) {
+    const size_t at = part * static_cast<size_t>(thread);
+    for (int i = 0; i < repeats; i++) work(at, thread + 1 < threads ? part : bytes - at);
+  };
+  const auto start = std::chrono::steady_clock::now();
+  std::vector<std::thread> others;
+  for (int thread = 1; thread < threads; thread++) others.emplace_back(share, thread);
+  share(0);
+  for (std::thread& other : others) other.join();
+  return seconds_since(start);
+}
+
 double copy(size_t bytes, int repeats, int threads) {
   State& s = state();
   std::lock_guard<std::mutex> lock(s.mutex);
   if (s.from.reserve(bytes)) s.from.fill(bytes);
   if (s.to.reserve(bytes)) s.to.fill(bytes);
-  const size_t part = bytes / static_cast<size_t>(threads);
-  const auto work = [&](int thread) {
-    const size_t at = part * static_cast<size_t>(thread);
-    for (int i = 0; i < repeats; i++)
-      std::memcpy(s.to.bytes() + at, s.from.bytes() + at, thread + 1 < threads ? part : bytes - at);
-  };
-  const auto start = std::chrono::steady_clock::now();
-  std::vector<std::thread> others;
-  for (int thread = 1; thread < threads; thread++) others.emplace_back(work, thread);
-  work(0);
-  for (std::thread& other : others) other.join();
-  return seconds_since(start);
+  return seconds_of(bytes, repeats, threads,
+                    [&](size_t at, size_t count) { std::memcpy(s.to.bytes() + at, s.from.bytes() + at, count); });
+}
+
+double read(size_t bytes, int repeats, int threads) {
+  State& s = state();
+  std::lock_guard<std::mutex> lock(s.mutex);
+  if (s.from.reserve(bytes)) s.from.fill(bytes);
+  std::atomic<uint64_t> all{0};  // so that no load is superfluous
+  const double seconds = seconds_of(bytes, repeats, threads, [&](size_t at, size_t count) {
+    constexpr size_t line = 8;  // words
+    constexpr size_t ahead = 8192;
+    const auto* words = reinterpret_cast<const uint64_t*>(s.from.bytes() + at / 64 * 64);
+    uint64_t sums[line] = {};
+    for (size_t i = 0; i + line <= count / sizeof(uint64_t); i += line) {
+      __builtin_prefetch(reinterpret_cast<const char*>(words + i) + ahead, 0, 2);
+      for (size_t j = 0; j < line; j++) sums[j] ^= words[i + j];
+    }
+    for (uint64_t sum : sums) all ^= sum;
+  });
+  return seconds;
 }
 
 }  // namespace rw::blas

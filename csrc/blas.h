@@ -1,4 +1,5 @@
-// What `ropewalk bench` compares with: OpenBLAS, opened at run time where it is installed, and a plain copy of memory.
+// What `ropewalk bench` compares with: OpenBLAS, opened at run time where it is installed, and plainly copying
+// and reading memory.
 #pragma once
 #include <cstddef>
 #include <string>
@@ -20,5 +21,8 @@ double sgemm(bool transpose_a, bool transpose_b, int m, int n, int k, int repeat
 
 // Seconds that `threads` threads take to copy `bytes` bytes `repeats` times.
 double copy(size_t bytes, int repeats, int threads);
+
+// And to read them: a core that only reads does not reach the rate of one that copies.
+double read(size_t bytes, int repeats, int threads);
 
 }  // namespace rw::blas

@@ -1,35 +1,32 @@
-// Compiles every CUDA kernel for sm_80 and sm_90a, which takes nvcc but no GPU, and compares what came out with
-// docs/kernels.md: registers, shared memory, blocks that fit on a multiprocessor, tensor-core instructions. Any spill and
-// any stack frame fails. `--update` rewrites the page. Results are kept in .cmake/cuda-check by the content of what they
-// were made from. The programs that `npm run gpu` builds must compile too. Ends with "cuda-check: N passed, N failed, N
-// skipped".
+// Builds the CUDA library for sm_80 and sm_90a, which takes nvcc but no GPU, and compares what came out with
+// docs/kernels.md: registers, shared memory, blocks that fit on a multiprocessor, tensor-core instructions. Any access to
+// local memory (a spill, an array) and any stack frame fails. `--update` rewrites the page. The programs that `npm run gpu`
+// builds must compile too. Ends with "cuda-check: N passed, N failed, N skipped".
 import { execFileSync, spawn } from 'node:child_process'
-import { createHash } from 'node:crypto'
-import { existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
-import { tmpdir } from 'node:os'
+import { readdirSync, readFileSync, writeFileSync } from 'node:fs'
 import { basename, dirname, join } from 'node:path'
 import { pathToFileURL } from 'node:url'
+import { buildCudaLibrary, nvccVersion } from './cuda-library.js'
 import { root } from './setup.js'
 
 const ARCHS = ['sm_80', 'sm_90a']
 const PAGE = join(root, 'docs', 'kernels.md')
-const CACHE = join(root, '.cmake', 'cuda-check')
 const FOLDER = join(root, 'csrc', 'cuda')
 const PROGRAMS = join(root, 'test', 'simt')
-/** As in CMakeLists.txt. */
-const FLAGS = ['-std=c++17', '-O3', '-DNDEBUG', `-I${join(root, 'csrc')}`, '-Xptxas', '-v']
-/** Their updates have the same bits on every backend (csrc/adamw.h). */
-const NO_CONTRACTION = ['adamw.cu', 'adamw_8bit.cu']
 const virtual = (arch) => arch.replace('sm', 'compute')
 const TARGETS = ARCHS.flatMap((arch) => ['-gencode', `arch=${virtual(arch)},code=${arch}`])
-const PARALLEL = 2
 
-/** Lower 12 bits of an instruction of sm_80 and sm_90. LDL and STL are the spills that ptxas does not call so. */
+/** Lower 12 bits of an instruction of sm_80 and sm_90. LDL and STL are spills, or arrays that are no registers. */
 const OPCODES = { HMMA: 0x23c, LDSM: 0x83b, LDGSTS: 0xfae, LDL: 0x983, STL: 0x387 }
+/** Of .nv.info: EIFMT_SVAL, EIATTR_REGCOUNT, EIATTR_FRAME_SIZE. */
+const [LONG_VALUE, REGISTERS, FRAME] = [0x04, 0x2f, 0x11]
 const COUNTED = ['HMMA', 'LDSM', 'LDGSTS']
 
-/** Of a multiprocessor (CUDA C++ Programming Guide, technical specifications). */
-const SM = { sm_80: { smem: 164 * 1024 }, sm_90a: { smem: 228 * 1024 } }
+/**
+ * Bytes of a multiprocessor (CUDA C++ Programming Guide, technical specifications), and those of the system's that a
+ * cubin counts as the kernel's own.
+ */
+const SM = { sm_80: { smem: 164 * 1024, reserved: 0 }, sm_90a: { smem: 228 * 1024, reserved: 1024 } }
 const SM_WARPS = 64
 const SM_BLOCKS = 32
 const QUARTER_REGISTERS = 16384
@@ -40,8 +37,9 @@ async function main(update) {
     console.log('cuda-check: there is no nvcc on PATH\ncuda-check: 0 passed, 0 failed, 1 skipped')
     return update ? 1 : 0
   }
+  const { kept } = buildCudaLibrary()
   const files = readdirSync(FOLDER).filter((name) => name.endsWith('.cu'))
-  const kernels = await compileAll(files.sort(), version)
+  const kernels = files.sort().flatMap((file) => kernelsOf(file, kept))
   const problems = kernels.flatMap(faults)
   if (update) writeFileSync(PAGE, page(kernels, version))
   else problems.push(...compare(kernels, readPage(readFileSync(PAGE, 'utf8')), version))
@@ -58,69 +56,25 @@ async function main(update) {
   return problems.length > 0 ? 1 : 0
 }
 
-function nvccVersion() {
-  try {
-    return /release (\d+\.\d+)/.exec(execFileSync('nvcc', ['--version'], { encoding: 'utf8' }))?.[1]
-  } catch {
-    return undefined
-  }
-}
-
-// ---- compiling ----
-
-/** All kernels of the files, several files at a time. */
-async function compileAll(files, version) {
-  const results = []
-  let next = 0
-  const work = async () => {
-    while (next < files.length) {
-      const at = next++
-      results[at] = await compile(files[at], version)
+/** A file's kernels, sorted by name, from what nvcc kept of its compilation. */
+function kernelsOf(file, kept) {
+  const stem = basename(file, '.cu')
+  const byName = new Map()
+  for (const arch of ARCHS) {
+    const from = (ending) => readFileSync(join(kept, `${stem}.${virtual(arch)}${ending}`))
+    const launch = readPtx(from('.ptx').toString())
+    // compute_80 has two forms, and what is of one of them has its name too
+    const cubin = readCubin(from(arch === 'sm_80' ? '.sm_80.cubin' : '.cubin'), SM[arch].reserved)
+    for (const [symbol, of] of launch) {
+      if (!byName.has(symbol)) byName.set(symbol, { file, name: '', archs: {} })
+      byName.get(symbol).archs[arch] = { ...of, ...cubin.get(symbol) }
     }
   }
-  await Promise.all(Array.from({ length: PARALLEL }, work))
-  return results.flat()
-}
-
-/** A file's kernels, sorted by name; taken from the cache where nothing has changed. */
-async function compile(file, version) {
-  const hash = createHash('sha256')
-    .update(`${version} ${FLAGS.slice(0, 3)}`)
-    .update(readFileSync(import.meta.filename))
-  for (const path of sourcesOf(join(FOLDER, file))) hash.update(readFileSync(path))
-  const key = hash.digest('hex')
-  const cached = join(CACHE, `${file}.json`)
-  if (existsSync(cached)) {
-    const kept = JSON.parse(readFileSync(cached, 'utf8'))
-    if (kept.key === key) return kept.kernels
-  }
-  const work = mkdtempSync(join(tmpdir(), 'ropewalk-cuda-'))
-  try {
-    const stem = basename(file, '.cu')
-    const output = ['--keep', '--keep-dir', work, '-c', join(FOLDER, file), '-o', join(work, `${stem}.o`)]
-    const own = NO_CONTRACTION.includes(file) ? ['-fmad=false'] : []
-    const log = await run('nvcc', [...FLAGS, ...own, ...TARGETS, ...output])
-    const byName = new Map()
-    for (const arch of ARCHS) {
-      const from = (ending) => join(work, `${stem}.${virtual(arch)}.${ending}`)
-      const launch = readPtx(readFileSync(from('ptx'), 'utf8'))
-      const counts = readCubin(readFileSync(from('cubin')))
-      for (const [symbol, used] of readLog(log, arch)) {
-        if (!byName.has(symbol)) byName.set(symbol, { file, name: '', archs: {} })
-        byName.get(symbol).archs[arch] = { ...used, ...launch.get(symbol), ...counts.get(symbol) }
-      }
-    }
-    const symbols = [...byName.keys()]
-    const source = textOf(file)
-    const names = symbols.length > 0 ? demangle(symbols).map((name) => withEnumerators(name, source)) : []
-    symbols.forEach((symbol, i) => (byName.get(symbol).name = names[i]))
-    const kernels = [...byName.values()].sort((a, b) => a.name.localeCompare(b.name, 'en', { numeric: true }))
-    mkdirSync(CACHE, { recursive: true })
-    writeFileSync(cached, JSON.stringify({ key, kernels }))
-    return kernels
-  } finally {
-    rmSync(work, { recursive: true, force: true })
-  }
+  const symbols = [...byName.keys()]
+  const source = textOf(file)
+  const names = symbols.length > 0 ? demangle(symbols).map((name) => withEnumerators(name, source)) : []
+  symbols.forEach((symbol, i) => (byName.get(symbol).name = names[i]))
+  return [...byName.values()].sort((a, b) => a.name.localeCompare(b.name, 'en', { numeric: true }))
 }
 
 /** A program of `npm run gpu` (gpu-parts.js) must compile without a warning. */
@@ -161,24 +115,6 @@ function run(command, args) {
   })
 }
 
-/** ptxas -v: symbol -> registers, bytes of stack, spills and static shared memory. */
-export function readLog(text, arch) {
-  const found = new Map()
-  const entries = text.split(/^ptxas info\s*: Compiling entry function /m).slice(1)
-  for (const entry of entries) {
-    const [, symbol, target] = /^'(\w+)' for '(\w+)'/.exec(entry)
-    if (target !== arch) continue
-    const number = (pattern) => Number(pattern.exec(entry)?.[1] ?? 0)
-    found.set(symbol, {
-      registers: number(/Used (\d+) registers/),
-      stack: number(/(\d+) bytes stack frame/),
-      spills: number(/(\d+) bytes spill stores/) + number(/(\d+) bytes spill loads/),
-      staticSmem: number(/(\d+) bytes smem/),
-    })
-  }
-  return found
-}
-
 /** PTX: symbol -> threads of a block (__launch_bounds__), bytes of dynamic shared memory (the note of dyn_smem). */
 export function readPtx(text) {
   const found = new Map()
@@ -191,23 +127,48 @@ export function readPtx(text) {
   return found
 }
 
-/** An ELF file of machine code: symbol -> how often each of OPCODES occurs. Instructions have 16 bytes. */
-export function readCubin(bytes) {
-  const at = (offset) => Number(bytes.readBigUInt64LE(offset))
-  const section = (i) => at(40) + i * bytes.readUInt16LE(58)
-  const strings = at(section(bytes.readUInt16LE(62)) + 24)
+/**
+ * An ELF file of machine code: symbol -> registers, bytes of stack and of static shared memory, how often each of OPCODES
+ * occurs. Instructions have 16 bytes. `reserved` bytes of shared memory in every kernel are the system's.
+ */
+export function readCubin(bytes, reserved) {
+  const number = (offset) => Number(bytes.readBigUInt64LE(offset))
+  const text = (offset) => bytes.toString('latin1', offset, bytes.indexOf(0, offset))
+  const header = (i) => number(40) + i * bytes.readUInt16LE(58)
+  const names = number(header(bytes.readUInt16LE(62)) + 24)
+  const sections = Array.from({ length: bytes.readUInt16LE(60) }, (_, i) => ({
+    name: text(names + bytes.readUInt32LE(header(i))),
+    start: number(header(i) + 24),
+    size: number(header(i) + 32),
+    link: bytes.readUInt32LE(header(i) + 40),
+  }))
   const found = new Map()
-  for (let i = 0; i < bytes.readUInt16LE(60); i++) {
-    const start = strings + bytes.readUInt32LE(section(i))
-    const name = bytes.toString('latin1', start, bytes.indexOf(0, start))
+  const counters = Object.fromEntries(Object.keys(OPCODES).map((key) => [key, 0]))
+  for (const { name, start, size } of sections) {
     if (!name.startsWith('.text.')) continue
-    const counts = Object.fromEntries(Object.keys(OPCODES).map((key) => [key, 0]))
-    const code = at(section(i) + 24)
-    for (let pc = code; pc < code + at(section(i) + 32); pc += 16) {
+    const counts = { ...counters }
+    for (let pc = start; pc < start + size; pc += 16) {
       const opcode = bytes.readUInt16LE(pc) & 0xfff
       for (const [key, value] of Object.entries(OPCODES)) if (opcode === value) counts[key]++
     }
-    found.set(name.slice('.text.'.length), counts)
+    found.set(name.slice('.text.'.length), { ...counts, staticSmem: 0 })
+  }
+  for (const { name, size } of sections) {
+    const kernel = found.get(name.slice('.nv.shared.'.length))
+    if (kernel && name.startsWith('.nv.shared.')) kernel.staticSmem = size - reserved
+  }
+  const symbols = sections.find(({ name }) => name === '.symtab')
+  const symbolAt = (i) => text(sections[symbols.link].start + bytes.readUInt32LE(symbols.start + 24 * i))
+  const { start, size } = sections.find(({ name }) => name === '.nv.info')
+  // format, attribute, bytes of the value; a value that long is (symbol, number)
+  for (let at = start; at < start + size;) {
+    const [format, attribute, length] = [bytes[at], bytes[at + 1], bytes.readUInt16LE(at + 2)]
+    at += 4
+    if (format !== LONG_VALUE) continue
+    const kernel = found.get(symbolAt(bytes.readUInt32LE(at)))
+    if (kernel && attribute === REGISTERS) kernel.registers = bytes.readUInt32LE(at + 4)
+    if (kernel && attribute === FRAME) kernel.stack = bytes.readUInt32LE(at + 4)
+    at += length
   }
   return found
 }
@@ -258,9 +219,9 @@ const label = ({ file, name }) => `${file} ${name}`
 /** What no kernel may have. */
 function faults(kernel) {
   return ARCHS.flatMap((arch) => {
-    const { spills, stack, LDL, STL } = kernel.archs[arch]
+    const { registers, stack, LDL, STL } = kernel.archs[arch]
     const found = []
-    if (spills > 0) found.push(`${spills} bytes of spills`)
+    if (!(registers > 0 && stack >= 0)) found.push('its registers and stack are not in the cubin')
     if (stack > 0) found.push(`${stack} bytes of stack frame`)
     if (LDL + STL > 0) found.push(`${LDL + STL} accesses to local memory`)
     return found.map((fault) => `${label(kernel)}: ${arch}: ${fault}`)

@@ -7,6 +7,7 @@ import * as fs from 'node:fs'
 import { tmpdir } from 'node:os'
 import { delimiter, dirname, join } from 'node:path'
 import { pathToFileURL } from 'node:url'
+import { buildCudaLibrary, nvccVersion } from './cuda-library.js'
 import { newest, root, setup } from './setup.js'
 
 /** Bytes that the packed tarball may have, whatever comes: onnxruntime-node was refused by npm at 400 MB. */
@@ -351,20 +352,11 @@ function unavailable(variables = {}) {
 
 /** The CUDA library: { path }, or { missing } where it cannot be built here. */
 function cudaLibrary() {
-  const folder = '.cmake-cuda'
-  const sources = newest(...CUDA_SOURCES)
   const built = join('build', 'Release', CUDA_LIBRARY)
-  if (newest(built) > sources) return { path: join(root, built) }
-  const path = join(root, folder, CUDA_LIBRARY)
-  if (newest(join(folder, CUDA_LIBRARY)) > sources) return { path }
+  if (newest(built) > newest(...CUDA_SOURCES)) return { path: join(root, built) }
   if (process.env.ROPEWALK_CUDA === 'off') return { missing: 'ROPEWALK_CUDA is off' }
-  const { error } = spawnSync(process.env.CUDACXX || 'nvcc', ['--version'])
-  if (error) return { missing: `there is no nvcc: ${error.message}` }
-  console.error('-- building the CUDA library')
-  const flags = ['-DROPEWALK_ADDON=OFF', '-DROPEWALK_CUDA=on', `-DROPEWALK_OUT=${join(root, folder)}`]
-  run('cmake', ['-S', root, '-B', join(root, folder), ...flags], { env: full })
-  run('cmake', ['--build', join(root, folder), '--target', 'ropewalk_cuda', '--parallel', '2'], { env: full })
-  return { path }
+  if (!nvccVersion()) return { missing: 'there is no nvcc' }
+  return { path: buildCudaLibrary(full).library }
 }
 
 /** The tree as git would commit it, with the clone's node_modules and its addon as the prebuilt one. */

@@ -44,15 +44,27 @@ void kv_append(Context& context, const kv_append_args& a) {
   }
 }
 
+// A walk over rows that also asks for those that are read later, one line with each load: where a task begins, and at
+// the end of a page, the hardware foresees none. A burst of requests fills what an L1 can wait for at once; spread out,
+// and into the L2, they leave the hardware's own prefetching room. Null: asks for nothing.
+template <typename F>
+static inline void ask(const F* later, int64_t element) {
+  if (later) __builtin_prefetch(later + element, 0, 2);
+}
+
 // The products of q with VL rows of k, in the lanes.
-static inline vf scores(const float* q, const float* k, int64_t D) {
+template <typename F>
+static inline vf scores(const float* q, const float* k, int64_t D, const F* later) {
   vf product[VL];
   for (int i = 0; i < VL; i++) product[i] = vf{};
   int64_t d = 0;
   for (; d + VL <= D; d += VL) {
     vf x = load(q + d);
 #pragma GCC unroll 16
-    for (int i = 0; i < VL; i++) product[i] += x * load(k + i * D + d);
+    for (int i = 0; i < VL; i++) {
+      product[i] += x * load(k + i * D + d);
+      ask(later, i * D + d);
+    }
   }
   transpose_square(product);
   vf total = product[0];
@@ -63,12 +75,6 @@ static inline vf scores(const float* q, const float* k, int64_t D) {
     total += broadcast(q[d]) * y;
   }
   return total;
-}
-
-// Asks for rows that follow: where a task begins, and at the end of a page, the hardware foresees none.
-template <typename F>
-static inline void prefetch_rows(const F* from, int64_t rows, int64_t D) {
-  for (int64_t i = 0; i < rows * D; i += 64 / static_cast<int64_t>(sizeof(F))) __builtin_prefetch(from + i);
 }
 
 // Rows of D floats from a cache, in place where they are f32 and all of them are there.
@@ -82,12 +88,15 @@ static inline const float* rows_of(const F* from, int64_t rows, bool whole, int6
 }
 
 // sum[0 .. D) += p[i] v[i] over `count` rows
-template <int count>
-static inline void accumulate(float* sum, const float* p, const float* v, int64_t D) {
+template <int count, typename F>
+static inline void accumulate(float* sum, const float* p, const float* v, int64_t D, const F* later) {
   int64_t d = 0;
   for (; d + VL <= D; d += VL) {
     vf x = load(sum + d);
-    for (int i = 0; i < count; i++) x += broadcast(p[i]) * load(v + i * D + d);
+    for (int i = 0; i < count; i++) {
+      x += broadcast(p[i]) * load(v + i * D + d);
+      ask(later, i * D + d);
+    }
     store(sum + d, x);
   }
   for (; d < D; d++)
@@ -115,10 +124,12 @@ static void step_chunk(const attention_cached_args& a, int64_t b, int64_t head, 
   }
   const F *k = a.k_cache.as<F>() + (b * K + head) * S * D, *v = a.v_cache.as<F>() + (b * K + head) * S * D;
   for (int64_t n = low; n < high; n += VL) {
-    prefetch_rows(k + (n + VL) * D, min_of(VL, high - n - VL), D);
+    // what follows k[high) is v[low)
+    const int64_t next = n + 4 * VL;
+    const F* later = next < high ? k + next * D : v + (next - high + low) * D;
     const float* keys = rows_of(k + n * D, min_of(VL, high - n), n + VL <= S, D, tile);
     for (int64_t row = 0; row < T * G; row++)
-      store(weights + row * chunk_slots + n - low, scores(q + row * D, keys, D));
+      store(weights + row * chunk_slots + n - low, scores(q + row * D, keys, D, row ? nullptr : later));
   }
 
   vi lane;
@@ -146,16 +157,18 @@ static void step_chunk(const attention_cached_args& a, int64_t b, int64_t head, 
   }
   constexpr int64_t together = VL < 8 ? VL : 8;
   for (int64_t n = low; n < high; n += together) {
-    prefetch_rows(v + (n + 2 * together) * D, min_of(together, high - n - 2 * together), D);
+    // and what follows v[high) the next slots' k, which this thread may get
+    const int64_t next = n + 8 * together;
+    const F* later = (next < high ? v : k) + next * D;
     const float* values = rows_of(v + n * D, min_of(together, high - n), true, D, tile);
     for (int64_t row = 0; row < T * G; row++) {
       int64_t from = max_of(n, first[row / G]), to = min_of(min_of(n + together, high), last[row / G] + 1);
       const float* p = weights + row * chunk_slots - low;
       float* result = partial + row * partial_stride + 2;
       if (to - from == together) {
-        accumulate<together>(result, p + n, values, D);
+        accumulate<together>(result, p + n, values, D, row ? nullptr : later);
       } else {
-        for (int64_t i = from; i < to; i++) accumulate<1>(result, p + i, values + (i - n) * D, D);
+        for (int64_t i = from; i < to; i++) accumulate<1, F>(result, p + i, values + (i - n) * D, D, nullptr);
       }
     }
   }
@@ -170,12 +183,18 @@ static void step(Context& context, const attention_cached_args& a) {
   // partial[b, kv head, token, head of the group][chunk]
   char* shared = static_cast<char*>(context.scratch(0, own + sizeof(float) * rows * chunks * width));
   float* partial = reinterpret_cast<float*>(shared + own);
-  parallel(context, B * K * chunks, [&](int64_t task, int thread) {
-    int64_t b = task / (K * chunks), head = task / chunks % K, chunk = task % chunks, begin = chunk * chunk_slots;
+  // Neighbours go to one thread, as many as leave it some turns: what it has asked for at the end of one is its own.
+  int64_t most = B * K * chunks / (8 * context.threads()), run = max_of(1, min_of(4, most));
+  int64_t runs = (chunks + run - 1) / run;
+  parallel(context, B * K * runs, [&](int64_t task, int thread) {
+    int64_t b = task / (K * runs), head = task / runs % K;
     void* scratch = thread ? context.scratch(thread, own) : shared;
-    step_chunk<F>(a, b, head, begin, min_of(begin + chunk_slots, S),
-                  partial + ((b * K + head) * T * G * chunks + chunk) * width, chunks * width,
-                  static_cast<float*>(scratch));
+    for (int64_t chunk = task % runs * run; chunk < min_of(chunks, (task % runs + 1) * run); chunk++) {
+      int64_t begin = chunk * chunk_slots;
+      step_chunk<F>(a, b, head, begin, min_of(begin + chunk_slots, S),
+                    partial + ((b * K + head) * T * G * chunks + chunk) * width, chunks * width,
+                    static_cast<float*>(scratch));
+    }
   });
   parallel(context, B * K, [&](int64_t task, int) {
     for (int64_t row = 0; row < T * G; row++) {

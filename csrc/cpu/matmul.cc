@@ -275,7 +275,8 @@ void dots(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t 
 #pragma GCC unroll 16
     for (int s = 0; s < S; s++) {
       const vf part = load(y[s] + k);
-      __builtin_prefetch(y[s] + k + S * ldb);  // the rows that follow: each is too short for the hardware to foresee
+      __builtin_prefetch(y[s] + k + S * ldb, 0,
+                         2);  // the rows that follow: each is too short for the hardware to foresee
 #pragma GCC unroll 4
       for (int r = 0; r < R; r++) acc[r * S + s] += load(x[r] + k) * part;
     }
@@ -314,7 +315,8 @@ template <typename T>
 void multiply_few_rows(Context& context, const Problem& p) {
   constexpr int R = RW_VECTOR_BYTES == 64 ? 4 : 2;
   const bool is_whole = !is_quantized(p.b.dtype);
-  const int64_t chunk = is_whole ? 32 : 8;
+  // Of a chunk the first rows are not asked for ahead: long ones, if there are some for each thread.
+  const int64_t chunk = is_whole ? round_up(min(128, max(32, p.n / (4 * context.threads()))), VL) : 8;
   const int64_t lda = round_up(p.k, VL);
   Workspace work(context, p.m * lda, p.m * chunk + (is_whole ? 0 : chunk * p.k));
   for (int64_t i = 0; i < p.m; i++)

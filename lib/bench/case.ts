@@ -51,7 +51,7 @@ export interface Case {
   /** Seconds are long here: fewer runs will do. */
   heavy?: boolean
   /** The side that stands for what the machine can do. */
-  roofline: 'matmul' | 'copy' | 'cat'
+  roofline: 'matmul' | 'copy' | 'read' | 'cat'
   /** Our side, then the peers', then the roofline. */
   sides(peers: AskPeers): Promise<Side[]>
 }

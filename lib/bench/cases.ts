@@ -20,7 +20,7 @@ import {
 } from './kernels.js'
 import { loadSides } from './load.js'
 import type { Side } from './measure.js'
-import type { MatmulCase } from './peers.js'
+import { type MatmulCase, readSide } from './peers.js'
 import { LLAMA_25M } from './models.js'
 import { generateSide, stepSide } from './step.js'
 
@@ -246,15 +246,16 @@ function evalCases(setting: Setting): Case[] {
   }))
 }
 
-/** One token after the other behind a long text: all weights and the whole cache are read for each. */
+/** One token after the other behind a long text: all weights and the whole cache are read for each, next to nothing written. */
 function decodeCases(setting: Setting): Case[] {
   const length = setting.quick ? 16 : 8192
   return setting.threads.map((threads) => ({
-    ...{ stem: 'decode', name: `25M, ${length} cached`, threads, unit: 'GB/s', roofline: 'copy', heavy: true },
-    bar: { side: 'copy', least: 1 / 1.3 },
+    ...{ stem: 'decode', name: `25M, ${length} cached`, threads, unit: 'GB/s', roofline: 'read', heavy: true },
+    bar: { side: 'read', least: 1 / 1.3 },
     sides: async (peers) => {
       const ours = await generateSide(LLAMA_25M, length, targetOf(setting, threads))
-      return [ours, await rooflineSide('copy', setting, threads, peers)]
+      const copied = await rooflineSide('copy', setting, threads, peers)
+      return [ours, copied, readSide(outOfCache(setting), setting.quick ? 1 : 2, threads)]
     },
   }))
 }

@@ -14,6 +14,7 @@ interface BenchNative {
   blasOpen(path: string): { path: string; config: string; core: string }
   blasSgemm(ta: boolean, tb: boolean, m: number, n: number, k: number, repeats: number, threads: number): number
   copyMemory(bytes: number, repeats: number, threads: number): number
+  readMemory(bytes: number, repeats: number, threads: number): number
 }
 
 const addon = (): BenchNative => native() as unknown as BenchNative
@@ -22,6 +23,12 @@ const addon = (): BenchNative => native() as unknown as BenchNative
 export function copySide(bytes: number, repeats: number, threads: number): Side {
   const run = async (): Promise<number> => addon().copyMemory(bytes, repeats, threads)
   return { name: 'copy', work: 2 * bytes * repeats, run }
+}
+
+/** Reading memory on the CPU, which is what writing a token behind a long text does. */
+export function readSide(bytes: number, repeats: number, threads: number): Side {
+  const run = async (): Promise<number> => addon().readMemory(bytes, repeats, threads)
+  return { name: 'read', work: bytes * repeats, run }
 }
 
 /** A peer's own description of a case. */
