@@ -95,13 +95,13 @@ function simtTests() {
   const ops = readdirSync(join(root, 'test', 'ops'))
     .filter((name) => name.endsWith('.test.ts'))
     .map((name) => `test/ops/${name}`)
-  const once = (half) => ({ ROPEWALK_TEST_RUNS: '1', ROPEWALK_TEST_HALF: half })
+  const once = (share) => ({ ROPEWALK_TEST_RUNS: '1', ROPEWALK_TEST_SHARE: share })
   simtFlavour('fast', [...ops, 'test/model/model.test.ts'], {})
-  simtFlavour('race', ['test/simt/accesses.ts', ...ops], once('0')) // the longest on one core first
+  simtFlavour('race', ['test/simt/accesses.ts', ...ops], once('0/4')) // the longest on one core first
   // Node itself is not instrumented: the sanitizer has to be there before it starts.
   const { stdout } = spawnSync('g++', ['-print-file-name=libasan.so'], { encoding: 'utf8' })
   const asan = { LD_PRELOAD: stdout.trim(), ASAN_OPTIONS: 'detect_leaks=0:verify_asan_link_order=0' }
-  simtFlavour('sanitize', ops, { ...once('1'), ...asan })
+  simtFlavour('sanitize', ops, { ...once('2/4'), ...asan })
 }
 
 function simtFlavour(flavour, files, more) {
