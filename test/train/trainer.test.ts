@@ -287,14 +287,15 @@ t.test('packed documents do not see each other', async (t) => {
 })
 
 t.test('a loss that is not finite changes nothing', async (t) => {
-  for (const [name, value] of [
-    ['mha-f32', NaN],
-    ['mha-f32', 3e38],
-    ['mha-bf16', Infinity],
+  for (const [name, value, memory, kinds] of [
+    ['mha-f32', NaN, {}, ['m', 'v']],
+    ['mha-f32', 3e38, {}, ['m', 'v']],
+    ['mha-bf16', Infinity, {}, ['m', 'master', 'v']],
+    ['mha-bf16', NaN, { masters: 'remainder', moments: '8bit' }, ['low', 'm', 'm_scale', 'v', 'v_scale']],
   ] as const) {
     using model = await load(name)
     const output = join(dir, `bad-${name}-${value}`)
-    using trainer = new Trainer(model, { maxSkipped: 3, learningRate: 1e-3, output, context: 32 })
+    using trainer = new Trainer(model, { maxSkipped: 3, learningRate: 1e-3, output, context: 32, memory })
     await trainer.step(tokens)
     const target = 'model.layers.1.mlp.down_proj.weight'
     const good = await model.read(target)
@@ -302,21 +303,23 @@ t.test('a loss that is not finite changes nothing', async (t) => {
     await model.write(target, spoilt)
     const before = await weightsOf(model)
     const states = async () => {
-      const found: [string, string][] = []
-      for (const { name, tensor } of (trainer as any).optimizer.entries()) {
-        found.push([name, Buffer.from(await model.device.download(tensor)).toString('base64')])
+      const found: Record<string, string> = {}
+      for (const { name, tensor } of trainer['optimizer']!.entries()) {
+        found[name] = Buffer.from(await model.device.download(tensor)).toString('base64')
       }
       return found
     }
-    const moments = await states()
-    t.ok(moments.length >= 2 * model.parameters().length, `${moments.length} states`)
+    const kept = await states()
+    const names = Object.keys(kept)
+    t.strictSame([...new Set(names.map((name) => name.split('.')[0]))].sort(), kinds)
+    for (const { name } of model.parameters()) t.ok(names.includes(`m.${name}`) && names.includes(`v.${name}`), name)
     for (let i = 0; i < 2; i++) {
       const { skipped, loss, gradNorm } = await trainer.step(tokens)
       t.ok(skipped && !(Number.isFinite(loss) && Number.isFinite(gradNorm)), `${loss}, ${gradNorm}`)
     }
     t.match(trainer.state, { step: 3, applied: 1, skipped: 2, skippedInARow: 2 })
     t.ok((await weightsOf(model)) === before, 'weights')
-    t.strictSame(await states(), moments, 'moments and masters')
+    t.strictSame(await states(), kept, 'moments, their scales, masters or remainders')
     await t.rejects(trainer.step(tokens), {
       code: 'ERR_NOT_FINITE',
       message: /^step 4: .* not finite in 3 steps in a row; the last batch was the tokens given to step/,
@@ -329,6 +332,15 @@ t.test('a loss that is not finite changes nothing', async (t) => {
     const { skipped } = await trainer.step(tokens)
     t.notOk(skipped)
     t.match(trainer.state, { applied: 2, skipped: 3, skippedInARow: 0 })
+    t.ok((await weightsOf(model)) !== before, 'the comparison sees an update of weights')
+    const after = await states()
+    for (const kind of kinds) {
+      const ofKind = names.filter((name) => name.startsWith(`${kind}.`))
+      t.ok(
+        ofKind.some((name) => after[name] !== kept[name]),
+        `and of ${kind}`,
+      )
+    }
   }
   using model = await load('mha-f32')
   await model.write('model.norm.weight', { type: 'float32', dims: [32], data: new Float32Array(32).fill(NaN) })
