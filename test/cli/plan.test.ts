@@ -96,6 +96,7 @@ t.test('--fit', async (t) => {
     const words = memoryWords(memory).split(' ')
     const again = await ropewalk('--model', config, '--context', '8192', '--memory', '660m', ...words, '--json')
     t.equal(again.code, 0, again.stderr)
+    t.type(plan.requiredBytes, 'number')
     t.equal(JSON.parse(again.stdout).requiredBytes, plan.requiredBytes)
   }
   const none = await ropewalk(...long, '--memory', '640m', '--host', '0')

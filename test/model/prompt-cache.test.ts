@@ -101,6 +101,7 @@ t.test('generate takes a cache', async (t) => {
   const anew = other.generate({ prompt: tokens(300, 1), cache, stopIds: [] })
   const { value } = await anew.next()
   await anew.return(undefined)
+  t.match(value, { id: Number }, 'a token')
   const alone = other.generate({ prompt: tokens(300, 1), stopIds: [] })
   t.same(value, (await alone.next()).value, 'another model begins anew')
   await alone.return(undefined)

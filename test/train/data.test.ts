@@ -208,8 +208,18 @@ t.test('examples: whole, filled up, prompts masked', async (t) => {
       positions: [0, 1, 2, 3, 4, 5, 0, 1, 2, 0],
       first: [0, 0, 0, 0, 0, 0, 6, 6, 6, 9],
     },
-    { tokens: [...text('fghij'), ...rest(3)], labels: [X, X, X, X, ...ids('ij'), EOS, X, X, X] },
-    { tokens: [...text('kl'), ...rest(6)], labels: [X, X, ...ids('l'), EOS, X, X, X, X, X, X] },
+    {
+      tokens: [...text('fghij'), ...rest(3)],
+      labels: [X, X, X, X, ...ids('ij'), EOS, X, X, X],
+      positions: [0, 1, 2, 3, 4, 5, 6, 0, 1, 2],
+      first: [0, 0, 0, 0, 0, 0, 0, 7, 7, 7],
+    },
+    {
+      tokens: [...text('kl'), ...rest(6)],
+      labels: [X, X, ...ids('l'), EOS, X, X, X, X, X, X],
+      positions: [0, 1, 2, 3, 0, 1, 2, 3, 4, 5],
+      first: [0, 0, 0, 0, 4, 4, 4, 4, 4, 4],
+    },
   ]
   const documents = await open({ data, fields, context: 10, packing: 'documents' })
   const concat = await open({ data, fields, context: 10 })
@@ -222,11 +232,10 @@ t.test('examples: whole, filled up, prompts masked', async (t) => {
       ...(tensor as { data: Int32Array }).data.subarray(10 * at, 10 * at + 10),
     ]
     for (const [at, window] of [...permutation(3, 0, 0)].entries()) {
-      const { tokens, ...options } = expected[window]!
-      t.strictSame(rowsOf(sample)[at], tokens)
-      for (const [name, values] of Object.entries(options)) {
-        if (name === 'labels' || loader === documents)
-          t.strictSame(row((sample.options as any)[name], at), values, name)
+      const options = expected[window]!
+      t.strictSame(rowsOf(sample)[at], options.tokens)
+      for (const name of ['labels', 'positions', 'first'] as const) {
+        if (name === 'labels' || loader === documents) t.strictSame(row(sample.options[name], at), options[name], name)
       }
     }
     t.match(sample.origin.sort()[1], /window 1 \(examples-0\.jsonl, document 3, tokens 9\.\.15\)/)
