@@ -326,42 +326,39 @@ async function unplanned(device: string, { config, dtype, options }: Drawn): Pro
   if (validation !== undefined) await passes.losses(batches[0]!)
   const { allocatedBytes, peakAllocatedBytes, hostBytes } = model.device
   const wanted = planned.requiredBytes - planned.bytes.driver
+  // The emulator counts by itself what it was asked for; nobody else uses it.
+  const { totalBytes = wanted, freeBytes = 0 } = model.device.memory() ?? {}
+  const counted = totalBytes - freeBytes
   passes.dispose()
   optimizer.dispose()
-  if (applied && Number.isFinite(loss) && allocatedBytes === wanted && peakAllocatedBytes === wanted) {
-    if (hostBytes === planned.hostBytes) return undefined
-  }
-  return `${allocatedBytes}, at most ${peakAllocatedBytes}, of ${wanted}; host ${hostBytes} of ${planned.hostBytes}; ${loss}`
+  const onDevice = [allocatedBytes, peakAllocatedBytes, counted].every((bytes) => bytes === wanted)
+  if (applied && Number.isFinite(loss) && onDevice && hostBytes === planned.hostBytes) return undefined
+  return `${allocatedBytes}, at most ${peakAllocatedBytes}, counted ${counted}, of ${wanted}; host ${hostBytes} of ${planned.hostBytes}; ${loss}`
 }
 
 const CONFIGURATIONS = 200
-// Each takes some ten milliseconds on the CPU, and ten times as long on the emulator, which gets every tenth.
-for (const [device, every, skip] of [
-  ['cpu', 1, false],
-  ['simt', 10, process.env['ROPEWALK_SIMT_LIBRARY'] === undefined && 'skipped: ROPEWALK_SIMT_LIBRARY names no library'],
+// All of them are executed on both, each for one step: some ten milliseconds on the CPU, 0.2 s on the emulator.
+for (const [device, skip] of [
+  ['cpu', false],
+  ['simt', process.env['ROPEWALK_SIMT_LIBRARY'] === undefined && 'skipped: ROPEWALK_SIMT_LIBRARY names no library'],
 ] as const) {
-  t.test(
-    `planned is allocated, to the byte: ${CONFIGURATIONS / every} random steps on ${device}`,
-    { skip },
-    async (t) => {
-      const below = dice(2306)
-      const wrong: string[] = []
-      const seen = new Set<string>()
-      for (let i = 0; i < CONFIGURATIONS; i++) {
-        const drawn = draw(below)
-        if (i % every !== 0) continue
-        const { memory, lora, accumulate, validation } = drawn.options
-        for (const [name, value] of Object.entries(memory as object))
-          seen.add(`${name} ${Number(value) > 1 ? 'n' : value}`)
-        seen
-          .add(`lora ${lora !== undefined}`)
-          .add(`accumulate ${accumulate}`)
-          .add(`validation ${validation !== undefined}`)
-        const problem = await unplanned(device, drawn)
-        if (problem !== undefined) wrong.push(`${i}: ${JSON.stringify(drawn)}: ${problem}`)
-      }
-      t.strictSame(wrong, [])
-      t.ok(seen.size > 25, `of all kinds: ${[...seen].sort().join(', ')}`)
-    },
-  )
+  t.test(`planned is allocated, to the byte: ${CONFIGURATIONS} random steps on ${device}`, { skip }, async (t) => {
+    const below = dice(2306)
+    const wrong: string[] = []
+    const seen = new Set<string>()
+    for (let i = 0; i < CONFIGURATIONS; i++) {
+      const drawn = draw(below)
+      const { memory, lora, accumulate, validation } = drawn.options
+      for (const [name, value] of Object.entries(memory as object))
+        seen.add(`${name} ${Number(value) > 1 ? 'n' : value}`)
+      seen
+        .add(`lora ${lora !== undefined}`)
+        .add(`accumulate ${accumulate}`)
+        .add(`validation ${validation !== undefined}`)
+      const problem = await unplanned(device, drawn)
+      if (problem !== undefined) wrong.push(`${i}: ${JSON.stringify(drawn)}: ${problem}`)
+    }
+    t.strictSame(wrong, [])
+    t.ok(seen.size > 25, `of all kinds: ${[...seen].sort().join(', ')}`)
+  })
 }
