@@ -46,7 +46,9 @@ function overview(): string {
     `ropewalk ${version}: stretches the context of LLaMA models`,
     `Usage: ropewalk <command> ...`,
     `Commands:\n${rows.join('\n')}`,
-    'ropewalk <command> --help says more; ropewalk --version prints the version.\nROPEWALK_DEBUG=1 adds the stack to an error.',
+    'ropewalk <command> --help says more; ropewalk --version prints the version.\n' +
+      'ROPEWALK_DEBUG=1 adds the stack to an error. ROPEWALK_MEMORY=24g: the memory of the host that training may take,\n' +
+      'in place of what is free.',
   ].join('\n\n')
 }
 

@@ -48,7 +48,10 @@ export interface PlanRequest {
   device?: string
   /** Memory of the device instead, in bytes or as '24g'. */
   limit?: number | string
-  /** Memory of the host that may be used, in bytes or as '64g'; default: what is free here for a device that is here. */
+  /**
+   * Memory of the host that may be used, in bytes or as '64g'; default for a device that is here: what is free here, or
+   * what the environment variable ROPEWALK_MEMORY says.
+   */
   hostLimit?: number | string
   /** Steps of the run whose time and energy are estimated. */
   steps?: number
