@@ -1,6 +1,6 @@
 import { attentionResolution, readTokenDocuments, type ResolutionResult } from '../index.js'
 import { baseline, evaluate } from './eval.js'
-import { type Command, commonOptions, defined, modelOptions } from './options.js'
+import { type Command, commonOptions, defined, useOptions } from './options.js'
 import { formatNumber, type Output } from './output.js'
 
 const options = {
@@ -27,7 +27,7 @@ const options = {
   seed: { kind: 'number', value: 'n', min: 0, whole: true, help: 'of query positions and copies', default: '0' },
   field: { kind: 'text', value: 'name', help: 'field of .jsonl and .parquet that holds the text', default: 'text' },
   baseline,
-  ...modelOptions,
+  ...useOptions,
   ...commonOptions,
 } as const
 

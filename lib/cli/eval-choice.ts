@@ -1,7 +1,7 @@
 import { choiceTasks } from '../eval/choice-items.js'
 import { type ChoiceResult, type ChoiceTask, multipleChoice, readChoiceItems } from '../index.js'
 import { baseline, evaluate } from './eval.js'
-import { type Command, commonOptions, defined, modelOptions } from './options.js'
+import { type Command, commonOptions, defined, useOptions } from './options.js'
 import type { Output } from './output.js'
 
 const options = {
@@ -20,7 +20,7 @@ const options = {
   'refuse-long': { kind: 'flag', help: 'end with an error where an item is too long, in place of cutting it' },
   records: { kind: 'flag', help: 'with --json, also what came of each item' },
   baseline,
-  ...modelOptions,
+  ...useOptions,
   ...commonOptions,
 } as const
 

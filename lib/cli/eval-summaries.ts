@@ -1,7 +1,7 @@
 import { Llama, readArticles, summarize, type SummaryResult, writeSummaryExamples } from '../index.js'
 import { rougeTypes } from '../eval/rouge.js'
 import { baseline, evaluate } from './eval.js'
-import { type Command, commonOptions, defined, modelOptions } from './options.js'
+import { type Command, commonOptions, defined, useOptions } from './options.js'
 
 const whole = { kind: 'number', value: 'n', min: 1, whole: true } as const
 
@@ -31,7 +31,7 @@ const options = {
   examples: { kind: 'text', value: 'file', help: 'write what to fine-tune on to this .jsonl, and evaluate nothing' },
   records: { kind: 'flag', help: 'with --json, also each summary with its figures' },
   baseline,
-  ...modelOptions,
+  ...useOptions,
   ...commonOptions,
 } as const
 

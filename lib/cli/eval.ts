@@ -7,7 +7,16 @@ import {
   type PerplexityResult,
   readTokenDocuments,
 } from '../index.js'
-import { type Command, commonOptions, defined, modelOptions, noteModel, UsageError, type Values } from './options.js'
+import {
+  type Command,
+  commonOptions,
+  defined,
+  noteModel,
+  readUse,
+  useOptions,
+  UsageError,
+  type Values,
+} from './options.js'
 import { formatNumber, type Output } from './output.js'
 
 /** The option of evaluations that also measure what scaling changed. */
@@ -41,7 +50,7 @@ const perplexityOptions = {
   'no-bos': { kind: 'flag', help: 'no beginning-of-sequence token before the windows' },
   field: { kind: 'text', value: 'name', help: 'field of .jsonl and .parquet that holds the text', default: 'text' },
   baseline,
-  ...modelOptions,
+  ...useOptions,
   ...commonOptions,
 } as const
 
@@ -58,25 +67,19 @@ const passkeyOptions = {
   trials: { kind: 'number', value: 'n', min: 1, whole: true, help: 'keys tried at each distance', default: '10' },
   seed: { kind: 'number', value: 'n', min: 0, whole: true, help: 'of the keys', default: '0' },
   baseline,
-  ...modelOptions,
+  ...useOptions,
   ...commonOptions,
 } as const
-
-interface Loading {
-  device?: string | undefined
-  dtype?: string | undefined
-  threads?: number | undefined
-  baseline: boolean
-}
 
 /** Runs an evaluation on the model and, where asked, on the same weights without scaling, one after the other. */
 export async function evaluate<T>(
   path: string,
-  { device, dtype, threads, baseline }: Loading,
+  values: Values<typeof useOptions> & { baseline: boolean },
   output: Output,
   body: (model: Llama, label: string) => Promise<T>,
 ): Promise<{ model: T; baseline: T | undefined; window: number }> {
-  const options = defined({ device, dtype: dtype as 'float32' | 'bfloat16', threads })
+  const { baseline } = values
+  const options = readUse(values)
   const results: T[] = []
   let window = 0
   for (const rope of baseline ? [undefined, 'none' as const] : [undefined]) {

@@ -1,6 +1,14 @@
 import { RopewalkError } from '../errors.js'
 import { isTaken } from '../files/durable.js'
-import { Llama, type RopeExtension, Trainer, type TrainerProgress } from '../index.js'
+import {
+  Llama,
+  type LoadOptions,
+  type RopeExtension,
+  Trainer,
+  type TrainerOptions,
+  type TrainerProgress,
+} from '../index.js'
+import { TooLarge } from '../train/admit.js'
 import { listen } from './interrupt.js'
 import {
   type Command,
@@ -13,11 +21,17 @@ import {
   type Values,
 } from './options.js'
 import { formatDuration, formatNumber, type Output } from './output.js'
+import { showTooLarge } from './plan-text.js'
+import { adapterOptions, memoryOptions, memoryWords, readAdapter, readMemory } from './training-options.js'
 
 const whole = { kind: 'number', value: 'n', min: 1, whole: true } as const
 
 const options = {
-  context: { ...whole, required: true, help: 'the new context window in tokens, and the length of training texts' },
+  context: {
+    ...whole,
+    required: true,
+    help: 'the new context window, and the length of training texts; only this with --pose',
+  },
   out: { kind: 'text', value: 'folder', required: true, help: 'where the extended model goes' },
   data: { kind: 'texts', value: 'file', help: 'texts to train on: .txt, .jsonl, .parquet, or a folder of them' },
   steps: { ...whole, min: 0, help: 'optimizer steps; 0 only rewrites the positions', default: '1000' },
@@ -28,7 +42,13 @@ const options = {
     help: 'linear is Position Interpolation',
     default: 'linear',
   },
-  factor: { kind: 'number', value: 'x', min: 1, help: 'by how much', default: "context / the model's window" },
+  factor: {
+    kind: 'number',
+    value: 'x',
+    min: 1,
+    help: 'by how much',
+    default: "context, or --pose, / the model's window",
+  },
   lr: { kind: 'number', value: 'x', min: 0, help: 'learning rate', default: '2e-5' },
   batch: { ...whole, help: 'texts in one pass', default: '1' },
   accumulate: { ...whole, help: 'passes in one step', default: '1' },
@@ -53,6 +73,12 @@ const options = {
   },
   'eval-every': { ...whole, help: 'steps between two measurements' },
   'save-every': { ...whole, help: 'steps between two checkpoints' },
+  fit: {
+    kind: 'flag',
+    help: 'take the first options of memory that fit and compute the same, in place of those below',
+  },
+  ...memoryOptions,
+  ...adapterOptions,
   resume: { kind: 'flag', help: 'go on from the last checkpoint of the same command' },
   overwrite: { kind: 'flag', help: 'replace --out, which stays complete until the new model is' },
   ...modelOptions,
@@ -66,24 +92,32 @@ export const extend: Command<typeof options> = {
   summary: 'Stretches the context of a model by position scaling and fine-tuning.',
   details:
     'Checkpoints go to <out>.checkpoints and stay there. Ctrl-C (SIGINT) or SIGTERM ends the run after the current step,\n' +
-    'saves, and prints the command that goes on; a second one ends it at once.',
+    'saves, and prints the command that goes on; a second one ends it at once. What cannot fit into memory is refused before\n' +
+    'the first step, with what would: the options of memory, --lora and --pose are those of `ropewalk plan`. With --lora,\n' +
+    '<out> becomes an adapter in the format of PEFT, for --adapter of the other commands.',
   examples: [
+    'ropewalk extend ./llama-2-7b --context 32768 --data pile.jsonl --out ./llama-32k --checkpoint-layers 1 --moments 8bit',
+    'ropewalk extend ./llama-2-7b --context 32768 --data pile/*.jsonl --out ./adapter --lora 16 --also-train embed,norm',
     'ropewalk extend ./llama-2-7b --context 8192 --data pile/*.jsonl --out ./llama-8k --accumulate 64',
     'ropewalk extend ./llama-2-7b --context 4096 --method ntk --steps 0 --out ./llama-ntk-4k',
   ],
   operands: ['model'],
   options,
   async run({ operands: [path], values }, output) {
-    const { out, steps = STEPS, data, device, threads, overwrite } = values
-    const dtype = values.dtype as 'float32' | 'bfloat16' | undefined
+    const { out, steps = STEPS, data, overwrite } = values
     if (steps > 0 && !data) throw new UsageError('--data is missing: texts to train on, or --steps 0 to train nothing')
+    if (steps === 0 && values.lora !== undefined) {
+      throw new UsageError('--lora trains an adapter, but --steps is 0: leave it away to rewrite the positions alone')
+    }
     if ((values['prompt-field'] === undefined) !== (values['completion-field'] === undefined)) {
       throw new UsageError('--prompt-field and --completion-field belong together: give both, or neither')
     }
+    const settings = readSettings({ ...values, steps, data: data ?? [] })
+    const { quantize } = readAdapter(values)
     if (!overwrite && (await isTaken(out))) {
       throw new RopewalkError('ERR_EXISTS', `${out}: exists already: choose another folder, or add --overwrite`)
     }
-    const checkpoints = `${out}.checkpoints`
+    const checkpoints = checkpointsOf(values)
     if (steps > 0 && !values.resume && (await isTaken(checkpoints))) {
       throw new RopewalkError(
         'ERR_EXISTS',
@@ -91,79 +125,117 @@ export const extend: Command<typeof options> = {
       )
     }
     const rope = await extension(path!, values)
-    using model = await Llama.load(path!, { rope, ...defined({ device, dtype, threads }) })
+    const { device, threads } = values
+    const dtype = values.dtype as LoadOptions['dtype']
+    const loading = { rope, ...defined({ device, dtype, threads, quantize }) }
+    if (steps > 0) await check(path!, loading, settings)
+    using model = await Llama.load(path!, loading)
     noteModel(model, output)
     output.note(
       `${path}: ${rope.type} by ${rope.factor} to ${model.contextWindow} tokens, on ${model.device.description}`,
     )
     if (steps > 0) {
-      const interrupted = await train(model, { ...values, steps, data: data! }, path!, output)
+      const interrupted = await train(model, settings, { values, path: path!, output })
       if (interrupted) return interrupted
     }
-    await model.save(out, { overwrite })
-    output.line(`saved ${out}: window ${model.contextWindow}. Next: ropewalk eval perplexity ${out} --data <file>`)
-    output.value({ event: 'saved', out, contextWindow: model.contextWindow, steps })
+    const { contextWindow, adapter } = model
+    if (adapter) {
+      await model.saveAdapter(out, { overwrite })
+      output.line(
+        `saved ${out}: an adapter of rank ${adapter.rank}, in the format of PEFT; window ${contextWindow}. ` +
+          `Next: ropewalk eval perplexity ${path} --adapter ${out} --data <file>`,
+      )
+      output.line(
+        `To merge it: const model = await Llama.load('${path}', { adapter: '${out}' }); await model.merge(); ` +
+          "await model.save('<folder>')",
+      )
+    } else {
+      await model.save(out, { overwrite })
+      output.line(`saved ${out}: window ${contextWindow}. Next: ropewalk eval perplexity ${out} --data <file>`)
+    }
+    output.value({ event: 'saved', out, contextWindow, steps, adapter })
   },
 }
 
-/** The scaling that brings the model's window to the context; throws where the two do not fit. */
+const checkpointsOf = ({ out }: { out: string }): string => `${out}.checkpoints`
+
+/** Refuses what the model cannot do before its weights are read. */
+async function check(path: string, loading: LoadOptions, settings: TrainerOptions): Promise<void> {
+  using model = await Llama.load(path, { ...loading, device: 'dry' })
+  using _ = new Trainer(model, settings)
+}
+
+/** The scaling that brings the model's window to what is trained; throws where the two do not fit. */
 async function extension(
   path: string,
-  { context, method = 'linear', factor }: Values<typeof options>,
+  { context, pose, method = 'linear', factor }: Values<typeof options>,
 ): Promise<RopeExtension> {
+  const length = pose ?? context
+  const name = pose === undefined ? 'context' : 'pose'
   const type = method as RopeExtension['type']
   using model = await Llama.load(path, { device: 'dry' })
   const window = model.contextWindow
   if (factor !== undefined) {
-    if (window * factor < context) {
+    if (window * factor < length) {
       throw new UsageError(
-        `--factor ${factor} makes the window ${Math.floor(window * factor)}, but --context is ${context}: ` +
-          `it must be at least ${context / window}`,
+        `--factor ${factor} makes the window ${Math.floor(window * factor)}, but --${name} is ${length}: ` +
+          `it must be at least ${length / window}`,
       )
     }
     return { type, factor }
   }
-  if (context <= window) {
+  if (length <= window) {
     throw new UsageError(
-      `--context is ${context}, but the window of ${path} has ${window} tokens already: give a larger one`,
+      `--${name} is ${length}, but the window of ${path} has ${window} tokens already: give a larger one`,
     )
   }
   // Where the quotient has no exact binary form, the product may fall a token short.
-  const exact = context / window
-  return { type, factor: Math.floor(window * exact) < context ? Math.ceil(exact * 1e6) / 1e6 : exact }
+  const exact = length / window
+  return { type, factor: Math.floor(window * exact) < length ? Math.ceil(exact * 1e6) / 1e6 : exact }
+}
+
+function readSettings(values: Values<typeof options> & { steps: number; data: string[] }): TrainerOptions {
+  const { context, steps, data, batch, accumulate, lr, warmup, seed, packing, field, validation, resume } = values
+  const { 'prompt-field': prompt, 'completion-field': completion, fit } = values
+  const memory = readMemory(values)
+  const [chosen] = Object.keys(memory).length > 0 ? memoryWords(memory).split(' ') : []
+  if (fit && chosen !== undefined) throw new UsageError(`--fit chooses the options of memory: leave ${chosen} out`)
+  const { lora, pose } = readAdapter(values)
+  return {
+    ...{ data, context, steps, output: checkpointsOf(values), resume, memory: fit ? 'auto' : memory },
+    ...defined({
+      batchSize: batch,
+      accumulate,
+      learningRate: lr,
+      warmupSteps: warmup,
+      weightDecay: values['weight-decay'],
+      maxGradNorm: values.clip,
+      seed,
+      packing: packing as 'concat' | 'documents' | undefined,
+      field,
+      fields: prompt !== undefined && completion !== undefined ? { prompt, completion } : undefined,
+      validation: validation?.length === 1 && /^[\d.]+$/.test(validation[0]!) ? Number(validation[0]) : validation,
+      evalEvery: values['eval-every'],
+      saveEvery: values['save-every'],
+      lora,
+      pose,
+    }),
+  }
 }
 
 /** Trains; returns the exit code of an interruption, or undefined when all steps are done. */
 async function train(
   model: Llama,
-  values: Values<typeof options> & { steps: number; data: string[] },
-  path: string,
-  output: Output,
+  settings: TrainerOptions,
+  { values, path, output }: { values: Values<typeof options>; path: string; output: Output },
 ): Promise<number | undefined> {
-  const { context, steps, data, batch, accumulate, lr, warmup, seed, packing, field, validation, resume } = values
-  const { 'prompt-field': prompt, 'completion-field': completion } = values
-  const checkpoints = `${values.out}.checkpoints`
-  const settings = {
-    batchSize: batch,
-    accumulate,
-    learningRate: lr,
-    warmupSteps: warmup,
-    weightDecay: values['weight-decay'],
-    maxGradNorm: values.clip,
-    seed,
-    packing: packing as 'concat' | 'documents' | undefined,
-    field,
-    fields: prompt !== undefined && completion !== undefined ? { prompt, completion } : undefined,
-    validation: validation?.length === 1 && /^[\d.]+$/.test(validation[0]!) ? Number(validation[0]) : validation,
-    evalEvery: values['eval-every'],
-    saveEvery: values['save-every'],
-  }
+  const checkpoints = checkpointsOf(values)
+  const steps = settings.steps!
   const onProgress = (progress: TrainerProgress): void => {
     if (progress.stage === 'warning') output.note(`warning: ${progress.message}`)
     if (progress.stage === 'resume') output.note(`going on from ${progress.path}`)
   }
-  const where = { data, context, steps, output: checkpoints, resume, onProgress }
-  using trainer = new Trainer(model, { ...where, ...defined(settings) })
+  using trainer = new Trainer(model, { ...settings, onProgress })
   const interrupt = listen(output)
   const progress = output.progress('step', steps, 'each')
   let seconds = 0
@@ -177,6 +249,9 @@ async function train(
       progress.update(result.step, `loss ${formatNumber(result.loss)}${validation}${skipped}, ${speed}`)
       output.value({ event: 'step', ...result })
     }
+  } catch (error) {
+    if (!(error instanceof TooLarge)) throw error
+    throw new RopewalkError(error.code, `training does not fit; ${showTooLarge(error, output)}`, { cause: error })
   } finally {
     progress.end()
     interrupt.stop()

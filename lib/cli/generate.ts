@@ -1,5 +1,5 @@
 import { Llama } from '../index.js'
-import { type Command, commonOptions, defined, modelOptions, noteModel } from './options.js'
+import { type Command, commonOptions, defined, noteModel, readUse, useOptions } from './options.js'
 
 const options = {
   prompt: { kind: 'text', value: 'text', required: true, help: 'the text to continue' },
@@ -15,7 +15,7 @@ const options = {
     default: '1',
   },
   seed: { kind: 'number', value: 'n', min: 0, whole: true, help: 'of the sampling', default: '0' },
-  ...modelOptions,
+  ...useOptions,
   ...commonOptions,
 } as const
 
@@ -26,8 +26,8 @@ export const generate: Command<typeof options> = {
   operands: ['model'],
   options,
   async run({ operands: [path], values }, output) {
-    const { device, dtype, threads, prompt, temperature, seed } = values
-    using model = await Llama.load(path!, defined({ device, dtype: dtype as 'float32' | 'bfloat16', threads }))
+    const { prompt, temperature, seed } = values
+    using model = await Llama.load(path!, readUse(values))
     noteModel(model, output)
     const sampling = {
       temperature,

@@ -1,6 +1,6 @@
 import { parseArgs } from 'node:util'
 import { didYouMean, quote } from '../errors.js'
-import type { Llama } from '../index.js'
+import type { Llama, LoadOptions } from '../index.js'
 import type { Output } from './output.js'
 
 /** One option of a command. `value` is what --help calls its value. */
@@ -70,6 +70,23 @@ export const modelOptions = {
   },
   threads: { kind: 'number', value: 'n', min: 1, max: 1024, whole: true, help: 'CPU threads', default: 'one a core' },
 } as const satisfies OptionTable
+
+/** Options of commands that use a model as it is. */
+export const useOptions = {
+  adapter: { kind: 'text', value: 'folder', help: 'a LoRA adapter of the model, from extend --lora or PEFT' },
+  quantize: {
+    kind: 'text',
+    value: 'form',
+    choices: ['nf4', 'int8'],
+    help: 'keep the matrices of the blocks in 4 or 8 bits',
+    default: 'as the others',
+  },
+  ...modelOptions,
+} as const satisfies OptionTable
+
+export function readUse({ device, dtype, threads, adapter, quantize }: Values<typeof useOptions>): LoadOptions {
+  return defined({ device, dtype, threads, adapter, quantize }) as LoadOptions
+}
 
 /** What is to be known before a model works: what is unusual about it, and why `auto` is not a GPU. */
 export function noteModel({ warnings, device }: Pick<Llama, 'warnings' | 'device'>, output: Output): void {

@@ -1,6 +1,7 @@
 // What `ropewalk plan` prints for people.
 import type { FitResult, FitSet, MemoryPlan, PlannedBytes, PlanRequest } from '../index.js'
-import { formatDuration, formatNumber, type Output } from './output.js'
+import type { TooLarge } from '../train/admit.js'
+import { formatDuration, formatNumber, Output } from './output.js'
 import type { PaperRow } from './paper.js'
 import { memoryWords } from './training-options.js'
 
@@ -82,7 +83,9 @@ function showEstimate({ estimate, device }: MemoryPlan, output: Output): void {
   }
 }
 
-export function showFit(request: PlanRequest, { sets, problem }: FitResult, output: Output): void {
+type Asked = Pick<PlanRequest, 'pose' | 'hostLimit'>
+
+export function showFit(request: Asked, { sets, problem }: FitResult, output: Output): void {
   const { plan } = sets[0] ?? problem!.leanest
   const { model, device, limitBytes, lora } = plan
   const adapter = lora ? `, LoRA of rank ${lora.rank}` : ''
@@ -95,7 +98,19 @@ export function showFit(request: PlanRequest, { sets, problem }: FitResult, outp
   output.line('\nMemory is exact; times are estimates from published rates, 1 being a step that keeps everything.')
 }
 
-function showProblem(request: PlanRequest, problem: NonNullable<FitResult['problem']>, output: Output): void {
+/** What training that cannot fit would need, and what would fit: tables on stderr, and the change for the last line. */
+export function showTooLarge({ plan, fit }: TooLarge, output: Output): string {
+  const tables = new Output(output.stderr, output.stderr, false)
+  showPlan(plan, tables)
+  tables.line()
+  showFit(plan, fit, tables)
+  const [first] = fit.sets
+  if (first) return `with the smallest change it fits: ${memoryWords(first.memory)}`
+  const { nearest, adapter } = fit.problem!
+  return nearest || adapter ? 'what comes nearest is above' : 'only training on one device is supported'
+}
+
+function showProblem(request: Asked, problem: NonNullable<FitResult['problem']>, output: Output): void {
   const { reason, missingBytes, leanest, nearest, adapter } = problem
   const { hostBytes, context } = leanest.plan
   output.line(`Nothing fits: ${reason}.`)

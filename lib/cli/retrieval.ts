@@ -2,7 +2,7 @@
 import { decodeUtf8, readSmallFile } from '../files/bytes.js'
 import { needle, ruler, type RulerTask } from '../index.js'
 import { baseline, evaluate, percent, promptContext, watching } from './eval.js'
-import { type Command, commonOptions, defined, modelOptions } from './options.js'
+import { type Command, commonOptions, defined, useOptions } from './options.js'
 
 const needleOptions = {
   contexts: {
@@ -22,7 +22,7 @@ const needleOptions = {
   trials: { kind: 'number', value: 'n', min: 1, whole: true, help: 'keys tried in each cell', default: '5' },
   seed: { kind: 'number', value: 'n', min: 0, whole: true, help: 'of the keys', default: '0' },
   baseline,
-  ...modelOptions,
+  ...useOptions,
   ...commonOptions,
 } as const
 
@@ -76,7 +76,7 @@ const rulerOptions = {
   words: { kind: 'text', value: 'file', help: 'words for the lists of cwe', default: 'English, then made-up ones' },
   'no-shots': { kind: 'flag', help: 'no solved example before the questions of vt and cwe' },
   baseline,
-  ...modelOptions,
+  ...useOptions,
   ...commonOptions,
 } as const
 

@@ -16,7 +16,7 @@ export const memoryOptions = {
     kind: 'text',
     value: 'form',
     choices: ['float32', 'bfloat16', 'fused'],
-    help: 'how they are held; fused: one layer at a time',
+    help: 'how they are held; fused: a layer at a time',
     default: 'float32',
   },
   masters: {
@@ -39,10 +39,11 @@ export const memoryOptions = {
 /** An adapter, and windows with positions that skip. */
 export const adapterOptions = {
   lora: { ...whole, value: 'rank', help: 'train an adapter of this rank, not the weights' },
+  'lora-alpha': { kind: 'number', value: 'x', min: 0, help: 'with --lora: scales it by x / rank', default: '16' },
   'lora-targets': {
     kind: 'text',
     value: 'names',
-    help: `of ${loraTargets.join(', ')}, with commas; or all`,
+    help: `${loraTargets.slice(0, 4).join(',')} (the default), ${loraTargets.slice(4).join(',')}; or all`,
   },
   'also-train': { kind: 'text', value: 'names', help: `with --lora, whole: ${loraParts.join(', ')}, with commas` },
   quantize: {
@@ -91,14 +92,16 @@ export function memoryWords(memory: MemoryOptions): string {
 
 /** Names are checked by the library. */
 export function readAdapter(values: Values<typeof adapterOptions>): Pick<PlanRequest, 'lora' | 'quantize' | 'pose'> {
-  const { lora: rank, 'lora-targets': targets, 'also-train': also, pose } = values
-  if (rank === undefined && (targets ?? also) !== undefined) {
-    throw new UsageError(`--${targets === undefined ? 'also-train' : 'lora-targets'} needs --lora: the adapter's rank`)
+  const { lora: rank, 'lora-alpha': alpha, 'lora-targets': targets, 'also-train': also, pose } = values
+  for (const name of ['lora-alpha', 'lora-targets', 'also-train'] as const) {
+    if (rank === undefined && values[name] !== undefined) {
+      throw new UsageError(`--${name} needs --lora: the adapter's rank`)
+    }
   }
   if (rank === undefined && values.quantize !== undefined) {
     throw new UsageError('--quantize needs --lora: quantised weights are too coarse to be trained themselves')
   }
-  const lora = { rank, targets: targets === 'all' ? loraTargets : list(targets), alsoTrain: list(also) }
+  const lora = { rank, alpha, targets: targets === 'all' ? loraTargets : list(targets), alsoTrain: list(also) }
   return {
     ...(rank !== undefined && { lora: defined(lora) as LoraOptions }),
     ...(values.quantize !== undefined && { quantize: values.quantize as 'nf4' | 'int8' }),

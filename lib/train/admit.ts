@@ -1,7 +1,7 @@
 // Before anything is allocated for training: whether it can fit, and what would.
 import { RopewalkError } from '../errors.js'
 import type { Llama } from '../model/llama.js'
-import { type FitSet, search } from './fit.js'
+import { type FitResult, type FitSet, search } from './fit.js'
 import type { MemoryOptions, MemorySettings } from './memory.js'
 import type { Settings } from './options.js'
 import { describePlan, type MemoryPlan, record } from './planner.js'
@@ -13,6 +13,17 @@ export interface StepShape {
   rows: number
   time: number
   accumulate: number
+}
+
+/** A step that cannot fit: what it needs, and what would fit. */
+export class TooLarge extends RopewalkError {
+  constructor(
+    message: string,
+    readonly plan: MemoryPlan,
+    readonly fit: FitResult,
+  ) {
+    super('ERR_OUT_OF_MEMORY', message)
+  }
 }
 
 /** The step as a question to the planner, with what is free on the model's device now. */
@@ -29,17 +40,14 @@ function planningOf(model: Llama, settings: Settings, { rows, time, accumulate }
   }
 }
 
-/** Throws RopewalkError ERR_OUT_OF_MEMORY, with all categories and what would fit, where the step cannot. */
+/** Throws TooLarge, with all categories and what would fit, where the step cannot. */
 export function requireFit(model: Llama, settings: Settings, shape: StepShape): void {
   const planning = planningOf(model, settings, shape)
   const plan = describePlan(planning, record(planning, settings.memory))
   if (plan.fits === false) refuse(planning, plan)
 }
 
-/**
- * The first exact set of options that fits; `fixed` ones are as given. Throws RopewalkError ERR_OUT_OF_MEMORY where there
- * is none.
- */
+/** The first exact set of options that fits; `fixed` ones are as given. Throws TooLarge where there is none. */
 export function fittingMemory(
   model: Llama,
   settings: Settings,
@@ -60,11 +68,13 @@ function refuse(planning: Planning, plan: MemoryPlan): never {
   const table = parts.map(([name, one]) => `${name} ${formatSize(one)}`).join(', ')
   const host = hostBytes > 0 ? ` and ${formatSize(hostBytes)} of the host` : ''
   const free = hostLimitBytes === undefined ? '' : `, and the host ${formatSize(hostLimitBytes)}`
-  throw new RopewalkError(
-    'ERR_OUT_OF_MEMORY',
+  const found = search(planning)
+  throw new TooLarge(
     `training on ${rows} x ${time} tokens needs ${formatSize(requiredBytes)}${host} (${table}), but ` +
-      `${device?.name ?? 'the device'} has ${formatSize(limitBytes!)} for it${free}. ${remedy(planning)}` +
+      `${device?.name ?? 'the device'} has ${formatSize(limitBytes!)} for it${free}. ${remedy(found)}` +
       describeSavings(planning, plan.memory),
+    plan,
+    found,
   )
 }
 
@@ -92,8 +102,7 @@ function describeSavings(planning: Planning, memory: MemorySettings): string {
 }
 
 /** What would fit: the fastest exact set, and one that rounds where it takes less time or memory of the host. */
-function remedy(planning: Planning): string {
-  const { sets, problem } = search(planning)
+function remedy({ sets, problem }: FitResult): string {
   if (problem) {
     const { nearest, missingBytes, leanest } = problem
     const least = `The leanest set, ${describeSet(leanest)}, is still ${formatSize(missingBytes)} too large`
