@@ -1,5 +1,7 @@
 // LoRA in the model: against PEFT's own results, its files, merging, and what it refuses.
 import * as fs from 'node:fs'
+import fsp from 'node:fs/promises'
+import { syncBuiltinESMExports } from 'node:module'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import t from 'tap'
@@ -281,6 +283,38 @@ t.test('adapters that cannot be used', async (t) => {
     code: 'ERR_NOT_FINITE',
     message: /q_proj\.lora_A\.weight is NaN or infinite at element 2/,
   })
+})
+
+t.test('an adapter that cannot be saved leaves what was there', async (t) => {
+  using model = await Llama.load(base('all'), { device: 'cpu', adapter: adapter('all') })
+  const parent = join(dir, 'parent')
+  const out = join(parent, 'adapter')
+  const stand = () => fs.readdirSync(out).map((name) => [name, fs.readFileSync(join(out, name)).toString('base64')])
+  await model.saveAdapter(out)
+  const before = stand()
+  const name = 'model.layers.0.self_attn.q_proj.lora_B.weight'
+  const { dims, data } = await model.read(name)
+  const write = (values: Float32Array) => model.write(name, { type: 'float32', dims, data: values })
+  const save = () => model.saveAdapter(out, { overwrite: true })
+  await write(new Float32Array(data.length).fill(NaN))
+  await t.rejects(save(), { code: 'ERR_NOT_FINITE' })
+  await write(new Float32Array(data.length).fill(0.5))
+  const real = { ...fsp }
+  t.teardown(() => {
+    Object.assign(fsp, real)
+    syncBuiltinESMExports()
+  })
+  const full = async () => Promise.reject(Object.assign(new Error('no space left on device'), { code: 'ENOSPC' }))
+  for (const call of ['open', 'mkdir', 'rename'] as const) {
+    Object.assign(fsp, { [call]: full })
+    syncBuiltinESMExports()
+    await t.rejects(save(), { code: 'ERR_NO_SPACE' }, call)
+    Object.assign(fsp, real)
+    syncBuiltinESMExports()
+    t.strictSame([fs.readdirSync(parent), stand()], [['adapter'], before], `nothing is half-written: ${call}`)
+  }
+  await save()
+  t.notSame(stand(), before)
 })
 
 t.test('an adapter begins as nothing', async (t) => {

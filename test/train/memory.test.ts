@@ -288,6 +288,11 @@ t.test('options that cannot be', async (t) => {
     [{ memory: { gradients: 'fused' }, accumulate: 2 }, /"fused", but accumulate is 2: .*'bfloat16'/],
     [{ memory: { offloadCheckpoints: true } }, /checkpointLayers is 0: there are no checkpoints/],
     [{ memory: { checkpointLayers: -1 } }, /^memory\.checkpointLayers is -1/],
+    [{ memory: { checkpointLayers: 4 } }, /^memory\.checkpointLayers is 4, but the model has 3 layers: .* 1 to 4 need/],
+    [
+      { memory: { attentionGroups: 2 } },
+      /^memory\.attentionGroups is 2, but must divide the model's 3 key\/value heads/,
+    ],
   ] as const) {
     t.throws(() => new Trainer(model, options as unknown as TrainerOptions), { message })
   }
