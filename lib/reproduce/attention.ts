@@ -4,10 +4,10 @@ import { modelTitle } from './beyond.js'
 import type { ReportFolder } from './folder.js'
 import { forwardWork, idOf, madeBy, type Plan } from './models.js'
 import { textsOf, trainUnits } from './perplexity.js'
-import { finalId } from './results.js'
+import { finalId, resultOf } from './results.js'
 import { type Experiment, figure, label, type Section, type Table } from './sections.js'
-import { doublings, type Settings, windowOf } from './settings.js'
-import type { Unit } from './units.js'
+import { doublings, type Settings, timesText, windowOf } from './settings.js'
+import { leftOutOf, type Unit } from './units.js'
 
 /**
  * What reviewers of the paper asked for, read from the model: how finely attention tells near tokens apart, and how large
@@ -31,7 +31,7 @@ function looks({
 
 const attentionKey = (id: string, context: number): string => `attention/${id}/${context}`
 
-type AttentionUnit = Omit<ResolutionResult, 'layers'> | { leftOut: string }
+type AttentionUnit = Omit<ResolutionResult, 'layers'>
 
 function attentionUnits(plan: Plan): Unit[] {
   const { settings, window } = plan
@@ -58,17 +58,9 @@ function attentionUnits(plan: Plan): Unit[] {
 const found = (folder: ReportFolder) => {
   const { settings, model } = folder.record
   return looks({ settings, window: model.window }).flatMap(({ id, factor, context }) => {
-    const unit = folder.get<AttentionUnit>(attentionKey(id, context))
-    return unit && !('leftOut' in unit) ? [{ id, factor, context, unit }] : []
+    const unit = resultOf<AttentionUnit>(folder, attentionKey(id, context))
+    return unit ? [{ id, factor, context, unit }] : []
   })
-}
-
-const leftOut = (folder: ReportFolder): string[] => {
-  const units = folder
-    .keys()
-    .filter((key) => key.startsWith('attention/'))
-    .map((key) => folder.get<AttentionUnit>(key)!)
-  return [...new Set(units.flatMap((unit) => ('leftOut' in unit ? [unit.leftOut] : [])))]
 }
 
 const thousandths = (value: number): string => value.toFixed(3)
@@ -133,7 +125,7 @@ export const resolution: Experiment = {
         y,
         lines: shown.map(({ id, factor, unit }, i) => ({
           ...STYLES[i % STYLES.length]!,
-          name: id === 'base' ? 'no change' : `${factor}x`,
+          name: id === 'base' ? 'no change' : timesText(factor),
           points: unit.near.slice(1).map((weight, n) => [n + 1, weight] as const),
         })),
         legend: true,
@@ -149,7 +141,7 @@ export const resolution: Experiment = {
       ],
       tables,
       charts: list.length > 0 ? charts : [],
-      leftOut: leftOut(folder),
+      leftOut: leftOutOf(folder, 'attention/'),
     }
   },
 }
@@ -184,7 +176,7 @@ export const scoreMaxima: Experiment = {
       const context = windowOf(model.window, factor)
       const lengths = doublings(model.window, context)
       return lineChart({
-        title: `${factor}x: largest score by distance`,
+        title: `${timesText(factor)}: largest score by distance`,
         x: { label: 'distance, in tokens', min: 0, max: context, ticks: [0, ...lengths.slice(-3)] },
         y: {
           label: 'largest score',
@@ -195,7 +187,7 @@ export const scoreMaxima: Experiment = {
         },
         lines: shown.map(({ id, unit }, i) => ({
           ...STYLES[i % STYLES.length]!,
-          name: modelTitle(id).replace(` ${factor}x`, ''),
+          name: modelTitle(id).replace(` ${timesText(factor)}`, ''),
           points: unit.ranges.map(({ from, to, max }) => [(from + to) / 2, max] as const),
         })),
         marks: [{ x: model.window, text: `window, ${model.window}` }],
@@ -219,7 +211,7 @@ export const scoreMaxima: Experiment = {
         },
       ],
       charts: list.length > 0 ? charts : [],
-      leftOut: leftOut(folder),
+      leftOut: leftOutOf(folder, 'attention/'),
     }
   },
 }

@@ -14,10 +14,10 @@ import { lengthAxis, logAxis } from './charts.js'
 import type { ReportFolder, ReportRecord } from './folder.js'
 import { forwardWork, madeBy, METHODS, nameOf, type Plan } from './models.js'
 import { textsOf, trainUnits } from './perplexity.js'
-import { finalId } from './results.js'
+import { finalId, resultOf } from './results.js'
 import { type Experiment, figure, label, none, percent, perplexityText, type Section, type Table } from './sections.js'
-import { doublings, type Settings, windowOf } from './settings.js'
-import type { Unit } from './units.js'
+import { doublings, type Settings, timesText, windowOf } from './settings.js'
+import { isLeftOut, type LeftOut, leftOutOf, type Unit, unlessTooShort } from './units.js'
 
 /** Beyond the paper: the heat map of length and depth, RULER's tasks, and perplexity by position. */
 
@@ -29,7 +29,7 @@ function contrasted(settings: Settings, factor: number): string[] {
 
 export function modelTitle(id: string): string {
   const { method, factor, step } = nameOf(id)
-  const tuned = method === 'base' ? '' : step > 0 ? ` ${factor}x, tuned` : ` ${factor}x, not tuned`
+  const tuned = method === 'base' ? '' : step > 0 ? ` ${timesText(factor)}, tuned` : ` ${timesText(factor)}, not tuned`
   return `${METHODS[method]}${tuned}`
 }
 
@@ -66,12 +66,15 @@ export const needles: Experiment = {
         work: contexts.reduce((sum, length) => sum + forwardWork(depths * trials * length, length, window), 0),
         after: madeBy(id),
         async run({ model: load, signal, progress }) {
-          const value: NeedleResult = await needle(await load(id), {
-            ...{ contexts, trials, seed: settings.seed },
-            depths: Array.from({ length: depths }, (_, n) => n / (depths - 1)),
-            ...(signal ? { signal } : {}),
-            onProgress: ({ done, total }) => progress(done / total),
-          })
+          const model = await load(id)
+          const value = await unlessTooShort(() =>
+            needle(model, {
+              ...{ contexts, trials, seed: settings.seed },
+              depths: Array.from({ length: depths }, (_, n) => n / (depths - 1)),
+              ...(signal ? { signal } : {}),
+              onProgress: ({ done, total }) => progress(done / total),
+            }),
+          )
           return { value }
         },
       }
@@ -80,7 +83,7 @@ export const needles: Experiment = {
   section(folder) {
     const { settings } = folder.record
     const found = pairs(view(folder.record)).flatMap(({ id, factor, context }) => {
-      const result = folder.get<NeedleResult>(needleKey(id, context))
+      const result = resultOf<NeedleResult>(folder, needleKey(id, context))
       return result ? [{ id, factor, context, result }] : []
     })
     return {
@@ -113,12 +116,12 @@ export const needles: Experiment = {
           ...{ min: 0, max: 1, format: percent },
         }),
       ),
-      leftOut: [],
+      leftOut: leftOutOf(folder, 'needle/'),
     }
   },
 }
 
-type RulerUnit = Pick<RulerResult, 'tasks'> | { leftOut: string }
+type RulerUnit = Pick<RulerResult, 'tasks'> | LeftOut
 
 const rulerKey = (task: RulerTask, id: string, context: number): string => `ruler/${task}/${id}/${context}`
 
@@ -132,18 +135,15 @@ function rulerUnit(plan: Plan, task: RulerTask, id: string, context: number): Un
     after: madeBy(id),
     async run({ model: load, signal, progress }) {
       const model = await load(id)
-      try {
+      const value = await unlessTooShort(async () => {
         const { tasks } = await ruler(model, {
           ...{ context, tasks: [task], trials, seed: settings.seed },
           ...(signal ? { signal } : {}),
           onProgress: ({ done, total }) => progress(done / total),
         })
-        return { value: { tasks } satisfies RulerUnit }
-      } catch (error) {
-        // Its prompt is longer than the window, which for a small tokenizer's long prompts may well be.
-        if (!(error instanceof RangeError)) throw error
-        return { value: { leftOut: error.message } satisfies RulerUnit }
-      }
+        return { tasks }
+      })
+      return { value: value satisfies RulerUnit }
     },
   }
 }
@@ -171,8 +171,8 @@ export const rulers: Experiment = {
         label(modelTitle(id)),
         ...rulerTasks.map((task) => {
           const unit = at(task, id, context)
-          if (unit && 'leftOut' in unit) left.add(`${task} at ${context}: ${unit.leftOut}`)
-          return !unit || 'leftOut' in unit ? none() : figure(unit.tasks[0]!.accuracy, percent)
+          if (isLeftOut(unit)) left.add(`${task} at ${context}: ${unit.leftOut}`)
+          return !unit || isLeftOut(unit) ? none() : figure(unit.tasks[0]!.accuracy, percent)
         }),
       ]),
     }
@@ -228,8 +228,8 @@ function positionSection(folder: ReportFolder): Section {
   for (const { factor } of settings.extensions) {
     const context = windowOf(model.window, factor)
     const found = contrasted(settings, factor).flatMap((id) => {
-      const result = folder.get<PositionResult | { leftOut: string }>(positionKey(id, context))
-      return result && !('leftOut' in result) ? [{ id, result }] : []
+      const result = resultOf<PositionResult>(folder, positionKey(id, context))
+      return result ? [{ id, result }] : []
     })
     if (found.length === 0) continue
     const lines = found.map(({ id, result }, i) => ({
@@ -239,7 +239,7 @@ function positionSection(folder: ReportFolder): Section {
     }))
     charts.push(
       lineChart({
-        title: `${factor}x: perplexity by tokens before`,
+        title: `${timesText(factor)}: perplexity by tokens before`,
         x: lengthAxis('tokens of text before', [16, ...doublings(model.window / 2, context)]),
         y: logAxis(
           'perplexity',
@@ -277,6 +277,6 @@ function positionSection(folder: ReportFolder): Section {
       },
     ],
     charts,
-    leftOut: [],
+    leftOut: leftOutOf(folder, 'position/'),
   }
 }

@@ -1,5 +1,6 @@
 import { basename } from 'node:path'
-import { type ChoiceItem, type ChoiceResult, type ChoiceTask, multipleChoice, readChoiceItems } from '../index.js'
+import { type ChoiceItem, type ChoiceResult, type ChoiceTask, multipleChoice } from '../index.js'
+import { readItems } from './check.js'
 import { forwardWork, madeBy, type Plan } from './models.js'
 import { rowName, rowsOf, targetOf, trainUnits } from './perplexity.js'
 import { publishedTable } from './published.js'
@@ -20,15 +21,13 @@ const readings = new WeakMap<Plan, Map<ChoiceTask, Promise<ChoiceItem[]>>>()
 function itemsOf(plan: Plan, task: ChoiceTask): Promise<ChoiceItem[]> {
   const known = readings.get(plan) ?? new Map<ChoiceTask, Promise<ChoiceItem[]>>()
   readings.set(plan, known)
-  const reading = known.get(task) ?? readItems(plan, task)
+  const reading = known.get(task) ?? someItems(plan, task)
   known.set(task, reading)
   return reading
 }
 
-async function readItems({ data, settings }: Plan, task: ChoiceTask): Promise<ChoiceItem[]> {
-  const paths = data[task]!.filter((path) => !path.endsWith('.lst'))
-  const labels = data[task]!.find((path) => path.endsWith('.lst'))
-  const items = await readChoiceItems(task, paths, labels === undefined ? {} : { labels })
+async function someItems({ data, settings }: Plan, task: ChoiceTask): Promise<ChoiceItem[]> {
+  const items = await readItems(task, data[task]!)
   // The folder that a file lies in is no part of the result.
   return items.slice(0, settings.choiceItems ?? undefined).map((item) => ({ ...item, source: basename(item.source) }))
 }
@@ -104,9 +103,8 @@ export const table5: Experiment = {
         ...publishedTable('table-5', kind),
       ],
       charts: [],
-      leftOut: TASK_NAMES.filter((task) => !data[task]).map(
-        (task) => `${TASKS[task]}, which needs --data ${task}=<path>`,
-      ),
+      leftOut: [],
+      notAsked: TASK_NAMES.filter((task) => !data[task]).map((task) => `${TASKS[task]} (--data ${task}=<path>)`),
     }
   },
 }

@@ -4,7 +4,8 @@ import { passkeyUnit, table4 } from './passkey.js'
 import { perplexityUnit, table1, table3 } from './perplexity.js'
 import { passkeyOf, perplexityOf } from './results.js'
 import { cell, type Experiment, figure, label, percent, perplexityText, signed } from './sections.js'
-import { extensionOf, type Settings, windowOf } from './settings.js'
+import { extensionOf, type Settings, timesText, windowOf } from './settings.js'
+import { leftOutOf } from './units.js'
 
 /** The methods at one factor: without fine-tuning, and with the same steps. */
 export function comparedModels(settings: Settings): { method: Method; step: number; id: string }[] {
@@ -62,14 +63,15 @@ export const baselines: Experiment = {
       id: 'baselines',
       title: this.title,
       text: [
-        `From ${model.window} to ${context} tokens (${settings.compared}x). All were measured on the same texts and prompts, ` +
+        `From ${model.window} to ${context} tokens (${timesText(settings.compared)}). All were measured on the same texts and prompts, ` +
           'and all that were fine-tuned saw the same windows in the same order. Dynamic NTK is for use without fine-tuning.',
       ],
       tables: [{ id: 'baselines', caption: 'Perplexity, and passkeys at the extended window', head, rows }],
       charts: [],
-      leftOut: (['ntk', 'yarn'] as const)
+      leftOut: leftOutOf(folder, `perplexity/${CORPUS}/`),
+      notAsked: (['ntk', 'yarn'] as const)
         .filter((method) => !settings.comparedTuned.includes(method))
-        .map((method) => `${METHODS[method]}, fine-tuned: not asked for (--tune ${method})`),
+        .map((method) => `${METHODS[method]}, fine-tuned (--tune ${method})`),
     }
   },
 }
@@ -93,7 +95,7 @@ export const ablation: Experiment = {
       const far = perplexityOf(folder, CORPUS, tuned, context)?.perplexity
       const keys = passkeyOf(folder, tuned, context)
       return [
-        label(`${factor}x`),
+        label(timesText(factor)),
         cell(steps),
         cell(steps * batchSize * accumulate * context),
         figure(perplexityOf(folder, CORPUS, 'base', context)?.perplexity, perplexityText),

@@ -4,7 +4,7 @@ import { claimsOf, type ClaimValue, holds, studentInterval } from './claims.js'
 import { EXPERIMENTS, missingData } from './experiments.js'
 import type { ReportFolder, ReportRecord, Session } from './folder.js'
 import { percent, type Section, signed, type Table } from './sections.js'
-import { windowOf } from './settings.js'
+import { timesText, windowOf } from './settings.js'
 
 /** The pages: everything on them comes from report.json, units/, times/ and sessions.json. */
 
@@ -16,10 +16,13 @@ export function sectionsOf(folder: ReportFolder): { sections: Section[]; notRun:
     const why = missingData(experiment, folder.record.data)
     const section = why === undefined ? experiment.section(folder) : undefined
     if (section && hasResult(section)) sections.push(labelled(section, folder.record.kind))
-    else notRun.push({ title: experiment.title, why: why ?? `not run yet: --only ${experiment.id}` })
+    else notRun.push({ title: experiment.title, why: why ?? notMeasured(experiment.id, section!) })
   }
   return { sections, notRun }
 }
+
+const notMeasured = (id: string, { leftOut }: Section): string =>
+  leftOut.length > 0 ? `left out: ${leftOut.join('; ')}` : `not run yet: --only ${id}`
 
 /** Tables without data: mathematics and machines. */
 const WITHOUT_DATA = /^(theorem|figure|cost)/
@@ -53,7 +56,7 @@ export function findingOf(claim: ClaimValue, values: readonly (number | undefine
   const { interval, mean } = statistic
   const each = known.map((value) => claimText(value, claim.unit)).join(', ')
   return {
-    claim: `${claim.factor}x: ${claim.claim}`,
+    claim: `${timesText(claim.factor)}: ${claim.claim}`,
     seen: holds(claim.bound, statistic),
     figures: interval
       ? `${each}; mean ${claimText(mean, claim.unit)}, 95 % interval ${interval.map((end) => claimText(end, claim.unit)).join(' to ')}`
@@ -75,7 +78,16 @@ const paragraph = (text: string, kind = ''): string => `<p${kind && ` class="${k
 export const plainTable = ({ head, rows, caption }: Table): string =>
   table({ head, rows: rows.map((row) => row.map(({ text }) => text)), caption })
 
-export function sectionHtml({ title, id, text, tables, charts, findings: list, leftOut }: Section): string {
+export function sectionHtml({
+  title,
+  id,
+  text,
+  tables,
+  charts,
+  findings: list,
+  leftOut,
+  notAsked = [],
+}: Section): string {
   return [
     `<section id="${escapeXml(id)}"><h2>${escapeXml(title)}</h2>`,
     ...text.map((line) => paragraph(line)),
@@ -83,6 +95,7 @@ export function sectionHtml({ title, id, text, tables, charts, findings: list, l
     ...(charts.length > 0 ? [figure(charts)] : []),
     ...(list ? [findings(list, WORDS)] : []),
     ...leftOut.map((line) => paragraph(`Left out: ${line}.`, 'soft')),
+    ...notAsked.map((line) => paragraph(`Not asked for: ${line}.`, 'soft')),
     '</section>',
   ].join('\n')
 }
@@ -111,7 +124,7 @@ export function settingsTable(folder: ReportFolder, seeds?: string): Table {
     if (name === 'seed' && seeds !== undefined) add('seeds', seeds)
     else if (name !== 'extensions') add(name, value)
   }
-  for (const { factor, ...rest } of settings.extensions) add(`${factor}x`, rest)
+  for (const { factor, ...rest } of settings.extensions) add(timesText(factor), rest)
   for (const [name, files] of Object.entries(data)) {
     const bytes = files.reduce((sum, file) => sum + file.bytes, 0)
     add(`data ${name}`, `${files.length} file${files.length === 1 ? '' : 's'}, ${bytes} bytes`)
@@ -133,6 +146,11 @@ function sessionLine({ date, version, node, machine, device }: Session): string 
 const seconds = (folder: ReportFolder): number =>
   [...folder.times.values()].reduce<number>((sum, time) => sum + ((time as { seconds?: number }).seconds ?? 0), 0)
 
+const weights = (count: number): string =>
+  count >= 1e9
+    ? `${(count / 1e9).toFixed(2)} billion weights`
+    : `${(count / 1e6).toFixed(count < 1e6 ? 2 : 1)} million weights`
+
 /** The whole report as one self-contained page. */
 export function reportPage(folder: ReportFolder): string {
   const { model, settings, kind } = folder.record
@@ -142,13 +160,13 @@ export function reportPage(folder: ReportFolder): string {
   const intro =
     kind === 'miniature'
       ? [
-          `The evaluation of arXiv 2306.15595 in miniature: a LLaMA of ${(model.parameters / 1e6).toFixed(1)} million weights that was ` +
+          `The evaluation of arXiv 2306.15595 in miniature: a LLaMA of ${weights(model.parameters)} that was ` +
             `trained at ${model.window} tokens, and data of the miniature’s own. “PG-19”, “Proof-pile”, “BoolQ” and the like ` +
             'name here which experiment of the paper a generated data set stands for, and the format that it is in; they are not ' +
             'those data. Settings were fixed before the seeds were run. What the paper claims and these figures do not show is said.',
         ]
       : [
-          `The tables and figures of arXiv 2306.15595 for a LLaMA of ${(model.parameters / 1e9).toFixed(2)} billion weights with a window ` +
+          `The tables and figures of arXiv 2306.15595 for a LLaMA of ${weights(model.parameters)} with a window ` +
             `of ${model.window} tokens. Published figures stand below those of this run.`,
         ]
   const contents = sections.map(({ id, title: name }) => `<li><a href="#${escapeXml(id)}">${escapeXml(name)}</a></li>`)

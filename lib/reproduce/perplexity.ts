@@ -13,18 +13,10 @@ import {
   perplexityText,
   type Table,
 } from './sections.js'
-import {
-  CORPORA,
-  type Corpus,
-  largestWindow,
-  perplexityKey,
-  perplexityOf,
-  type PerplexityUnit,
-  stepIds,
-} from './results.js'
+import { CORPORA, type Corpus, largestWindow, perplexityKey, perplexityOf, stepIds } from './results.js'
 import { doublings, type Settings, windowOf } from './settings.js'
 import { lossCharts, stepCharts } from './charts.js'
-import type { Unit } from './units.js'
+import { leftOutOf, type Unit } from './units.js'
 
 /** Tables 1, 2 and 3: sliding-window perplexity of two corpora. */
 
@@ -83,7 +75,7 @@ export function perplexityUnit(plan: Plan, corpus: Corpus, id: string, window: n
         ...(signal ? { signal } : {}),
         onProgress: ({ done, total }) => progress(done / total),
       })
-      return { value: result satisfies PerplexityUnit | undefined }
+      return { value: result }
     },
   }
 }
@@ -153,12 +145,6 @@ function perplexityTable(folder: ReportFolder, corpus: Corpus, id: string): Tabl
   ]
 }
 
-function perplexityLeftOut(folder: ReportFolder, corpus: Corpus): string[] {
-  const units = folder.keys().filter((key) => key.startsWith(`perplexity/${corpus}/`))
-  const reasons = units.map((key) => folder.get<PerplexityUnit>(key)!).filter((unit) => 'leftOut' in unit)
-  return [...new Set(reasons.map(({ leftOut }) => leftOut as string))]
-}
-
 const corpusExperiment = (id: 'table-1' | 'table-2', corpus: Corpus): Experiment => ({
   id,
   title: `Table ${id.at(-1)}: perplexity by context window, ${CORPORA[corpus]}`,
@@ -179,7 +165,7 @@ const corpusExperiment = (id: 'table-1' | 'table-2', corpus: Corpus): Experiment
       ],
       tables: [...perplexityTable(folder, corpus, id), ...publishedTable(id, folder.record.kind)],
       charts: lossCharts(folder, corpus, rowsOf(view(folder.record))),
-      leftOut: perplexityLeftOut(folder, corpus),
+      leftOut: leftOutOf(folder, `perplexity/${corpus}/`),
     }
   },
 })
@@ -226,7 +212,7 @@ export const table3: Experiment = {
         ...publishedTable('table-3', folder.record.kind),
       ],
       charts: stepCharts(folder),
-      leftOut: perplexityLeftOut(folder, 'pg19'),
+      leftOut: leftOutOf(folder, 'perplexity/pg19/'),
     }
   },
 }

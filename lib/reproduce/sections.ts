@@ -26,8 +26,10 @@ export interface Section {
   tables: Table[]
   charts: string[]
   findings?: Finding[]
-  /** What was not run, and why. */
+  /** What could not be measured, and why. */
   leftOut: string[]
+  /** What could be, if it were asked for. */
+  notAsked?: string[]
 }
 
 export interface Experiment {
