@@ -252,5 +252,5 @@ function show({ sections, notRun }: ReproduceResult, out: string, output: Output
   }
   for (const { title, why } of notRun) output.line(`${title}: ${why}`)
   output.note(`the report: ${out}/index.html`)
-  output.value({ out, sections: sections.map(({ charts: _, ...section }) => section), notRun })
+  output.value({ out, sections: sections.map(({ charts: _, groups: __, ...section }) => section), notRun })
 }

@@ -1,11 +1,12 @@
 import { attentionResolution, type ResolutionResult } from '../index.js'
-import { type Axis, lineChart, STYLES } from '../report/plot.js'
+import { type Axis, lineChart, STYLES, ticksOf } from '../report/plot.js'
 import { modelTitle } from './beyond.js'
+import type { Finding } from '../report/page.js'
 import type { ReportFolder } from './folder.js'
 import { forwardWork, idOf, madeBy, type Plan } from './models.js'
 import { textsOf, trainUnits } from './perplexity.js'
 import { finalId, resultOf } from './results.js'
-import { type Experiment, figure, label, type Section, type Table } from './sections.js'
+import { type Experiment, figure, given, label, type Section, type Table } from './sections.js'
 import { doublings, type Settings, timesText, windowOf } from './settings.js'
 import { leftOutOf, type Unit } from './units.js'
 
@@ -85,20 +86,20 @@ export const resolution: Experiment = {
       {
         id: 'resolution-near',
         caption: 'Mean attention weight of the token itself (0) and of the tokens 1 to 8 before, over layers and heads',
-        head: ['read to', 'model', ...Array.from({ length: 9 }, (_, n) => String(n))],
+        head: ['model', 'read to', ...Array.from({ length: 9 }, (_, n) => String(n))],
         rows: list.map(({ id, context, unit }) => [
-          label(String(context)),
           label(modelTitle(id)),
+          given(context),
           ...unit.near.map((weight) => figure(weight, thousandths)),
         ]),
       },
       {
         id: 'resolution-copies',
-        caption: 'How often the first choice repeats random tokens that came so many tokens before',
-        head: ['read to', 'model', ...distances.map(String)],
+        caption: 'How often, in short texts, the first choice repeats random tokens that came so many tokens before',
+        head: ['model', 'read to', ...distances.map(String)],
         rows: list.map(({ id, context, unit }) => [
-          label(String(context)),
           label(modelTitle(id)),
+          given(context),
           ...distances.map((distance) =>
             figure(unit.copies.find((copy) => copy.distance === distance)?.accuracy, percent),
           ),
@@ -116,8 +117,7 @@ export const resolution: Experiment = {
         label: 'attention weight',
         min: 0,
         max: most * 1.1,
-        ticks: [0, most / 2, most],
-        format: thousandths,
+        ticks: ticksOf(0, most * 1.1, 4),
       }
       return lineChart({
         title: tuned ? 'Attention to near tokens, PI fine-tuned' : 'Attention to near tokens, PI alone',
@@ -146,6 +146,25 @@ export const resolution: Experiment = {
   },
 }
 
+/** The claim that was left open: that scores beyond the window are larger than those within it. */
+function blowUp(list: ReturnType<typeof found>, window: number): Finding[] {
+  const most = (ranges: (typeof list)[number]['unit']['ranges']): number =>
+    Math.max(...ranges.map(({ max }) => Math.abs(max)))
+  const ratios = list
+    .filter(({ id }) => id === 'base')
+    .map(({ context, unit }) => {
+      const outside = unit.ranges.filter(({ from }) => from >= window)
+      return { context, ratio: most(outside) / most(unit.ranges.filter(({ from }) => from < window)) }
+    })
+    .filter(({ ratio }) => Number.isFinite(ratio))
+  if (ratios.length === 0) return []
+  const claim = 'Read beyond its window, the unchanged model has larger scores there than within it, at every length'
+  const figures = ratios.map(({ context, ratio }) => `${ratio.toFixed(2)} at ${context}`).join(', ')
+  return [
+    { claim, seen: ratios.every(({ ratio }) => ratio > 1), figures: `largest beyond over largest within: ${figures}` },
+  ]
+}
+
 export const scoreMaxima: Experiment = {
   id: 'score-maxima',
   title: 'Attention scores by distance: do they blow up beyond the window',
@@ -161,8 +180,8 @@ export const scoreMaxima: Experiment = {
       const [near, far] = [most(inside, 'max'), most(outside, 'max')]
       const text = (value: number): string => value.toFixed(2)
       return [
-        label(String(context)),
         label(modelTitle(id)),
+        given(context),
         figure(near, text),
         figure(far, text),
         figure(near && far && far / near, text),
@@ -182,8 +201,7 @@ export const scoreMaxima: Experiment = {
           label: 'largest score',
           min: low,
           max: high * 1.05,
-          ticks: [low, high / 2, high],
-          format: (value) => value.toFixed(1),
+          ticks: ticksOf(low, high * 1.05, 4),
         },
         lines: shown.map(({ id, unit }, i) => ({
           ...STYLES[i % STYLES.length]!,
@@ -206,11 +224,12 @@ export const scoreMaxima: Experiment = {
           id: 'score-maxima',
           caption:
             'Largest score within and beyond the original window; and what lengths of queries and keys would allow',
-          head: ['read to', 'model', 'within', 'beyond', 'beyond / within', 'at most'],
+          head: ['model', 'read to', 'within', 'beyond', 'beyond / within', 'at most'],
           rows,
         },
       ],
       charts: list.length > 0 ? charts : [],
+      findings: blowUp(list, model.window),
       leftOut: leftOutOf(folder, 'attention/'),
     }
   },

@@ -1,4 +1,4 @@
-import { type Axis, type Line, lineChart, logTicksOf, STYLES } from '../report/plot.js'
+import { type Axis, type Line, lineChart, logTicksOf, STYLES, ticksOf } from '../report/plot.js'
 import type { ReportFolder } from './folder.js'
 import { idOf, METHODS, type Method } from './models.js'
 import { CORPORA, type Corpus, passkeyOf, perplexityOf, stepIds } from './results.js'
@@ -16,9 +16,9 @@ export function logAxis(label: string, values: readonly number[], format?: (valu
   const [low, high] = finite.length > 0 ? [Math.min(...finite), Math.max(...finite)] : [1, 10]
   const [min, max] = [low / 1.05, Math.max(high, low * 1.2) * 1.05]
   const ticks = logTicksOf(min, max)
-  const shown = ticks.length > 1 ? ticks : [min, Math.sqrt(min * max), max]
+  const shown = ticks.length > 3 ? ticks : ticksOf(min, max)
   return {
-    label,
+    label: `${label}, log scale`,
     min,
     max,
     ticks: shown,
@@ -120,13 +120,13 @@ export function passkeyCharts(
       lineChart({
         title: `${name}: k_max, while it is fine-tuned`,
         x: { ...share, label: 'share of the steps' },
-        y: { ...share, label: 'k_max of the window' },
+        y: { ...share, label: 'k_max, share of the window' },
         lines: overSteps,
         legend: true,
       }),
       lineChart({
         title: `${name}: keys found after it`,
-        x: { ...share, label: 'distance from the end, of the window' },
+        x: { ...share, label: 'distance of the key from the end, share of the window' },
         y: { ...share, label: 'keys found' },
         lines: byDistance,
         legend: true,

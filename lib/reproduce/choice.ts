@@ -52,6 +52,13 @@ function choiceUnit(plan: Plan, task: ChoiceTask, id: string): Unit {
   }
 }
 
+/** Share of the items whose right answer is the one that is right most often: a constant answer's accuracy. */
+function commonest({ records }: ChoiceResult): number {
+  const counts = new Map<number, number>()
+  for (const { gold } of records) counts.set(gold, (counts.get(gold) ?? 0) + 1)
+  return Math.max(...counts.values()) / records.length
+}
+
 export const table5: Experiment = {
   id: 'table-5',
   title: 'Table 5: zero-shot tasks within the original window',
@@ -84,6 +91,10 @@ export const table5: Experiment = {
       const result = at(task, 'base')
       return result ? [`${TASKS[task]} ${result.items}${result.truncated > 0 ? ` (${result.truncated} cut)` : ''}`] : []
     })
+    const always = TASK_NAMES.flatMap((task) => {
+      const result = at(task, 'base')
+      return result ? [`${TASKS[task]} ${percent1(commonest(result))}`] : []
+    })
     const own =
       kind === 'miniature'
         ? ' The questions are about the generated people of the text before them; the model never saw any of this form.'
@@ -94,7 +105,8 @@ export const table5: Experiment = {
       text: [
         'Scored as EleutherAI’s lm-evaluation-harness does: the log-likelihood of each choice behind the prompt, the largest ' +
           `wins (acc); divided by the choice’s characters in the second table (acc_norm).${own}`,
-        `Items: ${counts.join(', ')}. By chance: 50 % of BoolQ, PIQA and WinoGrande, 25 % of RACE.`,
+        `Items: ${counts.join(', ')}. By chance: 50 % of BoolQ, PIQA and WinoGrande, 25 % of RACE.` +
+          (always.length > 0 ? ` With the commonest answer always: ${always.join(', ')}.` : ''),
       ],
       tables: [
         build('', 'Accuracy (acc)', ({ acc }) => acc),

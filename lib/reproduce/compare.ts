@@ -3,7 +3,7 @@ import { idOf, METHODS, type Method, type Plan, trainUnit } from './models.js'
 import { passkeyUnit, table4 } from './passkey.js'
 import { perplexityUnit, table1, table3 } from './perplexity.js'
 import { passkeyOf, perplexityOf } from './results.js'
-import { cell, type Experiment, figure, label, percent, perplexityText, signed } from './sections.js'
+import { type Experiment, figure, given, label, percent, perplexityText, signed } from './sections.js'
 import { extensionOf, type Settings, timesText, windowOf } from './settings.js'
 import { leftOutOf } from './units.js'
 
@@ -51,7 +51,7 @@ export const baselines: Experiment = {
       const keys = passkeyOf(folder, id, context)
       return [
         label(`${METHODS[method]}${method === 'base' ? ', extrapolated' : ''}`),
-        cell(step),
+        given(step),
         figure(near?.perplexity, perplexityText),
         figure(far?.perplexity, perplexityText),
         figure(keys?.kmax, String),
@@ -96,8 +96,8 @@ export const ablation: Experiment = {
       const keys = passkeyOf(folder, tuned, context)
       return [
         label(timesText(factor)),
-        cell(steps),
-        cell(steps * batchSize * accumulate * context),
+        given(steps),
+        given(steps * batchSize * accumulate * context),
         figure(perplexityOf(folder, CORPUS, 'base', context)?.perplexity, perplexityText),
         figure(perplexityOf(folder, CORPUS, raw, context)?.perplexity, perplexityText),
         figure(far, perplexityText),
@@ -122,7 +122,7 @@ export const ablation: Experiment = {
           caption: 'PI by factor, PG-19 and passkeys',
           head: [
             ...['s', 'steps', 'tokens', 'far, no change', 'far, PI before tuning', 'far, PI tuned'],
-            ...['original window, PI tuned', 'change there', 'k_max of the window', 'keys found'],
+            ...['original window, PI tuned', 'change there', 'k_max / window', 'keys found'],
           ],
           rows,
         },

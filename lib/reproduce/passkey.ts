@@ -4,7 +4,7 @@ import { forwardWork, madeBy, type Method, type Plan } from './models.js'
 import { rowName, trainUnits } from './perplexity.js'
 import { publishedTable } from './published.js'
 import { passkeyKey, passkeyOf, stepIds } from './results.js'
-import { type Experiment, figure, label, none, percent } from './sections.js'
+import { type Experiment, figure, given, label, none, percent } from './sections.js'
 import { windowOf } from './settings.js'
 import { leftOutOf, type Unit, unlessTooShort } from './units.js'
 
@@ -62,10 +62,10 @@ export const table4: Experiment = {
     ) => ({
       id,
       caption,
-      head: ['model: window, method', 'steps in all', ...columns.map((share) => `${share} % of steps`)],
+      head: ['model: window, method', 'steps in all', ...columns.map((share) => `${share} %`)],
       rows: lines.map(({ method, factor, steps, window }) => [
         label(rowName(method, window)),
-        { value: steps, text: String(steps) },
+        given(steps),
         ...stepIds(settings, method, factor).map(({ id: model }) => {
           const result = passkeyOf(folder, model, window)
           return result ? figure(value(result), text) : none()

@@ -7,9 +7,11 @@ import {
   type Cell,
   type Experiment,
   figure,
+  given,
   intervalText,
   label,
   none,
+  percent,
   perplexityText,
   type Table,
 } from './sections.js'
@@ -135,7 +137,7 @@ function perplexityTable(folder: ReportFolder, corpus: Corpus, id: string): Tabl
     ),
     build(
       '-windows',
-      'From the mean over windows of their mean loss, the first counting as much as a later one (YaRN’s evaluation)',
+      'As in YaRN’s evaluation: from the mean over windows of their mean loss, the first counting as much as a later one',
       (model, window) => figure(at(model, window)?.perplexityWindowMean, perplexityText),
     ),
     build('-intervals', '95 % intervals of the first table, over documents', (model, window) => {
@@ -162,6 +164,8 @@ const corpusExperiment = (id: 'table-1' | 'table-2', corpus: Corpus): Experiment
       text: [
         `Sliding windows moved on by ${settings.stride} tokens (arXiv 2108.12409); a window begins with the BOS token and ` +
           'only tokens that no earlier window held are scored. All figures are on the same documents.',
+        'No change: the model as it is, read beyond its window. Direct: fine-tuned at the larger window without interpolation. ' +
+          'PI: interpolated, and fine-tuned with as many steps.',
       ],
       tables: [...perplexityTable(folder, corpus, id), ...publishedTable(id, folder.record.kind)],
       charts: lossCharts(folder, corpus, rowsOf(view(folder.record))),
@@ -194,7 +198,7 @@ export const table3: Experiment = {
       const cells = stepIds(settings, 'pi', factor).map(({ id }) =>
         figure(perplexityOf(folder, 'pg19', id, window)?.perplexity, perplexityText),
       )
-      return [label(`${window}, PI`), { value: steps, text: String(steps) }, ...cells]
+      return [label(`${window}, PI`), given(steps), ...cells]
     })
     return {
       id: 'table-3',
@@ -206,7 +210,7 @@ export const table3: Experiment = {
         {
           id: 'table-3',
           caption: 'Perplexity at the extended window, by the share of the steps done',
-          head: ['model', 'steps in all', ...columns.map((share) => `${Math.round(100 * share)} % of steps`)],
+          head: ['model', 'steps in all', ...columns.map(percent)],
           rows,
         },
         ...publishedTable('table-3', folder.record.kind),

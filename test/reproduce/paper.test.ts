@@ -7,7 +7,7 @@ import { dirname, join, relative } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import t, { type Test } from 'tap'
 import { runCommand } from '../../lib/cli/commands.js'
-import { Llama, perplexity, readTokenDocuments } from '../../lib/index.js'
+import { Llama, perplexity, readTokenDocuments, Trainer } from '../../lib/index.js'
 import { EXPERIMENTS } from '../../lib/reproduce/experiments.js'
 import { withoutTimes } from '../../lib/reproduce/page.js'
 import { fixtures } from '../golden.js'
@@ -190,6 +190,34 @@ t.test('its figures are those of the evaluations', async (t) => {
   t.equal(unitOf('report', 'train/pi-1.5').tokens, 2 * 600)
 })
 
+t.test('models of Table 3 are the trainer’s own checkpoints', async (t) => {
+  using base = await Llama.load(model, { device: 'cpu', rope: { type: 'linear', factor: 1.5 } })
+  using trainer = new Trainer(base, {
+    ...{
+      data: [data.train!],
+      output: at('by-hand'),
+      context: 600,
+      steps: 2,
+      saveEvery: 1,
+      batchSize: 1,
+      accumulate: 1,
+    },
+    ...{ learningRate: 2e-5, warmupSteps: 2, schedule: 'constant', maxGradNorm: 0, seed: 0, memory: 'auto' },
+  })
+  for await (const _ of trainer.run());
+  const checkpoints = readdirSync(at('by-hand')).filter((name) => existsSync(at('by-hand', name, 'config.json')))
+  t.equal(checkpoints.length, 2)
+  for (const [n, name] of checkpoints.sort().entries()) {
+    using saved = await Llama.load(at('by-hand', name), { device: 'cpu' })
+    await saved.save(at(`by-hand-${n}`))
+    const [one, other] = [at(`by-hand-${n}`), at(`report/models/pi-1.5@${n + 1}`)]
+    const bytes = (path: string) => readFileSync(join(path, 'model.safetensors'))
+    t.ok(bytes(one).equals(bytes(other)), `after ${n + 1} steps`)
+  }
+  const kept = [0, 1, 2].map((step) => unitOf('report', `perplexity/pg19/pi-1.5@${step}/600`).perplexity)
+  t.equal(new Set(kept).size, 3, 'each has a perplexity of its own')
+})
+
 t.test('killed, interrupted and gone on with, it is the same report', async (t) => {
   const dead = await killed(whole('stopped'), /\/100/, 'SIGKILL')
   t.equal(dead.code, null, dead.stderr)
@@ -209,7 +237,9 @@ t.test('parts of it: --only', async (t) => {
   const { code, stdout, stderr } = await ropewalk(...whole('part'), ...only, '--json')
   t.equal(code, 0, stderr)
   const ids = JSON.parse(stdout).sections.map(({ id }: { id: string }) => id)
-  t.ok(ids.includes('table-4') && ids.includes('figure-5') && !ids.includes('table-1'), ids.join())
+  t.ok(ids.includes('table-4') && ids.includes('figure-5'), ids.join())
+  for (const id of ['table-1', 'table-3', 'table-5', 'ruler', 'cost'])
+    t.notOk(ids.includes(id), `${id} was not measured`)
   for (const name of ['passkey/pi-1.5@2/600', 'theory/model'])
     t.strictSame(unitOf('part', name), unitOf('report', name))
   t.notOk(existsSync(at('part/units/perplexity')))
