@@ -108,12 +108,15 @@ export const ablation: Experiment = {
       ]
     })
     const budgets = new Set(rows.map((row) => row[2]!.value))
-    const same = budgets.size === 1 ? `the same ${[...budgets][0]} tokens` : 'the tokens named'
+    const same =
+      budgets.size === 1
+        ? `on the same ${[...budgets][0]} tokens`
+        : 'on the tokens named: not the same at every factor, which is to be kept in mind where they are fewer'
     return {
       id: 'ablation',
       title: this.title,
       text: [
-        `PI at each factor s, fine-tuned on ${same}. The far window is s times the original one. The change is that of ` +
+        `PI at each factor s, fine-tuned ${same}. The far window is s times the original one. The change is that of ` +
           'perplexity at the original window, against the model before any extension.',
       ],
       tables: [
