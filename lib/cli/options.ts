@@ -254,7 +254,10 @@ export function commandLine(
   for (const [option, value] of Object.entries(values)) {
     if (value === undefined || value === false) continue
     words.push(`--${option}`)
-    if (value !== true) words.push(...[value].flat().map(String))
+    if (value === true) continue
+    // Numbers of a list are one word, texts of a list one each.
+    if (Array.isArray(value) && typeof value[0] === 'number') words.push(value.join(','))
+    else words.push(...[value].flat().map(String))
   }
   return ['ropewalk', name, ...words.map(shellWord)].join(' ')
 }

@@ -1,8 +1,10 @@
 import { Llama } from '../index.js'
 import { combine } from '../reproduce/combine.js'
 import { DATA_SETS, EXPERIMENTS } from '../reproduce/experiments.js'
+import { ReportFolder } from '../reproduce/folder.js'
 import { reproduceMiniature } from '../reproduce/mini/mini.js'
-import { reproduce as run, type ReproduceResult } from '../reproduce/run.js'
+import { sectionsOf } from '../reproduce/page.js'
+import { reproduce as run, type ReproduceResult, writePages } from '../reproduce/run.js'
 import { paperSettings, type Settings } from '../reproduce/settings.js'
 import { listen } from './interrupt.js'
 import { type Command, commandLine, commonOptions, defined, modelOptions, UsageError, type Values } from './options.js'
@@ -41,11 +43,20 @@ const options = {
   stride: { ...whole, help: 'tokens by which the window of a perplexity moves on', default: '256' },
   documents: { ...whole, help: 'documents of a corpus at most', default: '128' },
   distances: { ...whole, help: 'of a passkey', default: '32' },
-  trials: { ...whole, help: 'keys at each distance', default: '10' },
+  trials: {
+    ...whole,
+    help: 'prompts of a passkey’s distance, a heat map’s cell, a task of RULER',
+    default: '10, 5 and 20',
+  },
+  items: { ...whole, help: 'questions of a set, and articles to summarize, at most', default: 'all' },
+  'article-tokens': { ...whole, help: 'after which an article is cut', default: '15000' },
+  'summary-tokens': { ...whole, help: 'of a summary at most', default: '1000' },
+  epochs: { ...whole, help: 'over the articles with summaries', default: '10' },
   seed: { ...whole, min: 0, help: 'of the order of texts, of keys and of sampling', default: '0' },
   mini: { kind: 'flag', help: 'the miniature: the model that comes with the package, and generated data' },
   quick: { kind: 'flag', help: 'with --mini: everything with a few steps, a look and no measurement' },
   force: { kind: 'flag', help: 'delete the report that is in --out, and begin anew' },
+  page: { kind: 'flag', help: 'no run: makes the page and the CSV files of --out again, from its JSON' },
   combine: {
     kind: 'texts',
     value: 'report',
@@ -94,6 +105,13 @@ export const reproduce: Command<typeof options> = {
       )
       output.note(`written: ${out}/index.html`)
       output.value({ out, claims })
+      return 0
+    }
+    if (values.page) {
+      if (model !== undefined || mini) throw new UsageError('--page takes what is in --out: no model and no --mini')
+      const folder = await ReportFolder.read(out)
+      await writePages(folder)
+      show({ folder, ...sectionsOf(folder) }, out, output)
       return 0
     }
     if (mini === (model !== undefined)) throw new UsageError('give either a model’s folder or --mini')
@@ -153,8 +171,9 @@ function refuse(values: Values<typeof options>): void {
     'stride',
     'documents',
   ] as const
+  const summaries = ['items', 'article-tokens', 'summary-tokens', 'epochs'] as const
   const more = ['distances', 'trials', 'device', 'dtype', 'threads'] as const
-  for (const name of [...paper, ...more]) {
+  for (const name of [...paper, ...summaries, ...more]) {
     if (values[name] !== undefined) throw new UsageError(`--${name} does not go with --mini, whose settings are fixed`)
   }
 }
@@ -179,7 +198,9 @@ async function settingsOf(path: string, values: Values<typeof options>): Promise
   dry.dispose()
   const contexts = values.contexts ?? [4, 8, 16].map((factor) => factor * window)
   const settings = paperSettings(window, contexts, values.steps)
-  const { lr, batch, accumulate, stride, documents, distances, trials, seed, direct, tune } = values
+  const { lr, batch, accumulate, stride, documents, distances, trials, seed, direct, tune, items, epochs } = values
+  const stray = direct?.find((context) => !contexts.includes(context))
+  if (stray !== undefined) throw new UsageError(`--direct ${stray}: is none of the contexts, ${contexts.join(', ')}`)
   const extensions = settings.extensions.map((extension) => ({
     ...extension,
     ...defined({ batchSize: batch, accumulate }),
@@ -197,15 +218,26 @@ async function settingsOf(path: string, values: Values<typeof options>): Promise
       stride,
       documents,
       seed,
+      choiceItems: items,
       direct: direct?.map((context) => context / window),
       comparedTuned: tuned,
     }),
     passkey: { ...settings.passkey, ...defined({ distances, trials }) },
+    needle: { ...settings.needle, ...defined({ trials }) },
+    ruler: { ...settings.ruler, ...defined({ trials }) },
+    summaries: {
+      ...settings.summaries,
+      ...defined({
+        ...{ epochs, test: items },
+        articleTokens: values['article-tokens'],
+        summaryTokens: values['summary-tokens'],
+      }),
+    },
   }
 }
 
 function show({ sections, notRun }: ReproduceResult, out: string, output: Output): void {
-  for (const { title, tables, leftOut } of sections) {
+  for (const { title, tables, leftOut, notAsked = [] } of sections) {
     output.line(`\n${title}`)
     for (const { head, rows, caption, id } of tables) {
       if (id.endsWith('-published')) continue
@@ -216,8 +248,9 @@ function show({ sections, notRun }: ReproduceResult, out: string, output: Output
       )
     }
     for (const line of leftOut) output.line(`left out: ${line}`)
+    for (const line of notAsked) output.line(`not asked for: ${line}`)
   }
   for (const { title, why } of notRun) output.line(`${title}: ${why}`)
   output.note(`the report: ${out}/index.html`)
-  output.value({ out, sections: sections.map(({ charts: _, ...section }) => section), notRun })
+  output.value({ out, sections: sections.map(({ charts: _, groups: __, ...section }) => section), notRun })
 }

@@ -18,15 +18,24 @@ figure { margin: 1rem 0 } figcaption { max-width: 44rem; color: var(--soft); fon
 .legend svg { vertical-align: middle; margin-right: .4rem }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums }
 .scroll + .scroll { margin-top: 1rem }
-caption { text-align: left; color: var(--soft); padding-bottom: .3rem }
+caption { text-align: left; color: var(--soft); padding-bottom: .3rem; position: sticky; left: 0; max-width: min(44rem, 100vw - 2.4rem) }
 th, td { padding: .3rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
+th { white-space: normal; vertical-align: bottom }
 th:first-child, td:first-child { text-align: left; padding-left: 0 }
+.texts td:first-child { white-space: normal; min-width: 11rem }
 .claims { padding: 0; list-style: none } .claims li { margin: .7rem 0; padding-left: 5.5rem; position: relative }
 .claims b { position: absolute; left: 0 } .seen b { color: var(--good) } .unseen b { color: var(--bad) }
+@media screen and (max-width: 40rem) {
+  th, td { padding: .3rem .45rem }
+  th:first-child, td:first-child { position: sticky; left: 0; max-width: 8.5rem; white-space: normal; background: var(--paper) }
+  .texts td:first-child { min-width: 7rem }
+}
 @media print {
   @page { margin: 16mm 14mm }
   body { padding: 0; max-width: none; font-size: 10.5pt }
-  .scroll { overflow: visible } .charts svg { flex: 0 1 48%; max-width: 48% }
+  .scroll { overflow: visible } caption { max-width: none }
+  table { font-size: 8pt; overflow-wrap: normal } th, td { padding: .2rem .3rem } td:first-child { white-space: normal }
+  .charts svg { flex: 0 1 48%; max-width: 48% }
   h1, h2, h3, caption { break-after: avoid } figure, svg, tr, .claims li { break-inside: avoid }
   a { color: inherit }
 }
@@ -53,15 +62,21 @@ export interface Table {
   head: readonly string[]
   rows: readonly (readonly (string | number)[])[]
   caption?: string
+  /** The first column holds sentences. */
+  texts?: boolean
 }
 
+/** Long names may break behind their underscores. */
+const breakable = (text: string): string => text.replace(/\w{9,}/g, (word) => word.replaceAll('_', '_<wbr/>'))
+
 /** A table that scrolls sideways where the screen is narrow: the first column to the left, the others to the right. */
-export function table({ head, rows, caption }: Table): string {
+export function table({ head, rows, caption, texts = false }: Table): string {
   const cells = (tag: string, row: readonly (string | number)[]): string =>
-    `<tr>${row.map((cell) => `<${tag}>${escapeXml(String(cell))}</${tag}>`).join('')}</tr>`
+    `<tr>${row.map((cell) => `<${tag}>${breakable(escapeXml(String(cell)))}</${tag}>`).join('')}</tr>`
   const title = caption === undefined ? '' : `<caption>${escapeXml(caption)}</caption>`
   const body = rows.map((row) => cells('td', row)).join('')
-  return `<div class="scroll"><table>${title}<thead>${cells('th', head)}</thead><tbody>${body}</tbody></table></div>`
+  const kind = texts ? ' class="texts"' : ''
+  return `<div class="scroll"><table${kind}>${title}<thead>${cells('th', head)}</thead><tbody>${body}</tbody></table></div>`
 }
 
 /** Charts beside each other, two in a row where there is room, with text below them. */

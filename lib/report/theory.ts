@@ -80,7 +80,7 @@ export function sumCharts({ window, context, sums }: Pick<Theory, 'window' | 'co
   const { values, plotted, extended } = sums
   const low = Math.min(plotted.min, extended.min, 1) * 0.8
   const ticks = logTicksOf(low, plotted.max * 1.1)
-  const y: Axis = { label: 'B(s) / d', min: low, max: plotted.max * 1.1, ticks, log: true }
+  const y: Axis = { label: 'B(s) / d, log scale', min: low, max: plotted.max * 1.1, ticks, log: true }
   const chart = (title: string, to: number): string =>
     lineChart({
       title,

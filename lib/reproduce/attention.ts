@@ -1,13 +1,14 @@
 import { attentionResolution, type ResolutionResult } from '../index.js'
-import { type Axis, lineChart, STYLES } from '../report/plot.js'
+import { type Axis, lineChart, STYLES, ticksOf } from '../report/plot.js'
 import { modelTitle } from './beyond.js'
+import type { Finding } from '../report/page.js'
 import type { ReportFolder } from './folder.js'
 import { forwardWork, idOf, madeBy, type Plan } from './models.js'
 import { textsOf, trainUnits } from './perplexity.js'
-import { finalId } from './results.js'
-import { type Experiment, figure, label, type Section, type Table } from './sections.js'
-import { doublings, type Settings, windowOf } from './settings.js'
-import type { Unit } from './units.js'
+import { finalId, resultOf } from './results.js'
+import { type Experiment, figure, given, label, type Section, type Table } from './sections.js'
+import { doublings, type Settings, timesText, windowOf } from './settings.js'
+import { leftOutOf, type Unit } from './units.js'
 
 /**
  * What reviewers of the paper asked for, read from the model: how finely attention tells near tokens apart, and how large
@@ -31,7 +32,7 @@ function looks({
 
 const attentionKey = (id: string, context: number): string => `attention/${id}/${context}`
 
-type AttentionUnit = Omit<ResolutionResult, 'layers'> | { leftOut: string }
+type AttentionUnit = Omit<ResolutionResult, 'layers'>
 
 function attentionUnits(plan: Plan): Unit[] {
   const { settings, window } = plan
@@ -58,17 +59,9 @@ function attentionUnits(plan: Plan): Unit[] {
 const found = (folder: ReportFolder) => {
   const { settings, model } = folder.record
   return looks({ settings, window: model.window }).flatMap(({ id, factor, context }) => {
-    const unit = folder.get<AttentionUnit>(attentionKey(id, context))
-    return unit && !('leftOut' in unit) ? [{ id, factor, context, unit }] : []
+    const unit = resultOf<AttentionUnit>(folder, attentionKey(id, context))
+    return unit ? [{ id, factor, context, unit }] : []
   })
-}
-
-const leftOut = (folder: ReportFolder): string[] => {
-  const units = folder
-    .keys()
-    .filter((key) => key.startsWith('attention/'))
-    .map((key) => folder.get<AttentionUnit>(key)!)
-  return [...new Set(units.flatMap((unit) => ('leftOut' in unit ? [unit.leftOut] : [])))]
 }
 
 const thousandths = (value: number): string => value.toFixed(3)
@@ -93,20 +86,20 @@ export const resolution: Experiment = {
       {
         id: 'resolution-near',
         caption: 'Mean attention weight of the token itself (0) and of the tokens 1 to 8 before, over layers and heads',
-        head: ['read to', 'model', ...Array.from({ length: 9 }, (_, n) => String(n))],
+        head: ['model', 'read to', ...Array.from({ length: 9 }, (_, n) => String(n))],
         rows: list.map(({ id, context, unit }) => [
-          label(String(context)),
           label(modelTitle(id)),
+          given(context),
           ...unit.near.map((weight) => figure(weight, thousandths)),
         ]),
       },
       {
         id: 'resolution-copies',
-        caption: 'How often the first choice repeats random tokens that came so many tokens before',
-        head: ['read to', 'model', ...distances.map(String)],
+        caption: 'How often, in short texts, the first choice repeats random tokens that came so many tokens before',
+        head: ['model', 'read to', ...distances.map(String)],
         rows: list.map(({ id, context, unit }) => [
-          label(String(context)),
           label(modelTitle(id)),
+          given(context),
           ...distances.map((distance) =>
             figure(unit.copies.find((copy) => copy.distance === distance)?.accuracy, percent),
           ),
@@ -124,8 +117,7 @@ export const resolution: Experiment = {
         label: 'attention weight',
         min: 0,
         max: most * 1.1,
-        ticks: [0, most / 2, most],
-        format: thousandths,
+        ticks: ticksOf(0, most * 1.1, 4),
       }
       return lineChart({
         title: tuned ? 'Attention to near tokens, PI fine-tuned' : 'Attention to near tokens, PI alone',
@@ -133,7 +125,7 @@ export const resolution: Experiment = {
         y,
         lines: shown.map(({ id, factor, unit }, i) => ({
           ...STYLES[i % STYLES.length]!,
-          name: id === 'base' ? 'no change' : `${factor}x`,
+          name: id === 'base' ? 'no change' : timesText(factor),
           points: unit.near.slice(1).map((weight, n) => [n + 1, weight] as const),
         })),
         legend: true,
@@ -149,9 +141,28 @@ export const resolution: Experiment = {
       ],
       tables,
       charts: list.length > 0 ? charts : [],
-      leftOut: leftOut(folder),
+      leftOut: leftOutOf(folder, 'attention/'),
     }
   },
+}
+
+/** The claim that was left open: that scores beyond the window are larger than those within it. */
+function blowUp(list: ReturnType<typeof found>, window: number): Finding[] {
+  const most = (ranges: (typeof list)[number]['unit']['ranges']): number =>
+    Math.max(...ranges.map(({ max }) => Math.abs(max)))
+  const ratios = list
+    .filter(({ id }) => id === 'base')
+    .map(({ context, unit }) => {
+      const outside = unit.ranges.filter(({ from }) => from >= window)
+      return { context, ratio: most(outside) / most(unit.ranges.filter(({ from }) => from < window)) }
+    })
+    .filter(({ ratio }) => Number.isFinite(ratio))
+  if (ratios.length === 0) return []
+  const claim = 'Read beyond its window, the unchanged model has larger scores there than within it, at every length'
+  const figures = ratios.map(({ context, ratio }) => `${ratio.toFixed(2)} at ${context}`).join(', ')
+  return [
+    { claim, seen: ratios.every(({ ratio }) => ratio > 1), figures: `largest beyond over largest within: ${figures}` },
+  ]
 }
 
 export const scoreMaxima: Experiment = {
@@ -169,8 +180,8 @@ export const scoreMaxima: Experiment = {
       const [near, far] = [most(inside, 'max'), most(outside, 'max')]
       const text = (value: number): string => value.toFixed(2)
       return [
-        label(String(context)),
         label(modelTitle(id)),
+        given(context),
         figure(near, text),
         figure(far, text),
         figure(near && far && far / near, text),
@@ -184,18 +195,17 @@ export const scoreMaxima: Experiment = {
       const context = windowOf(model.window, factor)
       const lengths = doublings(model.window, context)
       return lineChart({
-        title: `${factor}x: largest score by distance`,
+        title: `${timesText(factor)}: largest score by distance`,
         x: { label: 'distance, in tokens', min: 0, max: context, ticks: [0, ...lengths.slice(-3)] },
         y: {
           label: 'largest score',
           min: low,
           max: high * 1.05,
-          ticks: [low, high / 2, high],
-          format: (value) => value.toFixed(1),
+          ticks: ticksOf(low, high * 1.05, 4),
         },
         lines: shown.map(({ id, unit }, i) => ({
           ...STYLES[i % STYLES.length]!,
-          name: modelTitle(id).replace(` ${factor}x`, ''),
+          name: modelTitle(id).replace(` ${timesText(factor)}`, ''),
           points: unit.ranges.map(({ from, to, max }) => [(from + to) / 2, max] as const),
         })),
         marks: [{ x: model.window, text: `window, ${model.window}` }],
@@ -214,12 +224,13 @@ export const scoreMaxima: Experiment = {
           id: 'score-maxima',
           caption:
             'Largest score within and beyond the original window; and what lengths of queries and keys would allow',
-          head: ['read to', 'model', 'within', 'beyond', 'beyond / within', 'at most'],
+          head: ['model', 'read to', 'within', 'beyond', 'beyond / within', 'at most'],
           rows,
         },
       ],
       charts: list.length > 0 ? charts : [],
-      leftOut: leftOut(folder),
+      findings: blowUp(list, model.window),
+      leftOut: leftOutOf(folder, 'attention/'),
     }
   },
 }

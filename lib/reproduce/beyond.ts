@@ -1,40 +1,30 @@
-import {
-  needle,
-  type NeedleResult,
-  perplexityByPosition,
-  type PositionResult,
-  ruler,
-  type RulerResult,
-  type RulerTask,
-} from '../index.js'
+import { needle, type NeedleResult, ruler, type RulerResult, type RulerTask } from '../index.js'
 import { rulerTasks } from '../eval/ruler-tasks.js'
 import { heatMap } from '../report/cells.js'
-import { lineChart, STYLES } from '../report/plot.js'
-import { lengthAxis, logAxis } from './charts.js'
-import type { ReportFolder, ReportRecord } from './folder.js'
+import type { ReportRecord } from './folder.js'
 import { forwardWork, madeBy, METHODS, nameOf, type Plan } from './models.js'
-import { textsOf, trainUnits } from './perplexity.js'
-import { finalId } from './results.js'
-import { type Experiment, figure, label, none, percent, perplexityText, type Section, type Table } from './sections.js'
-import { doublings, type Settings, windowOf } from './settings.js'
-import type { Unit } from './units.js'
+import { trainUnits } from './perplexity.js'
+import { finalId, resultOf } from './results.js'
+import { type Experiment, figure, given, label, none, percent, type Table } from './sections.js'
+import { doublings, type Settings, timesText, windowOf } from './settings.js'
+import { isLeftOut, type LeftOut, leftOutOf, type Unit, unlessTooShort } from './units.js'
 
-/** Beyond the paper: the heat map of length and depth, RULER's tasks, and perplexity by position. */
+/** Beyond the paper: the heat map of length and depth, and RULER's tasks. */
 
 /** The model that was not changed, and both fine-tuned ones, at a factor. */
-function contrasted(settings: Settings, factor: number): string[] {
+export function contrasted(settings: Settings, factor: number): string[] {
   const direct = settings.direct.includes(factor) ? [finalId(settings, 'direct', factor)] : []
   return ['base', finalId(settings, 'pi', factor), ...direct]
 }
 
 export function modelTitle(id: string): string {
   const { method, factor, step } = nameOf(id)
-  const tuned = method === 'base' ? '' : step > 0 ? ` ${factor}x, tuned` : ` ${factor}x, not tuned`
+  const tuned = method === 'base' ? '' : step > 0 ? ` ${timesText(factor)}, tuned` : ` ${timesText(factor)}, not tuned`
   return `${METHODS[method]}${tuned}`
 }
 
 /** Each factor's models at its extended window. */
-const pairs = ({
+export const pairs = ({
   settings,
   window,
 }: {
@@ -66,12 +56,15 @@ export const needles: Experiment = {
         work: contexts.reduce((sum, length) => sum + forwardWork(depths * trials * length, length, window), 0),
         after: madeBy(id),
         async run({ model: load, signal, progress }) {
-          const value: NeedleResult = await needle(await load(id), {
-            ...{ contexts, trials, seed: settings.seed },
-            depths: Array.from({ length: depths }, (_, n) => n / (depths - 1)),
-            ...(signal ? { signal } : {}),
-            onProgress: ({ done, total }) => progress(done / total),
-          })
+          const model = await load(id)
+          const value = await unlessTooShort(() =>
+            needle(model, {
+              ...{ contexts, trials, seed: settings.seed },
+              depths: Array.from({ length: depths }, (_, n) => n / (depths - 1)),
+              ...(signal ? { signal } : {}),
+              onProgress: ({ done, total }) => progress(done / total),
+            }),
+          )
           return { value }
         },
       }
@@ -80,7 +73,7 @@ export const needles: Experiment = {
   section(folder) {
     const { settings } = folder.record
     const found = pairs(view(folder.record)).flatMap(({ id, factor, context }) => {
-      const result = folder.get<NeedleResult>(needleKey(id, context))
+      const result = resultOf<NeedleResult>(folder, needleKey(id, context))
       return result ? [{ id, factor, context, result }] : []
     })
     return {
@@ -97,7 +90,7 @@ export const needles: Experiment = {
           head: ['model', 'longest prompt', 'keys found'],
           rows: found.map(({ id, context, result }) => [
             label(modelTitle(id)),
-            figure(context, String),
+            given(context),
             figure(result.accuracy, percent),
           ]),
         },
@@ -113,12 +106,12 @@ export const needles: Experiment = {
           ...{ min: 0, max: 1, format: percent },
         }),
       ),
-      leftOut: [],
+      leftOut: leftOutOf(folder, 'needle/'),
     }
   },
 }
 
-type RulerUnit = Pick<RulerResult, 'tasks'> | { leftOut: string }
+type RulerUnit = Pick<RulerResult, 'tasks'> | LeftOut
 
 const rulerKey = (task: RulerTask, id: string, context: number): string => `ruler/${task}/${id}/${context}`
 
@@ -132,20 +125,26 @@ function rulerUnit(plan: Plan, task: RulerTask, id: string, context: number): Un
     after: madeBy(id),
     async run({ model: load, signal, progress }) {
       const model = await load(id)
-      try {
+      const value = await unlessTooShort(async () => {
         const { tasks } = await ruler(model, {
           ...{ context, tasks: [task], trials, seed: settings.seed },
           ...(signal ? { signal } : {}),
           onProgress: ({ done, total }) => progress(done / total),
         })
-        return { value: { tasks } satisfies RulerUnit }
-      } catch (error) {
-        // Its prompt is longer than the window, which for a small tokenizer's long prompts may well be.
-        if (!(error instanceof RangeError)) throw error
-        return { value: { leftOut: error.message } satisfies RulerUnit }
-      }
+        return { tasks }
+      })
+      return { value: value satisfies RulerUnit }
     },
   }
+}
+
+const NOTHING =
+  'No model gives a single right answer, the unchanged one within its own reach included: the tasks are beyond this model, and ' +
+  'these figures say nothing about its extension.'
+
+function nothingFound({ rows }: Table): boolean {
+  const scores = rows.flatMap((row) => row.slice(2).flatMap(({ value }) => (typeof value === 'number' ? [value] : [])))
+  return scores.length > 0 && scores.every((score) => score === 0)
 }
 
 export const rulers: Experiment = {
@@ -165,118 +164,28 @@ export const rulers: Experiment = {
     const table: Table = {
       id: 'ruler',
       caption: 'Score: the share of what is asked for that the answer contains',
-      head: ['window', 'model', ...rulerTasks],
+      head: ['model', 'window', ...rulerTasks],
       rows: rows.map(({ id, context }) => [
-        label(String(context)),
         label(modelTitle(id)),
+        given(context),
         ...rulerTasks.map((task) => {
           const unit = at(task, id, context)
-          if (unit && 'leftOut' in unit) left.add(`${task} at ${context}: ${unit.leftOut}`)
-          return !unit || 'leftOut' in unit ? none() : figure(unit.tasks[0]!.accuracy, percent)
+          if (isLeftOut(unit)) left.add(`${task} at ${context}: ${unit.leftOut}`)
+          return !unit || isLeftOut(unit) ? none() : figure(unit.tasks[0]!.accuracy, percent)
         }),
       ]),
     }
     return {
       id: 'ruler',
       title: this.title,
-      text: [`RULER's tasks (arXiv 2404.06654), made here; ${settings.ruler.trials} prompts each, greedy decoding.`],
+      text: [
+        `RULER's tasks (arXiv 2404.06654), made here; ${settings.ruler.trials} prompts each, greedy decoding. Its list of common words ` +
+          '(cwe) is longer from 4096 tokens on, and so is the shortest prompt.',
+        ...(nothingFound(table) ? [NOTHING] : []),
+      ],
       tables: [table],
       charts: [],
       leftOut: [...left],
     }
   },
-}
-
-const positionKey = (id: string, context: number): string => `position/${id}/${context}`
-
-export const positions: Experiment = {
-  id: 'position',
-  title: 'Perplexity by position: does the far context help, and where does it stop',
-  data: ['pg19'],
-  trains: true,
-  units: (plan) => [
-    ...trainUnits(plan),
-    ...pairs(plan).map(({ id, context }): Unit => {
-      const { settings, window } = plan
-      const { documents, windows } = settings.position
-      return {
-        key: positionKey(id, context),
-        label: `perplexity by position, ${id}, ${context}`,
-        work: forwardWork(documents * windows * context, context, window),
-        after: madeBy(id),
-        async run({ model: load, signal, progress }) {
-          const model = await load(id)
-          const texts = await textsOf(plan, 'pg19', model)
-          if (texts.reach < context - 1) return { value: { leftOut: `no document of ${context - 1} tokens` } }
-          const value: PositionResult = await perplexityByPosition(model, texts.documents.slice(0, documents), {
-            ...{ window: context, windowsPerDocument: windows },
-            ...(signal ? { signal } : {}),
-            onProgress: ({ done, total }) => progress(done / total),
-          })
-          return { value }
-        },
-      }
-    }),
-  ],
-  section: (folder) => positionSection(folder),
-}
-
-function positionSection(folder: ReportFolder): Section {
-  const { settings, model } = folder.record
-  const charts: string[] = []
-  const rows: Table['rows'] = []
-  for (const { factor } of settings.extensions) {
-    const context = windowOf(model.window, factor)
-    const found = contrasted(settings, factor).flatMap((id) => {
-      const result = folder.get<PositionResult | { leftOut: string }>(positionKey(id, context))
-      return result && !('leftOut' in result) ? [{ id, result }] : []
-    })
-    if (found.length === 0) continue
-    const lines = found.map(({ id, result }, i) => ({
-      ...STYLES[i % STYLES.length]!,
-      name: modelTitle(id),
-      points: result.bins.slice(4).map(({ from, to, perplexity }) => [Math.sqrt(from * to), perplexity] as const),
-    }))
-    charts.push(
-      lineChart({
-        title: `${factor}x: perplexity by tokens before`,
-        x: lengthAxis('tokens of text before', [16, ...doublings(model.window / 2, context)]),
-        y: logAxis(
-          'perplexity',
-          lines.flatMap(({ points }) => points.map(([, value]) => value)),
-        ),
-        lines,
-        legend: true,
-      }),
-    )
-    for (const { id, result } of found) {
-      const last = result.bins.filter(({ from }) => from * 2 <= context)
-      const [far, before] = [last.at(-1), last.at(-2)]
-      rows.push([
-        label(String(context)),
-        label(modelTitle(id)),
-        figure(before?.perplexity, perplexityText),
-        figure(far?.perplexity, perplexityText),
-        figure(result.helpsUpTo, String),
-      ])
-    }
-  }
-  return {
-    id: 'position',
-    title: positions.title,
-    text: [
-      'Documents cut into windows that do not overlap; each token is scored by what stands before it. Text helps up to the end ' +
-        'of the last bin in which the loss is lower than in the one before by more than its standard error.',
-    ],
-    tables: [
-      {
-        id: 'position',
-        caption: 'PG-19: perplexity in the last two doublings of the tokens before, and up to where context helps',
-        head: ['window', 'model', 'last doubling but one', 'last doubling', 'helps up to'],
-        rows,
-      },
-    ],
-    charts,
-    leftOut: [],
-  }
 }

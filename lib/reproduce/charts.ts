@@ -1,8 +1,8 @@
-import { type Axis, type Line, lineChart, logTicksOf, STYLES } from '../report/plot.js'
+import { type Axis, type Line, lineChart, logTicksOf, STYLES, ticksOf } from '../report/plot.js'
 import type { ReportFolder } from './folder.js'
 import { idOf, METHODS, type Method } from './models.js'
 import { CORPORA, type Corpus, passkeyOf, perplexityOf, stepIds } from './results.js'
-import { windowOf } from './settings.js'
+import { timesText, windowOf } from './settings.js'
 
 /** The charts of the report; what has no figure yet is left out of them. */
 
@@ -16,9 +16,9 @@ export function logAxis(label: string, values: readonly number[], format?: (valu
   const [low, high] = finite.length > 0 ? [Math.min(...finite), Math.max(...finite)] : [1, 10]
   const [min, max] = [low / 1.05, Math.max(high, low * 1.2) * 1.05]
   const ticks = logTicksOf(min, max)
-  const shown = ticks.length > 1 ? ticks : [min, Math.sqrt(min * max), max]
+  const shown = ticks.length > 3 ? ticks : ticksOf(min, max)
   return {
-    label,
+    label: `${label}, log scale`,
     min,
     max,
     ticks: shown,
@@ -54,7 +54,7 @@ export function lossCharts(
     const shown = rows.filter((row) => row.method === 'base' || row.method === method)
     const lines = shown.map((row, i) => ({
       ...style(i),
-      name: row.method === 'base' ? METHODS.base : `${METHODS[method]} ${row.factor}x`,
+      name: row.method === 'base' ? METHODS.base : `${METHODS[method]} ${timesText(row.factor)}`,
       points: pointsOf(row),
     }))
     if (shown.length < 2 || lines.every(({ points }) => points.length === 0)) return []
@@ -77,7 +77,7 @@ export function stepCharts(folder: ReportFolder): string[] {
   const { settings, model } = folder.record
   const lines = settings.extensions.map(({ factor, steps }, i): Line & { points: Points } => ({
     ...style(i),
-    name: `${factor}x`,
+    name: timesText(factor),
     points: stepIds(settings, 'pi', factor).flatMap(({ step, id }): Points => {
       const value = perplexityOf(folder, 'pg19', id, windowOf(model.window, factor))?.perplexity
       return value === undefined ? [] : [[step / steps, value]]
@@ -101,7 +101,7 @@ export function passkeyCharts(
     const shown = rows.filter((row) => row.method === method)
     const overSteps = shown.map(({ factor, steps, window }, i) => ({
       ...style(i),
-      name: `${factor}x`,
+      name: timesText(factor),
       points: stepIds(settings, method, factor).flatMap(({ step, id }): Points => {
         const result = passkeyOf(folder, id, window)
         return result ? [[step / steps, result.kmax / window]] : []
@@ -109,7 +109,7 @@ export function passkeyCharts(
     }))
     const byDistance = shown.map(({ factor, steps, window }, i) => ({
       ...style(i),
-      name: `${factor}x`,
+      name: timesText(factor),
       points: (passkeyOf(folder, idOf({ method, factor, step: steps }), window)?.distances ?? []).map(
         ({ distance, accuracy }): [number, number] => [distance / window, accuracy],
       ),
@@ -120,13 +120,13 @@ export function passkeyCharts(
       lineChart({
         title: `${name}: k_max, while it is fine-tuned`,
         x: { ...share, label: 'share of the steps' },
-        y: { ...share, label: 'k_max of the window' },
+        y: { ...share, label: 'k_max, share of the window' },
         lines: overSteps,
         legend: true,
       }),
       lineChart({
         title: `${name}: keys found after it`,
-        x: { ...share, label: 'distance from the end, of the window' },
+        x: { ...share, label: 'distance of the key from the end, share of the window' },
         y: { ...share, label: 'keys found' },
         lines: byDistance,
         legend: true,

@@ -9,6 +9,7 @@ import { ReportFolder } from './folder.js'
 import { findingOf, plainTable, sectionsOf, settingsTable, WORDS } from './page.js'
 import { requireAlike } from './run.js'
 import { type Cell, csvOf, type Table } from './sections.js'
+import { timesText, windowOf } from './settings.js'
 
 /** A claim over several reports. */
 export interface CombinedClaim {
@@ -118,7 +119,7 @@ function combinedPage(
       const list = claims
         .filter((claim) => claim.factor === factor)
         .map(({ claim, holds: seen, figures }) => ({ claim, seen, figures }))
-      return `<h2>${factor}x: ${model.window} to ${Math.floor(model.window * factor)} tokens</h2>\n${findings(list, WORDS)}`
+      return `<h2>${timesText(factor)}: ${model.window} to ${windowOf(model.window, factor)} tokens</h2>\n${findings(list, WORDS)}`
     }),
     '<h2>Means over the reports</h2>',
     ...tables.map(plainTable),

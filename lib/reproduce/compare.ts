@@ -3,8 +3,9 @@ import { idOf, METHODS, type Method, type Plan, trainUnit } from './models.js'
 import { passkeyUnit, table4 } from './passkey.js'
 import { perplexityUnit, table1, table3 } from './perplexity.js'
 import { passkeyOf, perplexityOf } from './results.js'
-import { cell, type Experiment, figure, label, percent, perplexityText, signed } from './sections.js'
-import { extensionOf, type Settings, windowOf } from './settings.js'
+import { type Experiment, figure, given, label, percent, perplexityText, signed } from './sections.js'
+import { extensionOf, type Settings, timesText, windowOf } from './settings.js'
+import { leftOutOf } from './units.js'
 
 /** The methods at one factor: without fine-tuning, and with the same steps. */
 export function comparedModels(settings: Settings): { method: Method; step: number; id: string }[] {
@@ -50,7 +51,7 @@ export const baselines: Experiment = {
       const keys = passkeyOf(folder, id, context)
       return [
         label(`${METHODS[method]}${method === 'base' ? ', extrapolated' : ''}`),
-        cell(step),
+        given(step),
         figure(near?.perplexity, perplexityText),
         figure(far?.perplexity, perplexityText),
         figure(keys?.kmax, String),
@@ -62,14 +63,15 @@ export const baselines: Experiment = {
       id: 'baselines',
       title: this.title,
       text: [
-        `From ${model.window} to ${context} tokens (${settings.compared}x). All were measured on the same texts and prompts, ` +
+        `From ${model.window} to ${context} tokens (${timesText(settings.compared)}). All were measured on the same texts and prompts, ` +
           'and all that were fine-tuned saw the same windows in the same order. Dynamic NTK is for use without fine-tuning.',
       ],
       tables: [{ id: 'baselines', caption: 'Perplexity, and passkeys at the extended window', head, rows }],
       charts: [],
-      leftOut: (['ntk', 'yarn'] as const)
+      leftOut: leftOutOf(folder, `perplexity/${CORPUS}/`),
+      notAsked: (['ntk', 'yarn'] as const)
         .filter((method) => !settings.comparedTuned.includes(method))
-        .map((method) => `${METHODS[method]}, fine-tuned: not asked for (--tune ${method})`),
+        .map((method) => `${METHODS[method]}, fine-tuned (--tune ${method})`),
     }
   },
 }
@@ -93,9 +95,9 @@ export const ablation: Experiment = {
       const far = perplexityOf(folder, CORPUS, tuned, context)?.perplexity
       const keys = passkeyOf(folder, tuned, context)
       return [
-        label(`${factor}x`),
-        cell(steps),
-        cell(steps * batchSize * accumulate * context),
+        label(timesText(factor)),
+        given(steps),
+        given(steps * batchSize * accumulate * context),
         figure(perplexityOf(folder, CORPUS, 'base', context)?.perplexity, perplexityText),
         figure(perplexityOf(folder, CORPUS, raw, context)?.perplexity, perplexityText),
         figure(far, perplexityText),
@@ -106,12 +108,15 @@ export const ablation: Experiment = {
       ]
     })
     const budgets = new Set(rows.map((row) => row[2]!.value))
-    const same = budgets.size === 1 ? `the same ${[...budgets][0]} tokens` : 'the tokens named'
+    const same =
+      budgets.size === 1
+        ? `on the same ${[...budgets][0]} tokens`
+        : 'on the tokens named: not the same at every factor, which is to be kept in mind where they are fewer'
     return {
       id: 'ablation',
       title: this.title,
       text: [
-        `PI at each factor s, fine-tuned on ${same}. The far window is s times the original one. The change is that of ` +
+        `PI at each factor s, fine-tuned ${same}. The far window is s times the original one. The change is that of ` +
           'perplexity at the original window, against the model before any extension.',
       ],
       tables: [
@@ -120,7 +125,7 @@ export const ablation: Experiment = {
           caption: 'PI by factor, PG-19 and passkeys',
           head: [
             ...['s', 'steps', 'tokens', 'far, no change', 'far, PI before tuning', 'far, PI tuned'],
-            ...['original window, PI tuned', 'change there', 'k_max of the window', 'keys found'],
+            ...['original window, PI tuned', 'change there', 'k_max / window', 'keys found'],
           ],
           rows,
         },

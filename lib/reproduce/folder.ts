@@ -5,6 +5,7 @@ import { RopewalkError } from '../errors.js'
 import { isTaken, sha256File, writeFailure, writeFileDurable } from '../files/durable.js'
 import { openModelFolder } from '../files/folder.js'
 import { isObject, parseJson } from '../files/json.js'
+import { listCheckpoints } from '../train/checkpoint.js'
 import { difference, type Settings } from './settings.js'
 
 /**
@@ -60,49 +61,40 @@ export class ReportFolder {
    * run, and names the first difference.
    */
   static async open(path: string, record: ReportRecord, { force = false } = {}): Promise<ReportFolder> {
-    const file = join(path, 'report.json')
-    if (force) for (const name of OWN) await rm(join(path, name), { recursive: true, force: true })
-    const there = await readFile(file, 'utf8').catch(() => undefined)
-    if (there === undefined && (await isTaken(path))) {
+    let saved = await readRecord(path)
+    // --force, too, deletes only what is a report: "models" and "data" may be anyone's.
+    if (!saved && (await isTaken(path))) {
       throw new RopewalkError(
         'ERR_EXISTS',
         `${path}: is there already and holds no report.json: choose another folder with --out`,
       )
     }
-    let data = record.data
-    if (there !== undefined) {
-      const saved = parseJson(there, file, OWN_JSON) as unknown as ReportRecord
-      const common = Object.fromEntries(Object.entries(record.data).filter(([name]) => Object.hasOwn(saved.data, name)))
-      const then = Object.fromEntries(Object.keys(common).map((name) => [name, saved.data[name]]))
-      const differs = difference({ ...plain(record), data: plain(common) }, { ...plain(saved), data: plain(then) }, '')
-      if (differs !== undefined) {
-        throw new RopewalkError(
-          'ERR_EXISTS',
-          `${path}: holds the report of another run: ${differs}. Choose another folder with --out, give what that run ` +
-            'was given to go on with it, or --force to delete it and begin anew',
-        )
-      }
-      // Data sets may be added later; those that are no longer given have been used.
-      data = { ...saved.data, ...record.data }
+    const differs = saved && differenceOf(record, saved)
+    // Where nothing was done yet, as after a file that could not be read, there is nothing to protect.
+    if (force || (differs !== undefined && !(await hasWork(path)))) {
+      for (const name of OWN) await rm(join(path, name), { recursive: true, force: true })
+      saved = undefined
+    } else if (differs !== undefined) {
+      throw new RopewalkError(
+        'ERR_EXISTS',
+        `${path}: holds the report of another run: ${differs}. Choose another folder with --out, give what that run ` +
+          'was given to go on with it, or --force to delete it and begin anew',
+      )
     }
-    const folder = new ReportFolder(path, { ...record, data })
+    // Data sets may be added later; those that are no longer given have been used.
+    const folder = new ReportFolder(path, { ...record, data: { ...saved?.data, ...record.data } })
     await folder.write('report.json', folder.record)
     await folder.load()
     return folder
   }
 
-  /** Opens a finished or unfinished report to read. Throws RopewalkError ERR_NOT_FOUND, ERR_JSON. */
+  /** Opens a finished or unfinished report to read. Throws RopewalkError ERR_NOT_FOUND, ERR_JSON, ERR_FORMAT. */
   static async read(path: string): Promise<ReportFolder> {
-    const file = join(path, 'report.json')
-    const text = await readFile(file, 'utf8').catch(() => undefined)
-    if (text === undefined) {
+    const record = await readRecord(path)
+    if (!record) {
       throw new RopewalkError('ERR_NOT_FOUND', `${path}: there is no report.json: give the --out of a finished run`)
     }
-    const record = parseJson(text, file, OWN_JSON)
-    if (!isObject(record) || !isObject(record.settings) || !isObject(record.model)) {
-      throw new RopewalkError('ERR_FORMAT', `${file}: is not the record of a report (settings and model are missing)`)
-    }
-    const folder = new ReportFolder(path, plain(record) as unknown as ReportRecord)
+    const folder = new ReportFolder(path, record)
     await folder.load()
     return folder
   }
@@ -168,6 +160,37 @@ export class ReportFolder {
     const sessions = await readFile(join(this.path, 'sessions.json')).catch(() => undefined)
     if (sessions) this.sessions = plain(parseJson(sessions, 'sessions.json', OWN_JSON)) as unknown as Session[]
   }
+}
+
+/** The record of the report in a folder; undefined where there is none. */
+async function readRecord(path: string): Promise<ReportRecord | undefined> {
+  const file = join(path, 'report.json')
+  const text = await readFile(file, 'utf8').catch(() => undefined)
+  if (text === undefined) return undefined
+  const record = parseJson(text, file, OWN_JSON)
+  if (!isObject(record) || ![record.settings, record.model, record.data].every(isObject)) {
+    throw new RopewalkError(
+      'ERR_FORMAT',
+      `${file}: is not the record of a report (settings, model and data are missing): give another folder`,
+    )
+  }
+  return plain(record) as unknown as ReportRecord
+}
+
+/** The first thing in which two runs differ, data sets aside that only one of them was given. */
+function differenceOf(now: ReportRecord, then: ReportRecord): string | undefined {
+  const names = Object.keys(now.data).filter((name) => Object.hasOwn(then.data, name))
+  const some = ({ data, ...rest }: ReportRecord) =>
+    plain({ ...rest, data: Object.fromEntries(names.map((name) => [name, data[name]])) })
+  return difference(some(now), some(then), '')
+}
+
+/** Whether a unit is done, or a step of one that fine-tunes is kept. */
+async function hasWork(path: string): Promise<boolean> {
+  if (await isTaken(join(path, 'units'))) return true
+  const models = await readdir(join(path, 'models')).catch(() => [])
+  const checkpoints = await Promise.all(models.map((name) => listCheckpoints(join(path, 'models', name))))
+  return checkpoints.some((list) => list.length > 0)
 }
 
 /** As JSON has it: what was written and what is read back are then the same. */

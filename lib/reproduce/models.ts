@@ -6,7 +6,7 @@ import { readJsonObject, stringifyJson } from '../files/json.js'
 import { Llama, type RopeExtension, type StepResult, Trainer, type TrainerOptions } from '../index.js'
 import { listCheckpoints } from '../train/checkpoint.js'
 import type { ReportFolder } from './folder.js'
-import { type Extension, extensionOf, pointsOf, type Settings, windowOf } from './settings.js'
+import { type Extension, extensionOf, pointsOf, type Settings, timesText, windowOf } from './settings.js'
 import type { Bench, Unit } from './units.js'
 
 /**
@@ -142,7 +142,7 @@ export function trainUnit(plan: Plan, method: Method, factor: number): Unit {
   const context = windowOf(window, factor)
   return {
     key: trainKey(method, factor),
-    label: `fine-tuning ${METHODS[method]} ${factor}x`,
+    label: `fine-tuning ${METHODS[method]} ${timesText(factor)}`,
     work: trainingWork(extension, context, window),
     run: (bench) => fineTune(plan, method, factor, bench),
   }

@@ -4,7 +4,7 @@ import { claimsOf, type ClaimValue, holds, studentInterval } from './claims.js'
 import { EXPERIMENTS, missingData } from './experiments.js'
 import type { ReportFolder, ReportRecord, Session } from './folder.js'
 import { percent, type Section, signed, type Table } from './sections.js'
-import { windowOf } from './settings.js'
+import { timesText, windowOf } from './settings.js'
 
 /** The pages: everything on them comes from report.json, units/, times/ and sessions.json. */
 
@@ -16,10 +16,13 @@ export function sectionsOf(folder: ReportFolder): { sections: Section[]; notRun:
     const why = missingData(experiment, folder.record.data)
     const section = why === undefined ? experiment.section(folder) : undefined
     if (section && hasResult(section)) sections.push(labelled(section, folder.record.kind))
-    else notRun.push({ title: experiment.title, why: why ?? `not run yet: --only ${experiment.id}` })
+    else notRun.push({ title: experiment.title, why: why ?? notMeasured(experiment.id, section!) })
   }
   return { sections, notRun }
 }
+
+const notMeasured = (id: string, { leftOut }: Section): string =>
+  leftOut.length > 0 ? `left out: ${leftOut.join('; ')}` : `not run yet: --only ${id}`
 
 /** Tables without data: mathematics and machines. */
 const WITHOUT_DATA = /^(theorem|figure|cost)/
@@ -28,7 +31,7 @@ const WITHOUT_DATA = /^(theorem|figure|cost)/
 function labelled(section: Section, kind: ReportRecord['kind']): Section {
   if (kind !== 'miniature') return section
   const own = (table: Table): Table =>
-    table.id.endsWith('-published') || WITHOUT_DATA.test(table.id)
+    isPublished(table) || WITHOUT_DATA.test(table.id)
       ? table
       : { ...table, caption: `${table.caption} (the miniature’s own data)` }
   return { ...section, tables: section.tables.map(own) }
@@ -36,11 +39,10 @@ function labelled(section: Section, kind: ReportRecord['kind']): Section {
 
 /** Whether anything beside the published figures is there. */
 const hasResult = ({ tables, charts }: Section): boolean =>
-  charts.length > 0 ||
-  tables.some(({ id, rows }) => !id.endsWith('-published') && rows.some((row) => row.slice(1).some(isMeasured)))
+  charts.length > 0 || tables.some((one) => !isPublished(one) && one.rows.some((row) => row.slice(1).some(isMeasured)))
 
-const isMeasured = ({ value, text }: Table['rows'][number][number]): boolean =>
-  typeof value === 'number' && text !== '' && !Number.isNaN(value)
+const isMeasured = ({ value, text, given }: Table['rows'][number][number]): boolean =>
+  !given && typeof value === 'number' && text !== '' && !Number.isNaN(value)
 
 export const claimText = (value: number, unit: ClaimValue['unit']): string =>
   unit === 'share' ? percent(value) : signed(value)
@@ -53,7 +55,7 @@ export function findingOf(claim: ClaimValue, values: readonly (number | undefine
   const { interval, mean } = statistic
   const each = known.map((value) => claimText(value, claim.unit)).join(', ')
   return {
-    claim: `${claim.factor}x: ${claim.claim}`,
+    claim: `${timesText(claim.factor)}: ${claim.claim}`,
     seen: holds(claim.bound, statistic),
     figures: interval
       ? `${each}; mean ${claimText(mean, claim.unit)}, 95 % interval ${interval.map((end) => claimText(end, claim.unit)).join(' to ')}`
@@ -64,25 +66,45 @@ export function findingOf(claim: ClaimValue, values: readonly (number | undefine
 export const WORDS = ['holds', 'fails'] as const
 
 function claimsHtml(folder: ReportFolder): string {
-  const list = claimsOf(folder)
-    .map((claim) => findingOf(claim, [claim.value]))
-    .filter((finding) => finding !== undefined)
-  return list.length === 0 ? '' : `<h2>The claims, in this run</h2>\n${findings(list, WORDS)}`
+  const claims = claimsOf(folder)
+  const known = claims.filter(({ value }) => value !== undefined)
+  if (known.length === 0) return ''
+  const [names, factors] = [
+    [...new Set(known.map(({ claim }) => claim))],
+    [...new Set(claims.map(({ factor }) => factor))],
+  ]
+  const cellOf = (name: string, factor: number): string => {
+    const claim = known.find((one) => one.claim === name && one.factor === factor)
+    const finding = claim && findingOf(claim, [claim.value])
+    return finding ? `${finding.figures}, ${finding.seen ? WORDS[0] : WORDS[1]}` : '–'
+  }
+  const caption =
+    'The change of perplexity, or k_max as a share of the extended window, and whether the claim holds. These are the figures of one ' +
+    'seed; ropewalk reproduce --combine gives intervals over several.'
+  const head = ['claim', ...factors.map(timesText)]
+  const rows = names.map((name) => [name, ...factors.map((factor) => cellOf(name, factor))])
+  return `<h2>The claims, in this run</h2>\n${table({ head, rows, caption, texts: true })}`
 }
+
+const isPublished = ({ id }: Table): boolean => id.endsWith('-published')
 
 const paragraph = (text: string, kind = ''): string => `<p${kind && ` class="${kind}"`}>${escapeXml(text)}</p>`
 
 export const plainTable = ({ head, rows, caption }: Table): string =>
   table({ head, rows: rows.map((row) => row.map(({ text }) => text)), caption })
 
-export function sectionHtml({ title, id, text, tables, charts, findings: list, leftOut }: Section): string {
+export function sectionHtml(section: Section): string {
+  const { title, id, text, tables, charts, groups = [], findings: list, leftOut, notAsked = [] } = section
   return [
     `<section id="${escapeXml(id)}"><h2>${escapeXml(title)}</h2>`,
     ...text.map((line) => paragraph(line)),
-    ...tables.map(plainTable),
+    ...tables.filter((one) => !isPublished(one)).map(plainTable),
     ...(charts.length > 0 ? [figure(charts)] : []),
+    ...groups.flatMap((group) => [paragraph(group.name, 'soft'), figure(group.charts)]),
+    ...tables.filter(isPublished).map(plainTable),
     ...(list ? [findings(list, WORDS)] : []),
     ...leftOut.map((line) => paragraph(`Left out: ${line}.`, 'soft')),
+    ...notAsked.map((line) => paragraph(`Not asked for: ${line}.`, 'soft')),
     '</section>',
   ].join('\n')
 }
@@ -111,7 +133,7 @@ export function settingsTable(folder: ReportFolder, seeds?: string): Table {
     if (name === 'seed' && seeds !== undefined) add('seeds', seeds)
     else if (name !== 'extensions') add(name, value)
   }
-  for (const { factor, ...rest } of settings.extensions) add(`${factor}x`, rest)
+  for (const { factor, ...rest } of settings.extensions) add(timesText(factor), rest)
   for (const [name, files] of Object.entries(data)) {
     const bytes = files.reduce((sum, file) => sum + file.bytes, 0)
     add(`data ${name}`, `${files.length} file${files.length === 1 ? '' : 's'}, ${bytes} bytes`)
@@ -133,6 +155,11 @@ function sessionLine({ date, version, node, machine, device }: Session): string 
 const seconds = (folder: ReportFolder): number =>
   [...folder.times.values()].reduce<number>((sum, time) => sum + ((time as { seconds?: number }).seconds ?? 0), 0)
 
+const weights = (count: number): string =>
+  count >= 1e9
+    ? `${(count / 1e9).toFixed(2)} billion weights`
+    : `${(count / 1e6).toFixed(count < 1e6 ? 2 : 1)} million weights`
+
 /** The whole report as one self-contained page. */
 export function reportPage(folder: ReportFolder): string {
   const { model, settings, kind } = folder.record
@@ -142,13 +169,13 @@ export function reportPage(folder: ReportFolder): string {
   const intro =
     kind === 'miniature'
       ? [
-          `The evaluation of arXiv 2306.15595 in miniature: a LLaMA of ${(model.parameters / 1e6).toFixed(1)} million weights that was ` +
+          `The evaluation of arXiv 2306.15595 in miniature: a LLaMA of ${weights(model.parameters)} that was ` +
             `trained at ${model.window} tokens, and data of the miniature’s own. “PG-19”, “Proof-pile”, “BoolQ” and the like ` +
             'name here which experiment of the paper a generated data set stands for, and the format that it is in; they are not ' +
-            'those data. Settings were fixed before the seeds were run. What the paper claims and these figures do not show is said.',
+            'those data. Settings were fixed before the seeds were run, and a claim that does not hold is said not to.',
         ]
       : [
-          `The tables and figures of arXiv 2306.15595 for a LLaMA of ${(model.parameters / 1e9).toFixed(2)} billion weights with a window ` +
+          `The tables and figures of arXiv 2306.15595 for a LLaMA of ${weights(model.parameters)} with a window ` +
             `of ${model.window} tokens. Published figures stand below those of this run.`,
         ]
   const contents = sections.map(({ id, title: name }) => `<li><a href="#${escapeXml(id)}">${escapeXml(name)}</a></li>`)

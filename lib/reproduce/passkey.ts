@@ -4,9 +4,9 @@ import { forwardWork, madeBy, type Method, type Plan } from './models.js'
 import { rowName, trainUnits } from './perplexity.js'
 import { publishedTable } from './published.js'
 import { passkeyKey, passkeyOf, stepIds } from './results.js'
-import { type Experiment, figure, label, none, percent } from './sections.js'
+import { type Experiment, figure, given, label, none, percent } from './sections.js'
 import { windowOf } from './settings.js'
-import type { Unit } from './units.js'
+import { leftOutOf, type Unit, unlessTooShort } from './units.js'
 
 export function passkeyUnit(plan: Plan, id: string, context: number): Unit {
   const { settings, window } = plan
@@ -17,12 +17,15 @@ export function passkeyUnit(plan: Plan, id: string, context: number): Unit {
     work: forwardWork(distances * trials * context, context, window),
     after: madeBy(id),
     async run({ model: load, signal, progress }) {
-      const value = await passkey(await load(id), {
-        ...{ context, distances, trials, seed: settings.seed },
-        ...(signal ? { signal } : {}),
-        onProgress: ({ done, total }) => progress(done / total),
-      })
-      return { value: value satisfies PasskeyResult }
+      const model = await load(id)
+      const value = await unlessTooShort(() =>
+        passkey(model, {
+          ...{ context, distances, trials, seed: settings.seed },
+          ...(signal ? { signal } : {}),
+          onProgress: ({ done, total }) => progress(done / total),
+        }),
+      )
+      return { value }
     },
   }
 }
@@ -59,10 +62,10 @@ export const table4: Experiment = {
     ) => ({
       id,
       caption,
-      head: ['model: window, method', 'steps in all', ...columns.map((share) => `${share} % of steps`)],
+      head: ['model: window, method', 'steps in all', ...columns.map((share) => `${share} %`)],
       rows: lines.map(({ method, factor, steps, window }) => [
         label(rowName(method, window)),
-        { value: steps, text: String(steps) },
+        given(steps),
         ...stepIds(settings, method, factor).map(({ id: model }) => {
           const result = passkeyOf(folder, model, window)
           return result ? figure(value(result), text) : none()
@@ -83,7 +86,7 @@ export const table4: Experiment = {
         ...publishedTable('table-4', folder.record.kind),
       ],
       charts: passkeyCharts(folder, lines),
-      leftOut: [],
+      leftOut: leftOutOf(folder, 'passkey/'),
     }
   },
 }

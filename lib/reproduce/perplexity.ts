@@ -7,24 +7,18 @@ import {
   type Cell,
   type Experiment,
   figure,
+  given,
   intervalText,
   label,
   none,
+  percent,
   perplexityText,
   type Table,
 } from './sections.js'
-import {
-  CORPORA,
-  type Corpus,
-  largestWindow,
-  perplexityKey,
-  perplexityOf,
-  type PerplexityUnit,
-  stepIds,
-} from './results.js'
+import { CORPORA, type Corpus, largestWindow, perplexityKey, perplexityOf, stepIds } from './results.js'
 import { doublings, type Settings, windowOf } from './settings.js'
 import { lossCharts, stepCharts } from './charts.js'
-import type { Unit } from './units.js'
+import { leftOutOf, type Unit } from './units.js'
 
 /** Tables 1, 2 and 3: sliding-window perplexity of two corpora. */
 
@@ -83,7 +77,7 @@ export function perplexityUnit(plan: Plan, corpus: Corpus, id: string, window: n
         ...(signal ? { signal } : {}),
         onProgress: ({ done, total }) => progress(done / total),
       })
-      return { value: result satisfies PerplexityUnit | undefined }
+      return { value: result }
     },
   }
 }
@@ -143,7 +137,7 @@ function perplexityTable(folder: ReportFolder, corpus: Corpus, id: string): Tabl
     ),
     build(
       '-windows',
-      'From the mean over windows of their mean loss, the first counting as much as a later one (YaRN’s evaluation)',
+      'As in YaRN’s evaluation: from the mean over windows of their mean loss, the first counting as much as a later one',
       (model, window) => figure(at(model, window)?.perplexityWindowMean, perplexityText),
     ),
     build('-intervals', '95 % intervals of the first table, over documents', (model, window) => {
@@ -151,12 +145,6 @@ function perplexityTable(folder: ReportFolder, corpus: Corpus, id: string): Tabl
       return interval ? { value: interval.join(' '), text: intervalText(interval) } : none()
     }),
   ]
-}
-
-function perplexityLeftOut(folder: ReportFolder, corpus: Corpus): string[] {
-  const units = folder.keys().filter((key) => key.startsWith(`perplexity/${corpus}/`))
-  const reasons = units.map((key) => folder.get<PerplexityUnit>(key)!).filter((unit) => 'leftOut' in unit)
-  return [...new Set(reasons.map(({ leftOut }) => leftOut as string))]
 }
 
 const corpusExperiment = (id: 'table-1' | 'table-2', corpus: Corpus): Experiment => ({
@@ -176,10 +164,12 @@ const corpusExperiment = (id: 'table-1' | 'table-2', corpus: Corpus): Experiment
       text: [
         `Sliding windows moved on by ${settings.stride} tokens (arXiv 2108.12409); a window begins with the BOS token and ` +
           'only tokens that no earlier window held are scored. All figures are on the same documents.',
+        'No change: the model as it is, read beyond its window. Direct: fine-tuned at the larger window without interpolation. ' +
+          'PI: interpolated, and fine-tuned with as many steps.',
       ],
       tables: [...perplexityTable(folder, corpus, id), ...publishedTable(id, folder.record.kind)],
       charts: lossCharts(folder, corpus, rowsOf(view(folder.record))),
-      leftOut: perplexityLeftOut(folder, corpus),
+      leftOut: leftOutOf(folder, `perplexity/${corpus}/`),
     }
   },
 })
@@ -208,7 +198,7 @@ export const table3: Experiment = {
       const cells = stepIds(settings, 'pi', factor).map(({ id }) =>
         figure(perplexityOf(folder, 'pg19', id, window)?.perplexity, perplexityText),
       )
-      return [label(`${window}, PI`), { value: steps, text: String(steps) }, ...cells]
+      return [label(`${window}, PI`), given(steps), ...cells]
     })
     return {
       id: 'table-3',
@@ -220,13 +210,13 @@ export const table3: Experiment = {
         {
           id: 'table-3',
           caption: 'Perplexity at the extended window, by the share of the steps done',
-          head: ['model', 'steps in all', ...columns.map((share) => `${Math.round(100 * share)} % of steps`)],
+          head: ['model', 'steps in all', ...columns.map(percent)],
           rows,
         },
         ...publishedTable('table-3', folder.record.kind),
       ],
       charts: stepCharts(folder),
-      leftOut: perplexityLeftOut(folder, 'pg19'),
+      leftOut: leftOutOf(folder, 'perplexity/pg19/'),
     }
   },
 }

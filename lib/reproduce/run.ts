@@ -2,6 +2,7 @@ import { availableParallelism, cpus } from 'node:os'
 import { basename, resolve } from 'node:path'
 import { didYouMean, quote, RopewalkError } from '../errors.js'
 import { Llama, version } from '../index.js'
+import { checkData } from './check.js'
 import { DATA_SETS, experimentsOf, missingData } from './experiments.js'
 import { describeData, modelHash, ReportFolder, type ReportRecord } from './folder.js'
 import { loader, type Plan, removeCheckpoints } from './models.js'
@@ -52,6 +53,11 @@ export async function reproduce(options: ReproduceOptions): Promise<ReproduceRes
   dry.dispose()
   const name = kind === 'miniature' ? 'The miniature' : basename(resolve(base))
   const model = { name, hash: await modelHash(base), window, parameters }
+  if (options.data) {
+    const runnable = experiments.filter((experiment) => missingData(experiment, options.data!) === undefined)
+    const names = new Set(runnable.flatMap(({ data, someOf = [] }) => [...data, ...someOf]))
+    await checkData(options.data, names, signal, (task) => onProgress?.(0, task))
+  }
   const record: ReportRecord = { kind, model, settings, data: await describe(options.data ?? {}) }
   const folder = await ReportFolder.open(out, record, { force: options.force ?? false })
   const generated = await options.generate?.()

@@ -7,6 +7,8 @@ import type { Unit } from './units.js'
 export interface Cell {
   value: number | string | boolean | null
   text: string
+  /** Known before anything is measured. */
+  given?: true
 }
 
 export interface Table {
@@ -25,9 +27,13 @@ export interface Section {
   text: string[]
   tables: Table[]
   charts: string[]
+  /** Further charts, in groups with a name above each. */
+  groups?: { name: string; charts: string[] }[]
   findings?: Finding[]
-  /** What was not run, and why. */
+  /** What could not be measured, and why. */
   leftOut: string[]
+  /** What could be, if it were asked for. */
+  notAsked?: string[]
 }
 
 export interface Experiment {
@@ -45,6 +51,8 @@ export interface Experiment {
 }
 
 export const cell = (value: Cell['value'], text = value === null ? '–' : String(value)): Cell => ({ value, text })
+/** A number of the settings, as of steps or tokens. */
+export const given = (value: number): Cell => ({ value, text: String(value), given: true })
 export const label = (text: string): Cell => cell(text)
 export const none = (text = '–'): Cell => cell(null, text)
 

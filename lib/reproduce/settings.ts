@@ -69,6 +69,8 @@ export function paperSettings(window: number, contexts: readonly number[], steps
     return { factor: context / window, steps, batchSize: 1, accumulate: context <= 4 * window ? 64 : 128 }
   })
   const factors = extensions.map(({ factor }) => factor)
+  const twice = contexts.find((context, n) => contexts.indexOf(context) < n)
+  if (twice !== undefined) throw new RangeError(`context ${twice} is given twice`)
   return {
     seed: 0,
     dtype: 'bfloat16',
@@ -76,7 +78,8 @@ export function paperSettings(window: number, contexts: readonly number[], steps
     direct: factors.slice(0, 1),
     compared: factors[0]!,
     comparedTuned: [],
-    points: 5,
+    // A table's columns are apart even in a short run.
+    points: Math.min(5, steps),
     ...{ learningRate: 2e-5, warmupSteps: 20, schedule: 'constant', finalFraction: 0.1, maxGradNorm: 0 },
     stride: 256,
     documents: 128,
@@ -101,7 +104,10 @@ export const pointsOf = ({ steps }: Extension, points: number): number[] => [
   ...new Set(Array.from({ length: points + 1 }, (_, n) => Math.round((n * steps) / points))),
 ]
 
-export const windowOf = (window: number, factor: number): number => Math.floor(window * factor)
+export const windowOf = (window: number, factor: number): number => Math.round(window * factor)
+
+/** A factor on the page: 4x, 1.333x. */
+export const timesText = (factor: number): string => `${Number(factor.toPrecision(4))}x`
 
 /** window, twice that ... up to `end`, which is always the last. */
 export function doublings(window: number, end: number): number[] {

@@ -1,12 +1,14 @@
 import { mkdir } from 'node:fs/promises'
 import { basename, join } from 'node:path'
+import { summaryPrompt } from '../eval/summaries.js'
+import { loadTokenizer } from '../files/tokenizer.js'
 import { readArticles, summarize, type SummaryResult, writeSummaryExamples } from '../index.js'
 import { forwardWork, METHODS, type Plan, train, trainUnit } from './models.js'
 import { publishedTable } from './published.js'
-import { finalId } from './results.js'
+import { finalId, resultOf } from './results.js'
 import { type Experiment, figure, label, percent1 } from './sections.js'
 import { extensionOf, type Settings, windowOf } from './settings.js'
-import type { Bench, Unit } from './units.js'
+import { type Bench, type LeftOut, leftOutOf, type Unit } from './units.js'
 
 /** Table 6: GovReport, summarised by a model that was stretched and then fine-tuned on summaries. */
 
@@ -33,12 +35,28 @@ function tuneUnit(plan: Plan): Unit {
   }
 }
 
-async function tune({ settings, window, data, cacheDir }: Plan, bench: Bench) {
+/** Why articles and summaries of these lengths do not fit the window; undefined where they do. */
+async function tooLong({ settings, window, base }: Plan): Promise<LeftOut | undefined> {
+  const { factor, articleTokens, summaryTokens } = settings.summaries
+  const frame = (await loadTokenizer(base)).encode(summaryPrompt('')).length
+  const [needed, there] = [articleTokens + frame + summaryTokens, windowOf(window, factor)]
+  if (needed <= there) return undefined
+  return {
+    leftOut:
+      `articles of ${articleTokens} tokens with the prompt's ${frame} and summaries of ${summaryTokens} make ${needed}, but the largest ` +
+      `window is ${there}: give a larger one of --contexts, or less of --article-tokens and --summary-tokens`,
+  }
+}
+
+async function tune(plan: Plan, bench: Bench) {
+  const long = await tooLong(plan)
+  if (long) return { value: long }
+  const { settings, window, base, data, cacheDir } = plan
   const { factor, epochs, learningRate } = settings.summaries
   const from = finalId(settings, 'pi', factor)
   const examples = join(bench.folder.path, 'data', 'summary-examples.jsonl')
   await mkdir(join(bench.folder.path, 'data'), { recursive: true })
-  const model = await bench.model(from)
+  const model = { tokenizer: () => loadTokenizer(base) }
   const count = await writeSummaryExamples(model, data['gov-report-train']!, examples, limits(settings))
   const { batchSize, accumulate } = extensionOf(settings, factor)
   const steps = Math.max(1, Math.ceil((epochs * count) / (batchSize * accumulate)))
@@ -67,6 +85,8 @@ function summaryUnit(plan: Plan, id: string, after: string[]): Unit {
     work: forwardWork((test ?? SOME) * context, context, window),
     after,
     async run({ model: load, signal, progress }) {
+      const long = await tooLong(plan)
+      if (long) return { value: long }
       const articles = await readArticles(data['gov-report']!)
       const model = await load(id)
       const result: SummaryResult = await summarize(model, articles.slice(0, test ?? undefined), {
@@ -106,7 +126,7 @@ export const table6: Experiment = {
       { id: ID, name: `${METHODS.pi} ${windowOf(model.window, factor)}, fine-tuned on summaries` },
       { id: finalId(settings, 'pi', factor), name: `${METHODS.pi} ${windowOf(model.window, factor)}, before that` },
     ].map(({ id, name }) => {
-      const result = folder.get<SummaryResult>(resultKey(id))
+      const result = resultOf<SummaryResult>(folder, resultKey(id))
       return [
         label(name),
         figure(result?.articles, String),
@@ -135,7 +155,7 @@ export const table6: Experiment = {
         ...publishedTable('table-6', kind),
       ],
       charts: [],
-      leftOut: [],
+      leftOut: leftOutOf(folder, 'summaries/'),
     }
   },
 }

@@ -37,6 +37,7 @@ function experiment(
   charts: (result: Theory) => string[],
   statements: readonly string[],
   tables: (result: Theory, whose: string, suffix: string) => Section['tables'] = () => [],
+  drawn: (result: Theory) => string = () => '',
 ): Experiment {
   return {
     id,
@@ -54,7 +55,8 @@ function experiment(
         title,
         text: found.length > 0 ? [text] : [],
         tables: found.flatMap(({ name, result, whose }) => tables(result, whose, name === 'paper' ? '' : '-model')),
-        charts: found.flatMap(({ result }) => charts(result)),
+        charts: [],
+        groups: found.map(({ result, whose }) => ({ name: `${whose}${drawn(result)}`, charts: charts(result) })),
         findings: found.flatMap(({ result, whose }) =>
           result.statements
             .filter((statement) => statements.includes(statement.id))
@@ -69,15 +71,15 @@ function experiment(
 export const theorem = experiment(
   'theorem-2.1',
   'Theorem 2.1: the error of interpolation, and the ratio of the bounds',
-  'A score between two trained positions against the straight line through both. All is computed from the dimensions alone; ' +
-    'charts of the paper’s LLaMA (d = 128, c = 10000, L = 2048) come first, those of the model’s own head after them.',
+  'A score between two trained positions against the straight line through both. All is computed from the dimensions alone, ' +
+    'for the paper’s LLaMA (d = 128, c = 10000, L = 2048) and for the head of this model.',
   (result) => [...boundCharts(result), resolutionChart(result)],
   ['theorem-published', 'theorem-corrected', 'ratio-bounds', 'ratio-attained', 'extrapolation-bound', 'resolution'],
   ({ interpolation, ratios }, whose, suffix) => [
     {
       id: `theorem-2.1${suffix}`,
       caption: `${whose}: bounds per max|h|, and how many times larger the extrapolated side is`,
-      head: ['', 'interpolation, in the middle', 'extrapolated over interpolated'],
+      head: ['bound', 'interpolation, in the middle', 'extrapolated over interpolated'],
       rows: [
         [label('as published, B = d'), figure(interpolation.published, format), figure(ratios.published, format)],
         [label('corrected, B = d'), figure(interpolation.corrected, format), figure(ratios.corrected, format)],
@@ -97,6 +99,12 @@ export const theorem = experiment(
   ],
 )
 
+const SOLVERS = {
+  qr: 'QR, float64',
+  normal64: 'normal equations, float64',
+  normal32: 'normal equations, float32',
+} as const
+
 export const figure2 = experiment(
   'figure-2',
   'Figure 2: a score fitted in the window, extrapolated and interpolated',
@@ -110,9 +118,7 @@ export const figure2 = experiment(
       caption: `${whose}: largest |a(s)| inside and outside of the window`,
       head: ['solver', 'ridge', 'inside', 'outside', 'outside / inside'],
       rows: fit.solutions.map(({ solver, ridge, inside, outside }) => [
-        label(
-          { qr: 'QR, float64', normal64: 'normal equations, float64', normal32: 'normal equations, float32' }[solver],
-        ),
+        label(SOLVERS[solver]),
         figure(ridge, String),
         figure(inside, format),
         figure(outside, format),
@@ -120,6 +126,7 @@ export const figure2 = experiment(
       ]),
     },
   ],
+  ({ fit: { shown } }) => `; drawn: ${SOLVERS[shown.solver]}, ridge ${shown.ridge}`,
 )
 
 export const figure5 = experiment(

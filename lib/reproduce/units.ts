@@ -7,7 +7,7 @@ export interface Bench {
   signal: AbortSignal | undefined
   /** The model of that id; it stays the lane's, and is loaded once for units that follow each other. */
   model(id: string): Promise<Llama>
-  /** A model of one's own, to be changed and disposed of. */
+  /** A model of one's own, to be changed and disposed of; the lane's is let go first. */
   load(id: string): Promise<Llama>
   /** `done` of the unit, from 0 to 1. */
   progress(done: number, detail?: string): void
@@ -25,6 +25,30 @@ export interface Unit {
   after?: readonly string[]
   /** The result, as JSON, without anything that differs from run to run; that goes into `time`. */
   run(bench: Bench): Promise<{ value: unknown; time?: Record<string, unknown> }>
+}
+
+/** What a unit keeps where there is no result: why there is none. */
+export interface LeftOut {
+  leftOut: string
+}
+
+export const isLeftOut = (unit: unknown): unit is LeftOut =>
+  typeof unit === 'object' && unit !== null && 'leftOut' in unit
+
+/** The result, or, where the task does not fit the window, which evaluations say with a RangeError, that message. */
+export async function unlessTooShort<T>(measure: () => Promise<T>): Promise<T | LeftOut> {
+  try {
+    return await measure()
+  } catch (error) {
+    if (!(error instanceof RangeError)) throw error
+    return { leftOut: error.message }
+  }
+}
+
+/** Why units whose key begins with `prefix` have no result, each reason once. */
+export function leftOutOf(folder: ReportFolder, prefix: string): string[] {
+  const units = folder.keys().filter((key) => key.startsWith(prefix))
+  return [...new Set(units.map((key) => folder.get(key)).flatMap((unit) => (isLeftOut(unit) ? [unit.leftOut] : [])))]
 }
 
 export interface LaneOptions {
@@ -68,10 +92,17 @@ export async function runUnits(units: readonly Unit[], options: LaneOptions): Pr
     let loaded: { id: string; model: Llama } | undefined
     const model = async (id: string): Promise<Llama> => {
       if (loaded?.id === id) return loaded.model
-      loaded?.model.dispose()
-      loaded = undefined
+      letGo()
       loaded = { id, model: await load(id) }
       return loaded.model
+    }
+    const letGo = (): void => {
+      loaded?.model.dispose()
+      loaded = undefined
+    }
+    const own = (id: string): Promise<Llama> => {
+      letGo()
+      return load(id)
     }
     try {
       while (pending.length > 0) {
@@ -87,7 +118,7 @@ export async function runUnits(units: readonly Unit[], options: LaneOptions): Pr
         report(label)
         const began = performance.now()
         const { value, time } = await unit.run({
-          ...{ folder, signal, model, load },
+          ...{ folder, signal, model, load: own },
           progress: (done, detail) => {
             partial.set(key, Math.min(1, done) * work)
             report(detail ? `${label}, ${detail}` : label)
@@ -104,7 +135,7 @@ export async function runUnits(units: readonly Unit[], options: LaneOptions): Pr
       stop.abort(error)
       throw error
     } finally {
-      loaded?.model.dispose()
+      letGo()
       announce()
     }
   }

@@ -132,6 +132,16 @@ t.test('a page is whole, self-contained, and escapes what it is given', async (t
   t.match(html, /^<!doctype html>\n<html lang="en">/)
   t.notMatch(html, /<script|<link|<img|@import|url\(|src=/)
   t.match(html, /&#60;model&#62;/)
+  // on a phone tables scroll within the page; on paper nothing is cut off or on a dark ground
+  t.match(html, /<meta name="viewport" content="width=device-width, initial-scale=1">/)
+  t.match(html, /\.scroll \{ overflow-x: auto \}[^]*<div class="scroll"><table>/)
+  t.match(html, /@media screen and \(prefers-color-scheme: dark\)/)
+  t.match(html, /@media print \{[^]*\.scroll \{ overflow: visible \}[^]*break-inside: avoid/)
+  t.match(
+    table({ head: ['k_max', 'niah_single_1'], rows: [] }),
+    /<th>k_max<\/th><th>niah_<wbr\/>single_<wbr\/>1</,
+    'long names may break',
+  )
   t.match(html, /<b>not seen<\/b>[^]*<b>fails<\/b>/)
   wellFormed(t, html)
   t.equal(page({ title: 'A & B', body }), html)

@@ -12,7 +12,7 @@ import { EXPERIMENTS, missingData } from '../../lib/reproduce/experiments.js'
 import { ReportFolder } from '../../lib/reproduce/folder.js'
 import { reproduceMiniature } from '../../lib/reproduce/mini/mini.js'
 import { quickSettings } from '../../lib/reproduce/mini/settings.js'
-import { reportPage, sectionsOf, withoutTimes } from '../../lib/reproduce/page.js'
+import { claimText, reportPage, sectionsOf, withoutTimes } from '../../lib/reproduce/page.js'
 import { PUBLISHED } from '../../lib/reproduce/published.js'
 import { reproduce } from '../../lib/reproduce/run.js'
 import { csvOf } from '../../lib/reproduce/sections.js'
@@ -96,7 +96,9 @@ t.test('the same seed gives the same bytes, times aside; another seed does not',
   for (const name of Object.keys(a)) t.equal(a[name], b[name], name)
   const only = ['table-4']
   const other = await reproduceMiniature({ seed: 6, settings: tiny(6), only, out: at('other') })
-  t.notSame(other.sections[0]!.tables[1], first.sections.find(({ id }) => id === 'table-4')!.tables[1])
+  const curve = ({ folder }: typeof other) => folder.get<{ curve: object[] }>('train/pi-2')!.curve
+  t.equal(curve(other).length, curve(first).length)
+  t.notSame(curve(other), curve(first), 'texts and losses are others')
 })
 
 t.test('an aborted run goes on to the same report, wherever it was', async (t) => {
@@ -127,7 +129,7 @@ t.test('the page and the CSV files say what the JSON says', async (t) => {
   const shown = [...html.matchAll(/<table>[\s\S]*?<\/table>/g)].map(([table]) =>
     [...table.matchAll(/<tr>(.*?)<\/tr>/g)].map(([, row]) =>
       [...row!.matchAll(/<t[hd]>(.*?)<\/t[hd]>/g)].map(([, text]) =>
-        text!.replace(/&#(\d+);/g, (_, code: string) => String.fromCodePoint(Number(code))),
+        text!.replaceAll('<wbr/>', '').replace(/&#(\d+);/g, (_, code: string) => String.fromCodePoint(Number(code))),
       ),
     ),
   )
@@ -137,6 +139,32 @@ t.test('the page and the CSV files say what the JSON says', async (t) => {
     t.strictSame(shown[n], [table.head, ...table.rows.map((row) => row.map(({ text }) => text))], table.id)
     t.equal(readFileSync(at(`first/csv/${table.id}.csv`), 'utf8'), csvOf(table))
   }
+  // The claims' verdicts are those of claimsOf.
+  const [, claims] = /<table class="texts">([\s\S]*?)<\/table>/.exec(html)!
+  for (const { claim, value, bound, unit } of claimsOf(folder)) {
+    const verdict = holds(bound, { mean: value!, interval: undefined }) ? 'holds' : 'fails'
+    t.ok(
+      claims!.replaceAll('<wbr/>', '').includes(`<td>${claim}</td><td>${claimText(value!, unit)}, ${verdict}</td>`),
+      claim,
+    )
+  }
+  const [beyond, within] = [true, false].map((outside) =>
+    Math.max(
+      ...folder
+        .get<any>('attention/base/512')
+        .ranges.filter(({ from }: { from: number }) => from >= 256 === outside)
+        .map(({ max }: { max: number }) => Math.abs(max)),
+    ),
+  )
+  const finding = sections.find(({ id }) => id === 'score-maxima')!.findings![0]!
+  t.match(finding, { seen: beyond! > within!, figures: `${(beyond! / within!).toFixed(2)} at 512` })
+  const charts = (id: string): number => {
+    const [section] = new RegExp(`<section id="${id}">[\\s\\S]*?</section>`).exec(html)!
+    return section.split('<svg').length - 1
+  }
+  const counts = { 'table-1': 2, 'table-3': 1, 'table-4': 4, 'theorem-2.1': 6, 'figure-2': 6, 'figure-5': 4 }
+  const more = { resolution: 2, 'score-maxima': 1, needle: 3, position: 1 }
+  for (const [id, count] of Object.entries({ ...counts, ...more })) t.equal(charts(id), count, `${id}: charts`)
   // a number changed in a unit changes the page
   const key = 'units/perplexity/pg19/pi-2@4/512.json'
   cpSync(at('first'), at('changed'), { recursive: true })
