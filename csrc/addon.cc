@@ -437,10 +437,8 @@ Napi::Value blas_sgemm(const Napi::CallbackInfo& info) {
 // (bytes, repeats, threads) -> seconds
 template <auto use>
 Napi::Value use_memory(const Napi::CallbackInfo& info) {
-  const auto bytes = static_cast<size_t>(integer(info, 0, 1, kMaxSize));
-  const int repeats = static_cast<int>(integer(info, 1, 1, 1 << 20));
-  const int threads = static_cast<int>(integer(info, 2, 1, 1024));
-  return Napi::Number::New(info.Env(), use(bytes, repeats, threads));
+  const auto count = [&](size_t i) { return static_cast<int>(integer(info, i, 1, 1 << 20)); };
+  return Napi::Number::New(info.Env(), use(static_cast<size_t>(integer(info, 0, 1, kMaxSize)), count(1), count(2)));
 }
 
 // (device, path: string, or '' for the usual names) -> one line for people
