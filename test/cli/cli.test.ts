@@ -4,10 +4,10 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import t from 'tap'
-import { runCommand } from '../../lib/cli/commands.js'
 import { formatDuration, formatNumber, Output } from '../../lib/cli/output.js'
 import { version } from '../../lib/index.js'
 import { fixtures } from '../golden.js'
+import { type Result, ropewalk } from './command.js'
 
 const root = fileURLToPath(new URL('../..', import.meta.url))
 const dir = mkdtempSync(join(tmpdir(), 'ropewalk-cli-'))
@@ -18,20 +18,6 @@ process.env.XDG_CACHE_HOME = join(dir, 'cache')
 const model = join(fixtures, 'gqa-linear4-f32')
 const text = join(dir, 'text.txt')
 writeFileSync(text, readFileSync(join(fixtures, 'README.md'), 'utf8').repeat(2))
-
-interface Result {
-  code: number
-  stdout: string
-  stderr: string
-}
-
-/** Runs a command line in this process. */
-async function ropewalk(...args: string[]): Promise<Result> {
-  const result: Result = { code: 0, stdout: '', stderr: '' }
-  const sink = (name: 'stdout' | 'stderr') => ({ write: (part: string) => (result[name] += part) })
-  result.code = await runCommand(args, { stdout: sink('stdout'), stderr: sink('stderr') })
-  return result
-}
 
 /** The only line of a failure, after one that says why `auto` is not a GPU where a model was loaded. */
 const reason = ({ stdout, stderr }: Result): string => {

@@ -2,8 +2,8 @@ import { mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import t from 'tap'
-import { runCommand } from '../../lib/cli/commands.js'
 import { fixtures } from '../golden.js'
+import { ropewalk } from './command.js'
 
 const dir = mkdtempSync(join(tmpdir(), 'ropewalk-eval-'))
 t.teardown(() => rmSync(dir, { recursive: true, force: true }))
@@ -13,13 +13,6 @@ const text = readFileSync(join(fixtures, 'README.md'), 'utf8')
 writeFileSync(texts, [text, text.slice(700), 'short'].map((text) => `${JSON.stringify({ text })}\n`).join(''))
 const words = join(dir, 'words.txt')
 writeFileSync(words, Array.from({ length: 30 }, (_, i) => `w${i}x`).join('\n'))
-
-async function ropewalk(...args: string[]): Promise<{ code: number; stdout: string; stderr: string }> {
-  const result = { code: 0, stdout: '', stderr: '' }
-  const sink = (name: 'stdout' | 'stderr') => ({ write: (part: string) => (result[name] += part) })
-  result.code = await runCommand(args, { stdout: sink('stdout'), stderr: sink('stderr') })
-  return result
-}
 
 t.test('perplexity by position', async (t) => {
   const run = ['eval', 'perplexity', model, '--data', texts, '--windows', '64', '--by-position']

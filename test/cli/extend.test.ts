@@ -3,9 +3,9 @@ import { existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'no
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import t from 'tap'
-import { runCommand } from '../../lib/cli/commands.js'
 import { Llama, type MemoryOptions, plan, Trainer, type TrainerOptions } from '../../lib/index.js'
 import { fixtures } from '../golden.js'
+import { type Result, ropewalk as command } from './command.js'
 
 const dir = mkdtempSync(join(tmpdir(), 'ropewalk-extend-'))
 t.teardown(() => rmSync(dir, { recursive: true, force: true }))
@@ -15,18 +15,7 @@ const [model, narrow] = ['gqa-linear4-f32', 'mha-bf16'].map((name) => join(fixtu
 const data = join(dir, 'text.txt')
 writeFileSync(data, readFileSync(join(fixtures, 'README.md'), 'utf8').repeat(2))
 
-interface Result {
-  code: number
-  stdout: string
-  stderr: string
-}
-
-async function ropewalk(...args: string[]): Promise<Result> {
-  const result: Result = { code: 0, stdout: '', stderr: '' }
-  const sink = (name: 'stdout' | 'stderr') => ({ write: (part: string) => (result[name] += part) })
-  result.code = await runCommand([...args, '--device', 'cpu'], { stdout: sink('stdout'), stderr: sink('stderr') })
-  return result
-}
+const ropewalk = (...args: string[]): Promise<Result> => command(...args, '--device', 'cpu')
 
 const extend = (out: string, ...more: string[]): Promise<Result> =>
   ropewalk('extend', model, '--data', data, '--out', join(dir, out), ...more)

@@ -2,9 +2,9 @@ import * as fs from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import t from 'tap'
-import { runCommand } from '../../lib/cli/commands.js'
 import { type MemoryOptions, plan } from '../../lib/index.js'
 import { memoryWords } from '../../lib/cli/training-options.js'
+import { type Result, ropewalk as command } from './command.js'
 
 const dir = fs.mkdtempSync(join(tmpdir(), 'ropewalk-cli-plan-'))
 t.teardown(() => fs.rmSync(dir, { recursive: true, force: true }))
@@ -17,13 +17,7 @@ fs.writeFileSync(
   }),
 )
 
-/** Runs `ropewalk plan` in this process. */
-async function ropewalk(...args: string[]): Promise<{ code: number; stdout: string; stderr: string }> {
-  const result = { code: 0, stdout: '', stderr: '' }
-  const sink = (name: 'stdout' | 'stderr') => ({ write: (part: string) => (result[name] += part) })
-  result.code = await runCommand(['plan', ...args], { stdout: sink('stdout'), stderr: sink('stderr') })
-  return result
-}
+const ropewalk = (...args: string[]): Promise<Result> => command('plan', ...args)
 
 const tiny = ['--model', config, '--context', '128']
 const all =

@@ -3,21 +3,14 @@ import { mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'nod
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import t from 'tap'
-import { runCommand } from '../../lib/cli/commands.js'
 import { fixtures } from '../golden.js'
+import { ropewalk } from './command.js'
 
 const dir = mkdtempSync(join(tmpdir(), 'ropewalk-tasks-'))
 t.teardown(() => rmSync(dir, { recursive: true, force: true }))
 process.env.XDG_CACHE_HOME = join(dir, 'cache')
 
 const model = join(fixtures, 'gqa-linear4-f32')
-
-async function ropewalk(...args: string[]): Promise<{ code: number; stdout: string; stderr: string }> {
-  const result = { code: 0, stdout: '', stderr: '' }
-  const sink = (name: 'stdout' | 'stderr') => ({ write: (part: string) => (result[name] += part) })
-  result.code = await runCommand(args, { stdout: sink('stdout'), stderr: sink('stderr') })
-  return result
-}
 
 const file = (name: string, content: string): string => {
   const path = join(dir, name)

@@ -6,11 +6,11 @@ import { tmpdir } from 'node:os'
 import { dirname, join, relative } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import t, { type Test } from 'tap'
-import { runCommand } from '../../lib/cli/commands.js'
 import { Llama, perplexity, readTokenDocuments, Trainer } from '../../lib/index.js'
 import { EXPERIMENTS } from '../../lib/reproduce/experiments.js'
 import { withoutTimes } from '../../lib/reproduce/page.js'
 import { fixtures } from '../golden.js'
+import { type Result, ropewalk } from '../cli/command.js'
 
 const root = fileURLToPath(new URL('../..', import.meta.url))
 const dir = mkdtempSync(join(tmpdir(), 'ropewalk-paper-'))
@@ -91,21 +91,12 @@ const small =
 const settings = small.split(' ')
 const whole = (out: string): string[] => ['reproduce', model, ...settings, '--out', at(out), ...given(data)]
 
-interface Result {
+interface Ended extends Omit<Result, 'code'> {
   code: number | null
-  stdout: string
-  stderr: string
-}
-
-async function ropewalk(...args: string[]): Promise<Result> {
-  const result = { stdout: '', stderr: '' }
-  const sink = (name: 'stdout' | 'stderr') => ({ write: (part: string) => (result[name] += part) })
-  const code = await runCommand(args, { stdout: sink('stdout'), stderr: sink('stderr') })
-  return { code, ...result }
 }
 
 /** The compiled command in a process of its own, which gets a signal when its progress says `mark`. */
-function killed(args: string[], mark: RegExp, signal: NodeJS.Signals): Promise<Result> {
+function killed(args: string[], mark: RegExp, signal: NodeJS.Signals): Promise<Ended> {
   const child = spawn(process.execPath, [join(root, 'dist/cli/main.js'), ...args])
   const result = { stdout: '', stderr: '' }
   let sent = false

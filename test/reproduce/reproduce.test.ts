@@ -4,7 +4,6 @@ import { cpSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync }
 import { tmpdir } from 'node:os'
 import { join, relative } from 'node:path'
 import t from 'tap'
-import { runCommand } from '../../lib/cli/commands.js'
 import { BASE } from '../../lib/demo/demo.js'
 import { claimsOf, holds, studentInterval } from '../../lib/reproduce/claims.js'
 import { combine } from '../../lib/reproduce/combine.js'
@@ -17,6 +16,7 @@ import { PUBLISHED } from '../../lib/reproduce/published.js'
 import { reproduce } from '../../lib/reproduce/run.js'
 import { csvOf } from '../../lib/reproduce/sections.js'
 import { doublings, paperSettings, type Settings } from '../../lib/reproduce/settings.js'
+import { ropewalk } from '../cli/command.js'
 
 const dir = mkdtempSync(join(tmpdir(), 'ropewalk-reproduce-'))
 t.teardown(() => rmSync(dir, { recursive: true, force: true }))
@@ -286,12 +286,7 @@ t.test('published figures, spot-checked', async (t) => {
 })
 
 t.test('the command', async (t) => {
-  const command = async (...args: string[]) => {
-    const result = { stdout: '', stderr: '' }
-    const sink = (name: 'stdout' | 'stderr') => ({ write: (text: string) => (result[name] += text) })
-    const code = await runCommand(['reproduce', ...args], { stdout: sink('stdout'), stderr: sink('stderr') })
-    return { code, ...result }
-  }
+  const command = (...args: string[]) => ropewalk('reproduce', ...args)
   const { code, stdout } = await command(
     BASE,
     '--contexts',

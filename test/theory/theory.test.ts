@@ -4,7 +4,6 @@ import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import { fileURLToPath } from 'node:url'
 import t from 'tap'
-import { runCommand } from '../../lib/cli/commands.js'
 import { theoryPage } from '../../lib/report/theory.js'
 import * as bounds from '../../lib/theory/bounds.js'
 import { LeastSquares, NormalEquations } from '../../lib/theory/fit.js'
@@ -19,6 +18,7 @@ import {
   variation,
 } from '../../lib/theory/score.js'
 import { theory } from '../../lib/theory/theory.js'
+import { ropewalk } from '../cli/command.js'
 
 const near = (a: number, b: number, relative = 1e-12): boolean => Math.abs(a - b) <= relative * Math.abs(b)
 const freqs = frequencies(128, 10000)
@@ -264,12 +264,7 @@ t.test('the page: the same bytes twice, whole, with every figure and statement',
 const dir = mkdtempSync(join(tmpdir(), 'ropewalk-theory-'))
 t.teardown(() => rmSync(dir, { recursive: true, force: true }))
 
-async function run(...args: string[]): Promise<{ code: number; stdout: string; stderr: string }> {
-  const [stdout, stderr]: [string[], string[]] = [[], []]
-  const sink = (lines: string[]) => ({ write: (text: string) => void lines.push(text) })
-  const code = await runCommand(['theory', ...args], { stdout: sink(stdout), stderr: sink(stderr) })
-  return { code, stdout: stdout.join(''), stderr: stderr.join('') }
-}
+const run = (...args: string[]) => ropewalk('theory', ...args)
 
 t.test('ropewalk theory', async (t) => {
   const tiny = ['--head-dim', '16', '--window', '64', '--context', '256']
