@@ -6,7 +6,7 @@ import { execFileSync, spawn } from 'node:child_process'
 import { readdirSync, readFileSync, writeFileSync } from 'node:fs'
 import { basename, dirname, join } from 'node:path'
 import { pathToFileURL } from 'node:url'
-import { buildCudaLibrary, nvccVersion } from './cuda-library.js'
+import { buildCudaLibrary, NVCC, nvccVersion } from './cuda-library.js'
 import { root } from './setup.js'
 
 const ARCHS = ['sm_80', 'sm_90a']
@@ -34,7 +34,9 @@ const QUARTER_REGISTERS = 16384
 async function main(update) {
   const version = nvccVersion()
   if (!version) {
-    console.log('cuda-check: there is no nvcc on PATH\ncuda-check: 0 passed, 0 failed, 1 skipped')
+    console.log(
+      'cuda-check: there is no nvcc on PATH, and CUDACXX names none\ncuda-check: 0 passed, 0 failed, 1 skipped',
+    )
     return update ? 1 : 0
   }
   const { kept } = buildCudaLibrary()
@@ -81,7 +83,7 @@ function kernelsOf(file, kept) {
 async function buildProgram(name) {
   const flags = ['-std=c++17', '-O2', '-Werror', 'all-warnings', `-I${join(root, 'csrc')}`]
   try {
-    await run('nvcc', [...flags, ...TARGETS, '-c', join(PROGRAMS, name), '-o', '/dev/null'])
+    await run(NVCC, [...flags, ...TARGETS, '-c', join(PROGRAMS, name), '-o', '/dev/null'])
     return []
   } catch (error) {
     return [`${name}: ${error.message}`]

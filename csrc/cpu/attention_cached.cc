@@ -8,10 +8,10 @@
 // kv head, D in the lanes, products of VL slots reduced together by a transpose in registers. The rows of a kv head
 // follow one another, so that a task reads memory in one go, f32 in place.
 //
-// Tasks of a step: (b, kv head, 512 slots); enough for 16 threads from 1024 slots
-// and 8 kv heads on. Each leaves maximum, sum and unnormalized output for every row; a second pass combines them in the
-// order of the chunks. The chunks depend on shapes only, so the number of threads changes no bit. Traffic: the visible
-// part of the cache, q and o once, and H (D + 2) floats a chunk and token.
+// Chunks of a step: (b, kv head, 512 slots); enough for 16 threads from 1024 slots and 8 kv heads on. A task is up to
+// four neighbours, where that leaves each thread some. Each chunk leaves maximum, sum and unnormalized output for every
+// row; a second pass combines them in the order of the chunks. The chunks depend on shapes only, so the number of
+// threads changes no bit. Traffic: the visible part of the cache, q and o once, and H (D + 2) floats a chunk and token.
 //
 // Papers: FlashAttention 2205.14135 (the combination of partial softmaxes), RoFormer 2104.09864 (rotation).
 #include "attention.h"

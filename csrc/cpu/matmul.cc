@@ -48,6 +48,9 @@ struct Problem {
   int64_t m, n, k;
   Matrix a, b, add, c;
   Quantized q;  // the parts of a quantised b
+
+  // f32 c takes the sums while they grow; else they wait in scratch, to be rounded once.
+  bool sums_in_place() const { return c.dtype == DType::f32 && (!add.data || add.dtype == DType::f32); }
 };
 
 // Scratch: what thread 0 packs or shares for all, then a private part for each thread.
@@ -137,7 +140,6 @@ void multiply_block(const Problem& p, int64_t i0, int64_t i1, int64_t j0, int64_
   const int64_t panel = min(p.k, KC) * MR + VL;
   const int64_t tile_step = p.k > KC ? MR * NR : 0;  // tiles that wait for the next block of k are kept apart
   float* tiles = own + ceil_div(i1 - i0, MR) * panel;
-  const bool c_f32 = p.c.dtype == DType::f32 && (!p.add.data || p.add.dtype == DType::f32);
   for (int64_t k0 = 0; k0 < p.k; k0 += KC) {
     const int64_t depth = min(p.k - k0, KC);
     const bool last = k0 + depth == p.k;
@@ -146,7 +148,7 @@ void multiply_block(const Problem& p, int64_t i0, int64_t i1, int64_t j0, int64_
     for (int64_t j = j0; j < j1; j += NR) {
       const float* b_panel = b + (j - j0) * p.k + k0 * NR;
       const int64_t columns = min(j1 - j, NR);
-      const bool direct = c_f32 && columns == NR;
+      const bool direct = p.sums_in_place() && columns == NR;
       const float* next = j + NR < j1 ? b_panel + p.k * NR : b + min(k0 + KC, p.k - depth) * NR;
       const int64_t share = depth * NR / ceil_div(i1 - i0, MR);
       for (int64_t i = i0, at_panel = 0; i < i1; i += MR, at_panel += panel, tile += tile_step) {
@@ -343,8 +345,7 @@ void multiply_few_rows(Context& context, const Problem& p) {
 void gemm(Context& context, int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, Matrix add, Matrix c) {
   Problem p = {m, n, k, a, b, add, c, {}};
   if (is_quantized(b.dtype)) p.q = quantized(b.dtype, b.data, n * k);
-  const bool is_summed_in_place = c.dtype == DType::f32 && (!add.data || add.dtype == DType::f32);
-  if (m > SOME_ROWS && k > LONG_K && is_summed_in_place && !is_quantized(b.dtype))
+  if (m > SOME_ROWS && k > LONG_K && p.sums_in_place() && !is_quantized(b.dtype))
     multiply_long(context, p);
   else if (m > SOME_ROWS)
     multiply_packed(context, p);

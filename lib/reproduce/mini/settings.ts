@@ -4,8 +4,8 @@ import type { Settings } from '../settings.js'
 const FACTORS = [2, 4, 8, 16]
 
 /**
- * The miniature's settings, chosen by processor time alone, before any seed was run: what the demo fine-tunes with (a window
- * a step, 1e-3, cosine), and as many steps as twenty minutes on two cores leave.
+ * The miniature's settings, chosen by processor time alone, before any figure of a seed was read: what the demo
+ * fine-tunes with (a window a step, 1e-3, cosine), and as many steps as twenty minutes on two cores leave.
  */
 export function miniatureSettings(window: number, seed: number, { tokens = TOKENS } = {}): Settings {
   return {
