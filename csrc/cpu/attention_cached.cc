@@ -184,16 +184,16 @@ static void step(Context& context, const attention_cached_args& a) {
   char* shared = static_cast<char*>(context.scratch(0, own + sizeof(float) * rows * chunks * width));
   float* partial = reinterpret_cast<float*>(shared + own);
   // Neighbours go to one thread, as many as leave it some turns: what it has asked for at the end of one is its own.
-  int64_t most = B * K * chunks / (8 * context.threads()), run = max_of(1, min_of(4, most));
-  int64_t runs = (chunks + run - 1) / run;
-  parallel(context, B * K * runs, [&](int64_t task, int thread) {
-    int64_t b = task / (K * runs), head = task / runs % K;
+  // The last ones go one by one, so that all threads end together.
+  const int64_t all = B * K * chunks, run = max_of(1, min_of(4, all / (8 * context.threads())));
+  const int64_t single = run == 1 ? all : min_of(all, 2 * run * context.threads()), runs = (all - single) / run;
+  parallel(context, runs + all - runs * run, [&](int64_t task, int thread) {
     void* scratch = thread ? context.scratch(thread, own) : shared;
-    for (int64_t chunk = task % runs * run; chunk < min_of(chunks, (task % runs + 1) * run); chunk++) {
-      int64_t begin = chunk * chunk_slots;
-      step_chunk<F>(a, b, head, begin, min_of(begin + chunk_slots, S),
-                    partial + ((b * K + head) * T * G * chunks + chunk) * width, chunks * width,
-                    static_cast<float*>(scratch));
+    const int64_t at = task < runs ? task * run : task + runs * (run - 1);
+    for (int64_t i = at; i < at + (task < runs ? run : 1); i++) {
+      const int64_t head = i / chunks, chunk = i % chunks, begin = chunk * chunk_slots;
+      step_chunk<F>(a, head / K, head % K, begin, min_of(begin + chunk_slots, S),
+                    partial + (head * T * G * chunks + chunk) * width, chunks * width, static_cast<float*>(scratch));
     }
   });
   parallel(context, B * K, [&](int64_t task, int) {

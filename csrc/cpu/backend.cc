@@ -249,13 +249,16 @@ int alloc(rw_device*, size_t bytes, void** memory) {
   return guarded([&] {
     const size_t rounded = std::max<size_t>(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
     if (rounded < bytes) throw std::bad_alloc();
-    // Large blocks start on a huge page, so that the kernel can back them with few of them.
-    constexpr size_t kHuge = size_t{2} << 20;
+    // Large blocks start on a huge page, so that the kernel can back them with few of them. Those of a few MB would
+    // lose too much by that; they share huge pages with what lies beside them.
+    constexpr size_t kHuge = size_t{2} << 20, kPage = 4096;
     const bool huge = rounded >= 4 * kHuge;
     *memory = std::aligned_alloc(huge ? kHuge : kAlignment, huge ? (rounded + kHuge - 1) / kHuge * kHuge : rounded);
     if (!*memory) throw std::bad_alloc();
 #ifdef MADV_HUGEPAGE
-    if (huge) madvise(*memory, rounded, MADV_HUGEPAGE);
+    const uintptr_t start = (reinterpret_cast<uintptr_t>(*memory) + kPage - 1) / kPage * kPage;
+    const uintptr_t end = (reinterpret_cast<uintptr_t>(*memory) + rounded) / kPage * kPage;
+    if (rounded >= kHuge / 2) madvise(reinterpret_cast<void*>(start), end - start, MADV_HUGEPAGE);
 #endif
     return RW_OK;
   });

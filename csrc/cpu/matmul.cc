@@ -38,6 +38,7 @@ constexpr int64_t GROUP = 4 * NR;          // columns of a packing task: pieces 
 constexpr int64_t FEW_ROWS = 16;
 constexpr int64_t SOME_ROWS = 128;
 constexpr int64_t SMALL = 64 * 64 * 64;  // multiplications: 2 microseconds, less than waking a thread up
+constexpr int64_t SMALL_B = 64 * 256;    // elements of b: the same where they are read for a row or two
 
 int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -94,7 +95,8 @@ void pack_b(const Problem& p, int64_t j, int64_t k, int64_t count, int64_t depth
 // One task needs no other thread, nor does a problem that is done before another thread would have woken up.
 template <typename Body>
 void for_tasks(Context& context, const Problem& p, int64_t tasks, Body&& body) {
-  if (tasks > 1 && p.m * p.n * p.k > SMALL) return parallel(context, tasks, static_cast<Body&&>(body));
+  if (tasks > 1 && (p.m * p.n * p.k > SMALL || p.n * p.k > SMALL_B))
+    return parallel(context, tasks, static_cast<Body&&>(body));
   for (int64_t task = 0; task < tasks; task++) body(task, 0);
 }
 
@@ -272,15 +274,16 @@ void dots(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t 
   vf acc[VL];
 #pragma GCC unroll 16
   for (int i = 0; i < VL; i++) acc[i] = vf{};
-  int64_t k = 0;
-  for (; k + VL <= depth; k += VL) {
+  // A row of b after the other, as memory has them, and what is 3 KB later into the L1.
+  const int64_t k = depth / VL * VL;
 #pragma GCC unroll 16
-    for (int s = 0; s < S; s++) {
-      const vf part = load(y[s] + k);
-      __builtin_prefetch(y[s] + k + S * ldb, 0,
-                         2);  // the rows that follow: each is too short for the hardware to foresee
+  for (int s = 0; s < S; s++) {
 #pragma GCC unroll 4
-      for (int r = 0; r < R; r++) acc[r * S + s] += load(x[r] + k) * part;
+    for (int64_t i = 0; i < k; i += VL) {
+      const vf part = load(y[s] + i);
+      __builtin_prefetch(y[s] + i + 3072 / sizeof(T), 0, 3);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) acc[r * S + s] += load(x[r] + i) * part;
     }
   }
   if (k < depth) {
