@@ -27,6 +27,9 @@ const COUNTED = ['HMMA', 'LDSM', 'LDGSTS']
  * cubin counts as the kernel's own.
  */
 const SM = { sm_80: { smem: 164 * 1024, reserved: 0 }, sm_90a: { smem: 228 * 1024, reserved: 1024 } }
+/** Of a block whose kernel has not asked for more; launch() asks from so much dynamic memory on. */
+const PLAIN_SMEM = 48 * 1024
+const ASKED_SMEM = 1024 * Number(/kPlainSmem = (\d+) \* 1024;/.exec(readFileSync(join(FOLDER, 'device.h'), 'utf8'))[1])
 const SM_WARPS = 64
 const SM_BLOCKS = 32
 const QUARTER_REGISTERS = 16384
@@ -221,10 +224,13 @@ const label = ({ file, name }) => `${file} ${name}`
 /** What no kernel may have. */
 function faults(kernel) {
   return ARCHS.flatMap((arch) => {
-    const { registers, stack, LDL, STL } = kernel.archs[arch]
+    const { registers, stack, staticSmem, dynamicSmem, LDL, STL } = kernel.archs[arch]
+    const unasked = byShape(dynamicSmem) ? ASKED_SMEM : Math.min(dynamicSmem, ASKED_SMEM)
     const found = []
     if (!(registers > 0 && stack >= 0)) found.push('its registers and stack are not in the cubin')
     if (stack > 0) found.push(`${stack} bytes of stack frame`)
+    if (staticSmem + unasked > PLAIN_SMEM)
+      found.push(`${staticSmem + unasked} bytes of shared memory, without asking for it`)
     if (LDL + STL > 0) found.push(`${LDL + STL} accesses to local memory`)
     return found.map((fault) => `${label(kernel)}: ${arch}: ${fault}`)
   })

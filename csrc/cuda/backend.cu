@@ -201,6 +201,8 @@ class Device final : public Context {
       if (recording) recording->runs++;
       return RW_OK;
     } catch (const std::exception& error) {
+      // A copy that the failed run had begun must not be waited for by the next one, which may be a graph.
+      if (std::exchange(copies.pending, false)) cudaStreamSynchronize(copies.stream);
       throw std::runtime_error(place(plan, commands, done, next) + error.what());
     }
   }

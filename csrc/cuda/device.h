@@ -47,29 +47,45 @@ inline void check(cudaError_t error, const char* what, const char* file = __buil
 
 struct Launch {
   dim3 grid, block;
-  size_t smem;  // bytes of dyn_smem
+  size_t smem;       // bytes of dyn_smem
+  size_t most_smem;  // of any launch of this kernel
   cudaStream_t stream;
   const char* file;
   int line;
 
   Launch(dim3 grid, dim3 block, size_t smem, cudaStream_t stream, const char* file = __builtin_FILE(),
          int line = __builtin_LINE())
-      : grid(grid), block(block), smem(smem), stream(stream), file(file), line(line) {}
+      : grid(grid), block(block), smem(smem), most_smem(smem), stream(stream), file(file), line(line) {}
 };
+
+// A block has 48 KB of shared memory, its static variables included, unless its kernel has asked for more. No kernel
+// has so many static variables that one with less than this would have to ask.
+constexpr size_t kPlainSmem = 32 * 1024;
+
+// What a kernel has asked for is kept for all its launches, and threads may launch it at the same time: where launches
+// differ, each asks for the most. The L1 gets the least of what the two share, or fewer blocks would fit an SM.
+inline void ask_for_smem(const void* kernel, const Launch& at) {
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(at.most_smem));
+  if (error == cudaErrorInvalidValue)
+    throw CudaError(error, "it needs " + std::to_string(at.most_smem) +
+                               " bytes of shared memory for a block, more than this GPU has: use dtype bfloat16");
+  check(error, "asking for shared memory", at.file, at.line);
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
+        "asking for shared memory", at.file, at.line);
+}
 
 // launch({grid, block, sizeof(Smem), context.stream}, kernel<T>, arguments...): errors of the launch itself are thrown
 // here, those of the kernel at the next synchronisation.
 template <typename... Parameters, typename... Arguments>
 void launch(const Launch& at, void (*kernel)(Parameters...), Arguments&&... arguments) {
+  const auto* function = reinterpret_cast<const void*>(kernel);
+  if (at.smem > kPlainSmem) ask_for_smem(function, at);
 #ifdef __CUDACC__
-  if (at.smem > 48 * 1024)
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               static_cast<int>(at.smem)),
-          "asking for shared memory", at.file, at.line);
   kernel<<<at.grid, at.block, at.smem, at.stream>>>(static_cast<Parameters>(arguments)...);
   check(cudaGetLastError(), "a launch", at.file, at.line);
 #else
-  simt::launch(at.grid, at.block, at.smem, at.stream, at.file, at.line, reinterpret_cast<const void*>(kernel),
+  simt::launch(at.grid, at.block, at.smem, at.stream, at.file, at.line, function,
                [kernel, values = std::tuple<Parameters...>(static_cast<Parameters>(arguments)...)] {
                  std::apply(kernel, values);
                });

@@ -214,15 +214,20 @@ struct Choice {
 
 constexpr int kMaxShares = 32, kMinShare = 256;
 
-// The least time in clocks: that of the SM with the most blocks, each with a start and an end that cost as much as 192
-// steps of k; for a divided sum also its second kernel (3000 clocks, then 1500 bytes a clock). An SM with less than
-// half of the blocks that it could have at a time is not quicker than one with half of them.
+// The static variables of a block, beside a tile's own memory: the map of a quantised operand.
+constexpr size_t kStaticSmem = 2048;
+
+// Of the tiles that a block of this GPU has the memory for, the least time in clocks: that of the SM with the most
+// blocks, each with a start and an end that cost as much as 192 steps of k; for a divided sum also its second kernel
+// (3000 clocks, then 1500 bytes a clock). An SM with less than half of the blocks that it could have at a time is not
+// quicker than one with half of them.
 template <typename P>
 Choice<P> choose(const Tiles<P>& tiles, int64_t m, int64_t n, int64_t k, const Context& context, int most_shares) {
   Choice<P> best = {};
   const int64_t fitting = static_cast<int64_t>(context.workspace_bytes / sizeof(float)) / (m * n);
   double best_time = 0;
   for (const TileKernel<P>* tile = tiles.begin; tile < tiles.begin + tiles.count; tile++) {
+    if (tile->smem + kStaticSmem > context.max_smem) continue;  // the last one fits every GPU
     const int64_t count = ceil_div<int64_t>(m, tile->m) * ceil_div<int64_t>(n, tile->n);
     for (int shares = 1;
          shares <= most_shares && (shares == 1 || (shares <= fitting && k >= int64_t{kMinShare} * shares)); shares++) {

@@ -255,9 +255,10 @@ void backward(Context& context, const rmsnorm_bwd_args& args) {
     auto* kernel = rmsnorm_bwd_kernel<kWarps, Vector, true, F, W>;
     if constexpr (kWarps == 16)  // the widest rows only
       if (!shared) kernel = rmsnorm_bwd_kernel<kWarps, Vector, false, F, W>;
-    launch({static_cast<unsigned>(blocks), kWarps * kWarp, shared ? row_bytes : 0, context.stream}, kernel,
-           args.x.as<F>(), args.w.as<W>(), args.rstd.as<float>(), args.dy.as<F>(), args.add.as<F>(), args.dx.as<F>(),
-           partial, rows, rows_per_block, channels);
+    Launch at(static_cast<unsigned>(blocks), kWarps * kWarp, shared ? row_bytes : 0, context.stream);
+    if (shared && kWarps == 16) at.most_smem = context.max_smem - 1024;
+    launch(at, kernel, args.x.as<F>(), args.w.as<W>(), args.rstd.as<float>(), args.dy.as<F>(), args.add.as<F>(),
+           args.dx.as<F>(), partial, rows, rows_per_block, channels);
   });
   with_float_type(args.dw.dtype, [&](auto zero) {
     using G = decltype(zero);

@@ -321,7 +321,10 @@ void run_grid(dim3 grid, dim3 dims, size_t smem, const char* file, int line, con
   const size_t count = size_t{dims.x} * dims.y * dims.z;
   const std::string where = std::string(file) + ":" + std::to_string(line) + ": ";
   if (count < 1 || count > 1024) throw std::runtime_error(where + std::to_string(count) + " threads in a block");
-  if (smem > 227 * 1024) throw std::runtime_error(where + std::to_string(smem) + " bytes of shared memory");
+  const size_t limit = shared_limit(kernel, smem);
+  if (smem > limit)
+    throw std::runtime_error(where + std::to_string(smem) +
+                             " bytes of shared memory: a block of this kernel may have " + std::to_string(limit));
   if (grid.x < 1 || grid.y < 1 || grid.z < 1 || grid.y > 65535 || grid.z > 65535 || grid.x > 0x7fffffffu)
     throw std::runtime_error(where + "a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) + " x " +
                              std::to_string(grid.z) + " blocks");
@@ -355,7 +358,7 @@ void run_grid(dim3 grid, dim3 dims, size_t smem, const char* file, int line, con
       thread.block_dim = dims;
       thread.grid_dim = grid;
     }
-    open_shared(state.shared, smem);
+    open_shared(state.shared, smem, limit);
     Random own_random = {random.state + worker};
     while (state.error.empty()) {
       const size_t i = next++;

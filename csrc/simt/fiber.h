@@ -79,6 +79,7 @@ struct Part {
 struct Shared {
   char* memory = nullptr;
   size_t dynamic = 0, used = 0, bytes = 0;
+  size_t limit = 0;  // of the dynamic part and the static variables, without red zones
   std::vector<Part> statics, red_zones;
   const void* layout = nullptr;  // of the dynamic part: whose red zones these are
 };
@@ -147,7 +148,9 @@ std::string position(const Thread& thread);
 // ---- shared memory (shared.cc)
 // ----------------------------------------------------------------------------------------
 
-void open_shared(Shared& shared, size_t dynamic);
+void open_shared(Shared& shared, size_t dynamic, size_t limit);
+// What a block of a kernel with so much dynamic memory may have in all (runtime.cc).
+size_t shared_limit(const void* kernel, size_t dynamic);
 void fill_shared(Shared& shared);             // before each block
 std::string check_red_zones(Shared& shared);  // after each block: what is wrong
 void close_shared(Shared& shared);

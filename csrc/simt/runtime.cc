@@ -4,8 +4,9 @@
 // shows.
 //
 // ROPEWALK_SIMT_MACHINE describes another machine than one with a good card, for tests of what is said then:
-// "driver=12020,devices=0,capability=75,memory=1000000,fault=3" (version of the driver, 0 for none; cards; compute
-// capability; bytes of memory; the launch, counted from the opening of the device, that ends in an illegal access).
+// "driver=12020,devices=0,capability=75,memory=1000000,smem=101376,fault=3" (version of the driver, 0 for none; cards;
+// compute capability; bytes of memory, and of a block's shared memory; the launch, counted from the opening of the
+// device, that ends in an illegal access).
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -43,7 +44,7 @@ namespace {
 constexpr int kRuntime = 13000;
 
 struct Machine {
-  long driver = kRuntime, devices = 1, capability = 80, memory = 64L << 30, fault = 0;
+  long driver = kRuntime, devices = 1, capability = 80, memory = 64L << 30, smem = 163 << 10, fault = 0;
 };
 Machine machine;
 long launches = 0;
@@ -52,6 +53,7 @@ bool faulted = false;  // an illegal access has happened: every call fails from 
 std::mutex mutex;  // of everything below, and of the late work of all streams
 std::set<simt_stream*> streams;
 std::map<const char*, size_t> host_memory;
+std::map<const void*, size_t> most_dynamic;  // of the kernels that have asked for it
 
 thread_local cudaError_t last_error = cudaSuccess;
 thread_local simt_stream* captured = nullptr;
@@ -63,11 +65,9 @@ void read_machine() {
   faulted = false;
   const char* text = std::getenv("ROPEWALK_SIMT_MACHINE");
   if (!text) return;
-  const std::pair<const char*, long*> keys[] = {{"driver=", &machine.driver},
-                                                {"devices=", &machine.devices},
-                                                {"capability=", &machine.capability},
-                                                {"memory=", &machine.memory},
-                                                {"fault=", &machine.fault}};
+  const std::pair<const char*, long*> keys[] = {
+      {"driver=", &machine.driver}, {"devices=", &machine.devices}, {"capability=", &machine.capability},
+      {"memory=", &machine.memory}, {"smem=", &machine.smem},       {"fault=", &machine.fault}};
   for (const auto& [key, value] : keys)
     if (const char* found = std::strstr(text, key)) *value = std::strtol(found + std::strlen(key), nullptr, 10);
 }
@@ -93,6 +93,14 @@ cudaError_t failed(cudaError_t error) { return last_error = error; }
 cudaError_t may_allocate() {
   if (captured) return failed(cudaErrorStreamCaptureUnsupported);
   return state();
+}
+
+size_t shared_limit(const void* kernel, size_t dynamic) {
+  constexpr size_t plain = 48 << 10;
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto asked = most_dynamic.find(kernel);
+  if (asked == most_dynamic.end() || dynamic > asked->second) return plain;
+  return std::max(plain, static_cast<size_t>(machine.smem));
 }
 
 size_t memory_total() { return static_cast<size_t>(machine.memory); }
@@ -238,11 +246,19 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int index) {
   *properties = {};
   std::snprintf(properties->name, sizeof(properties->name), "%s", "the CPU in place of a GPU (tests only)");
   properties->totalGlobalMem = static_cast<size_t>(machine.memory);
-  properties->sharedMemPerBlockOptin = 163 * 1024;
+  properties->sharedMemPerBlockOptin = static_cast<size_t>(machine.smem);
   properties->major = static_cast<int>(machine.capability / 10);
   properties->minor = static_cast<int>(machine.capability % 10);
   properties->multiProcessorCount = 4;
   return cudaSuccess;
+}
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return state();
+  if (value > machine.smem) return failed(cudaErrorInvalidValue);
+  const std::lock_guard<std::mutex> lock(mutex);
+  most_dynamic[kernel] = static_cast<size_t>(value);
+  return state();
 }
 
 cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total_bytes) {

@@ -30,8 +30,9 @@ void add_zone(Shared& shared, const Part& zone) {
 
 }  // namespace
 
-void open_shared(Shared& shared, size_t dynamic) {
+void open_shared(Shared& shared, size_t dynamic, size_t limit) {
   shared.dynamic = dynamic;
+  shared.limit = limit;
   shared.used = (dynamic + 15) / 16 * 16 + kZone;
   shared.bytes = (shared.used + kStatics + 1023) / 1024 * 1024;
   shared.memory = static_cast<char*>(aligned_alloc(1024, shared.bytes));
@@ -95,6 +96,11 @@ void* static_shared(const void* key, size_t bytes, size_t alignment) {
   const size_t unit = std::max(alignment, size_t{16});
   const size_t offset = (shared.used + unit - 1) / unit * unit, end = offset + (bytes + 15) / 16 * 16;
   if (end + kZone > shared.bytes) fail("more than %zu bytes of static shared memory", kStatics);
+  size_t all = shared.dynamic + bytes;
+  for (const Part& variable : shared.statics) all += variable.bytes;
+  if (all > shared.limit)
+    fail("%zu bytes of shared memory, %zu of them static: a block of this kernel may have %zu", all,
+         all - shared.dynamic, shared.limit);
   memset(shared.memory + shared.used, 0xff, end + kZone - shared.used);
   shared.statics.push_back({key, offset, bytes});
   shared.used = end + kZone;

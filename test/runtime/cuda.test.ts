@@ -9,10 +9,12 @@ import t, { type Test } from 'tap'
 import { Llama } from '../../lib/model/llama.js'
 import { Device } from '../../lib/runtime/device.js'
 import { native } from '../../lib/runtime/native.js'
-import { add, fill, sumSquares } from '../../lib/runtime/ops.gen.js'
+import { add, attentionBwd, copyStart, fill, matmulNt, matmulSwiglu, sumSquares } from '../../lib/runtime/ops.gen.js'
 import { Recorder } from '../../lib/runtime/recorder.js'
+import type { Tensor } from '../../lib/runtime/tensor.js'
 import { Trainer } from '../../lib/train/trainer.js'
 import { fixtures } from '../golden.js'
+import { decode } from '../ops/harness.js'
 
 const root = dirname(dirname(dirname(fileURLToPath(import.meta.url))))
 const library = process.env['ROPEWALK_SIMT_LIBRARY'] ?? ''
@@ -275,6 +277,59 @@ t.test('out of memory: what was asked for, what is free, what helps; and the dev
   block.dispose()
   t.equal((await sums(device, 40).run(2))[0], 42)
 })
+
+t.test(
+  'a card with less shared memory takes smaller tiles, or says what it lacks; and the device goes on',
+  noSimt,
+  async (t) => {
+    environment(t, { ROPEWALK_SIMT_MACHINE: 'smem=101376,capability=86' })
+    using device = Device.open('simt')
+    const ones = (recorder: Recorder, dims: number[], dtype: 'f32' | 'bf16' = 'f32'): Tensor =>
+      fill(recorder, { y: recorder.scratch(dtype, dims, 'ones'), value: 1 }).y
+    // the largest tile, which does not fit, would be the quickest
+    for (const [m, n, k] of [
+      [256, 512, 64],
+      [64, 64, 64],
+    ] as const) {
+      const recorder = new Recorder(device, 'product')
+      const { c } = matmulNt(recorder, { a: ones(recorder, [m, k], 'bf16'), b: ones(recorder, [n, k], 'bf16') })
+      const gated = matmulSwiglu(recorder, {
+        ...{ a: ones(recorder, [m, k], 'bf16'), w_gate: ones(recorder, [n, k], 'bf16') },
+        w_up: ones(recorder, [n, k], 'bf16'),
+      })
+      const plan = recorder.plan({ keep: [c, gated.up] })
+      await plan.run()
+      for (const y of [c, gated.up]) {
+        const values = decode(y.dtype as 'f32' | 'bf16', await device.download(plan.located(y)))
+        t.ok(values.length === m * n && values.every((value) => value === 64), `${m} x ${n}: all are 64`)
+      }
+      plan.dispose()
+    }
+
+    const { run } = sums(device, 100)
+    t.equal((await run(7))[0], 107)
+    // A copy is under way when the backward pass of f32 heads of 128 finds no room.
+    const failing = new Recorder(device, 'failing')
+    const [B, T, H, D] = [1, 8, 1, 128]
+    const x = ones(failing, [B, T, H, D])
+    copyStart(failing, { x, y: failing.scratch('f32', [B, T, H, D], 'host', true) })
+    const index = (dims: number[]): Tensor => device.tensor('i32', dims, 'zeros')
+    const [lse, table] = [ones(failing, [B, H, T]), ones(failing, [T, D / 2])]
+    attentionBwd(failing, {
+      ...{ q: x, k: x, v: x, dout: x, delta: lse, lse, cos: table, sin: table },
+      ...{ pos: index([B, T]), first: index([B, T]), groups: 1, scale: 1 },
+    })
+    const plan = failing.plan()
+    for (let run = 0; run < 2; run++) {
+      await t.rejects(plan.run(), {
+        code: 'ERR_DEVICE',
+        message:
+          /^attention_bwd \(#\d+ of plan "failing"\): it needs \d{6} bytes of shared memory for a block, more than this GPU has: use dtype bfloat16/,
+      })
+    }
+    for (let i = 0; i < 3; i++) t.equal((await run(i))[0], i + 100, 'what comes after, a capture first')
+  },
+)
 
 // ---- dtypes of activations ----
 
