@@ -16,6 +16,7 @@ import {
 } from 'node:fs'
 import { dirname, join, resolve } from 'node:path'
 import { fileURLToPath } from 'node:url'
+import { CONFORMANCE_CODE } from './gpu-parts.js'
 import { root } from './setup.js'
 
 const MOST_BYTES = 64 << 20
@@ -80,9 +81,9 @@ export function makeBundle(to, { node = false } = {}) {
   writeFileSync(join(to, 'bundle.json'), `${JSON.stringify(bundle, null, 1)}\n`)
   writeFileSync(join(to, 'run.sh'), RUN)
   chmodSync(join(to, 'run.sh'), 0o755)
+  if (node) addNode(to)
   const bytes = bytesOf(to)
   if (bytes > MOST_BYTES) throw new Error(`${to} has ${bytes} bytes, but may have ${MOST_BYTES} to be carried`)
-  if (node) addNode(to)
   return bytes
 }
 
@@ -92,11 +93,10 @@ function buildConformance(to) {
   if (spawnSync(nvcc, ['--version']).error) return
   const folder = join(to, 'conformance')
   mkdirSync(folder)
-  const code = ['compute_80,code=sm_80', 'compute_90a,code=sm_90a', 'compute_80,code=compute_80']
   const options = ['-std=c++17', '-O2', '-Icsrc', '-Xcompiler', '-static-libstdc++', '-Xcompiler', '-static-libgcc']
   for (const name of readdirSync(join(root, 'test/simt')).filter((name) => /^conformance.*\.cu$/.test(name))) {
     const output = join(folder, name.replace(/\.cu$/, ''))
-    const args = [...options, ...code.flatMap((arch) => ['-gencode', `arch=${arch}`]), join('test/simt', name)]
+    const args = [...options, ...CONFORMANCE_CODE, join('test/simt', name)]
     const { status } = spawnSync(nvcc, [...args, '-o', output], { cwd: root, stdio: 'inherit' })
     if (status !== 0) throw new Error(`test/simt/${name} could not be compiled by ${nvcc}`)
   }
@@ -108,7 +108,8 @@ here=$(dirname "$0")
 node=node
 if ! command -v node >/dev/null 2>&1; then
   node="$here/node"
-  [ -x "$node" ] || { xz -dc "$node.xz" >"$node" && chmod +x "$node"; } || exit 1
+  unpack='import lzma, shutil, sys; shutil.copyfileobj(lzma.open(sys.argv[1]), sys.stdout.buffer)'
+  [ -x "$node" ] || { { xz -dc "$node.xz" || python3 -c "$unpack" "$node.xz"; } >"$node" && chmod +x "$node"; } || exit 1
 fi
 exec "$node" "$here/scripts/gpu.js" "$@"
 `

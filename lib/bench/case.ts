@@ -92,8 +92,11 @@ export async function rooflineSide(
   const work = kind === 'copy' ? 4 * size : 2 * size ** 3
   const peer: PeerCase =
     kind === 'copy' ? { op: 'copy', size } : { op: 'matmul', layout: 'nt', m: size, n: size, k: size }
-  const [first] = await peers.sides({ ...peer, dtype: 'bf16', sets: 1 }, work * repeats, repeats, 0)
-  if (first) return { ...first, name: kind }
+  const sides = await peers.sides({ ...peer, dtype: 'bf16', sets: 1 }, work * repeats, repeats, 0)
+  const dispose = async (): Promise<void> => {
+    for (const side of sides) await side.dispose?.()
+  }
+  if (sides[0]) return { ...sides[0], name: kind, dispose }
   const kernel = kind === 'copy' ? copy(size, 'bf16') : matmul('nt', size, size, size, 'bf16')
   return { ...(await kernelSide(kernel, work, target, { count: repeats })), name: kind }
 }

@@ -285,6 +285,8 @@ def setup(request):
             variants[name] = runs
         except Exception as error:
             failed.append(f"{name}: {error}".split("\n")[0])
+    if failed:
+        free()  # what it had reserved when memory ended
     return variants, failed
 
 
@@ -312,8 +314,8 @@ def main():
     count = 0
     for line in sys.stdin:
         request = json.loads(line)
+        do = request["do"]
         try:
-            do = request["do"]
             if do == "hello":
                 answer = hello(request)
             elif do == "setup":
@@ -331,6 +333,8 @@ def main():
         except Exception as error:  # a peer that fails is left out, with the reason
             variants = None
             answer = {"error": f"{type(error).__name__}: {error}"}
+        if "error" in answer and do != "hello":
+            free()
         answers.write(json.dumps(answer) + "\n")
 
 

@@ -208,7 +208,7 @@ for (const [seed, layout] of LAYOUTS.entries()) {
     // of the CUDA kernels (on 4 simulated SMs; a GPU needs larger ones) and cross their edges and pipelines.
     const random = new Random(61 + seed)
     const onGpu = process.env['ROPEWALK_TEST_DEVICE']?.startsWith('cuda')
-    for (const i of seeds(30)) {
+    for (const i of seeds(onGpu ? 10 : 30)) {
       const large = i % 2 === 0
       const [m, n] = onGpu ? (large ? [2048, 4096] : [1024, 2048]) : large ? [256, 512] : [256, 256]
       const whole = { nn: [false, true, true], nt: [false, false, true], tn: [true, true, false] }[layout]
@@ -335,7 +335,7 @@ for (const [seed, layout] of (['nn', 'nt'] as const).entries()) {
     // As for plain matrices. Every block of 64 has an element of the largest magnitude, so that -1, 0 and 1 are exact.
     const random = new Random(81 + seed)
     const onGpu = process.env['ROPEWALK_TEST_DEVICE']?.startsWith('cuda')
-    for (let i = 0; i < 16; i++) {
+    for (let i = 0; i < (onGpu ? 8 : 16); i++) {
       const format = FORMATS[i % 2]!
       const large = i % 4 < 2
       const [m, n] = onGpu ? (large ? [2048, 4096] : [1024, 2048]) : large ? [256, 512] : [256, 256]
