@@ -3,7 +3,7 @@ import type { Buffer, Device } from '../runtime/device.js'
 import { attentionCached, kvAppend } from '../runtime/ops.gen.js'
 import type { Plan } from '../runtime/plan.js'
 import { Recorder } from '../runtime/recorder.js'
-import type { DType, Tensor } from '../runtime/tensor.js'
+import { type DType, Tensor, tensorBytes } from '../runtime/tensor.js'
 import { rotationRows } from './batch.js'
 import type { LlamaConfig } from './config.js'
 import { type Attend, logits as recordLogits, trunk } from './forward.js'
@@ -14,11 +14,17 @@ import { Tape } from './tape.js'
 /** Prompt tokens in one pass: enough for full-speed matrix products, little enough for small activations. */
 const PREFILL = 256
 
+/** What a pass reads of its tokens. */
+type Inputs = Record<'ids' | 'pos' | 'first' | 'last' | 'slot' | 'cos' | 'sin' | 'row', Tensor>
+
 interface Pass {
   plan: Plan
-  inputs: Record<'ids' | 'pos' | 'first' | 'last' | 'slot' | 'cos' | 'sin' | 'row', Tensor>
+  inputs: Inputs
   logits: Tensor
 }
+
+/** The inputs share a block, so that one copy brings them all. */
+const INPUT_ALIGNMENT = 256
 
 /**
  * A text being continued, one row: the keys (rotated) and values of all layers for up to `capacity` tokens, and the
@@ -107,19 +113,15 @@ export class Continuation {
     const time = tokens.length
     const { plan, inputs, logits } = this.pass(time)
     const positions = Int32Array.from(tokens, (_, t) => this.length + t)
-    const { rows, index, table } = rotationRows(this.config, positions, length)
-    const { cos, sin } = table()
-    await Promise.all([
-      device.upload(inputs.ids, Int32Array.from(tokens)),
-      device.upload(inputs.pos, index),
-      device.upload(inputs.first, new Int32Array(time)),
-      device.upload(inputs.last, positions),
-      device.upload(inputs.slot, positions),
-      device.upload(inputs.row, Int32Array.of(time - 1)),
-      device.upload(inputs.cos.rows(0, rows), cos),
-      device.upload(inputs.sin.rows(0, rows), sin),
-      plan.run(),
-    ])
+    const { index, table } = rotationRows(this.config, positions, length)
+    const values = {
+      ids: Int32Array.from(tokens),
+      pos: index,
+      first: new Int32Array(time),
+      row: Int32Array.of(time - 1),
+    }
+    const { block, bytes } = gather(inputs, { ...values, ...table(), last: positions, slot: positions })
+    await Promise.all([device.upload(block, bytes), plan.run()])
     this.length += time
     return device.downloadFloats(plan.located(logits))
   }
@@ -127,6 +129,25 @@ export class Continuation {
   private own(tensor: Tensor): Tensor {
     this.buffers.push(tensor.storage as Buffer)
     return tensor
+  }
+
+  private inputs(time: number): Inputs {
+    const table = ['f32', [time, this.config.headDim / 2]] as const
+    const shapes: Record<keyof Inputs, readonly [dtype: DType, dims: readonly number[]]> = {
+      ...{ ids: ['i32', [time]], pos: ['i32', [1, time]], first: ['i32', [1, time]], last: ['i32', [1, time]] },
+      ...{ slot: ['i32', [1, time]], row: ['i32', [1]], cos: table, sin: table },
+    }
+    const places: [name: string, offset: number, dtype: DType, dims: readonly number[]][] = []
+    let end = 0
+    for (const [name, [dtype, dims]] of Object.entries(shapes)) {
+      places.push([name, end, dtype, dims])
+      const size = dims.reduce((product, dim) => product * dim, 1)
+      end += Math.ceil(tensorBytes(dtype, size) / INPUT_ALIGNMENT) * INPUT_ALIGNMENT
+    }
+    const { storage } = this.own(this.device.tensor('i32', [end / 4], 'token ids, positions, slots and rotations'))
+    return Object.fromEntries(
+      places.map(([name, offset, dtype, dims]) => [name, new Tensor(storage, offset, dtype, dims)]),
+    ) as Inputs
   }
 
   private pass(time: number): Pass {
@@ -145,18 +166,7 @@ export class Continuation {
     const { device, config, parameters } = this
     const recorder = new Recorder(device, `continue by ${time}`, this.activations)
     const tape = Tape.forward(recorder)
-    const integers = (dims: number[], name: string): Tensor => this.own(device.tensor('i32', dims, name))
-    const half = config.headDim / 2
-    const inputs: Pass['inputs'] = {
-      ids: integers([time], 'token ids'),
-      pos: integers([1, time], 'positions'),
-      first: integers([1, time], 'first visible slots'),
-      last: integers([1, time], 'last visible slots'),
-      slot: integers([1, time], 'slots'),
-      row: integers([1], 'row of the logits'),
-      cos: this.own(device.tensor('f32', [time, half], 'rotation table (cos)')),
-      sin: this.own(device.tensor('f32', [time, half], 'rotation table (sin)')),
-    }
+    const inputs = this.inputs(time)
     const scale = 1 / Math.sqrt(config.headDim)
     const attend: Attend = (_, layer, q, k, v) => {
       const { k: k_cache, v: v_cache } = this.cache[layer]!
@@ -168,6 +178,17 @@ export class Continuation {
     const logits = recordLogits(tape, config, parameters, x, inputs.row)
     return { plan: recorder.plan({ keep: [logits] }), inputs, logits }
   }
+}
+
+/** The block of the inputs, and what goes there. Of a table the first rows may be all there are. */
+function gather(inputs: Inputs, values: Record<keyof Inputs, ArrayBufferView>): { block: Tensor; bytes: Uint8Array } {
+  const { storage } = inputs.ids
+  const bytes = new Uint8Array(storage.bytes)
+  for (const [name, { offset }] of Object.entries(inputs)) {
+    const { buffer, byteOffset, byteLength } = values[name as keyof Inputs]
+    bytes.set(new Uint8Array(buffer, byteOffset, byteLength), offset)
+  }
+  return { block: new Tensor(storage, 0, 'i32', [storage.bytes / 4]), bytes }
 }
 
 function pick<T, K extends keyof T>(from: T, ...keys: K[]): Pick<T, K> {
