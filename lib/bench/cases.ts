@@ -21,7 +21,7 @@ import {
 import { loadSides } from './load.js'
 import type { Side } from './measure.js'
 import { type MatmulCase, readSide } from './peers.js'
-import { LLAMA_25M } from './models.js'
+import { LLAMA_1M, LLAMA_25M } from './models.js'
 import { generateSide, stepSide } from './step.js'
 
 /** All cases, or those of some stems. */
@@ -234,16 +234,22 @@ function generateCases(setting: Setting): Case[] {
 
 /** Sliding windows as in the paper: the last 256 tokens of a window are scored, the window has positions from 0. */
 function evalCases(setting: Setting): Case[] {
-  const [window, stride] = setting.quick ? [256, 64] : [2048, 256]
-  return setting.threads.map((threads) => ({
-    ...{ stem: 'eval', name: `25M, window ${window}, stride ${stride}`, threads, unit: 'GFLOP/s', roofline: 'matmul' },
-    ...{ heavy: true, bar: { side: 'transformers', least: 2 } },
+  const models = setting.quick
+    ? [{ model: '1M', config: LLAMA_1M, window: 256, stride: 64 }]
+    : [
+        { model: '25M', config: LLAMA_25M, window: 2048, stride: 256 },
+        { model: '1M', config: LLAMA_1M, window: 1024, stride: 256 },
+      ]
+  const of = ({ model, config, window, stride }: (typeof models)[number], threads: number): Case => ({
+    ...{ stem: 'eval', name: `${model}, window ${window}, stride ${stride}`, threads, unit: 'GFLOP/s' },
+    ...{ roofline: 'matmul', heavy: true, bar: { side: 'transformers', least: 2 } },
     sides: async (peers) => {
-      const ours = await evalSide(LLAMA_25M, window, stride, targetOf(setting, threads))
-      const theirs = await peers.sides({ op: 'eval', window, stride, config: LLAMA_25M }, ours.work, 1, threads)
+      const ours = await evalSide(config, window, stride, targetOf(setting, threads))
+      const theirs = await peers.sides({ op: 'eval', window, stride, config }, ours.work, 1, threads)
       return [ours, ...theirs, await rooflineSide('matmul', setting, threads, peers)]
     },
-  }))
+  })
+  return models.flatMap((model) => setting.threads.map((threads) => of(model, threads)))
 }
 
 /** One token after the other behind a long text: all weights and the whole cache are read for each, next to nothing written. */
