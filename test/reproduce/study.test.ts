@@ -25,7 +25,15 @@ t.test('a tiny study, stopped once', async (t) => {
   for (const row of rows) {
     t.equal(row.headDim, 32)
     t.equal(row.blowUp, row.extrapolated / row.near)
-    t.ok(Object.values(row).every((value) => typeof value === 'string' || Number.isFinite(value)))
+    const { farther, ...figures } = row
+    t.ok(Object.values(figures).every((value) => typeof value === 'string' || Number.isFinite(value)))
+    t.strictSame(
+      farther.map(({ factor, blowUp }) => [factor, blowUp > 0 && Number.isFinite(blowUp)]),
+      [
+        [8, true],
+        [16, true],
+      ],
+    )
   }
   t.strictSame(JSON.parse(readFileSync(join(out, 'study.json'), 'utf8')).rows, rows)
   const html = readFileSync(join(out, 'index.html'), 'utf8')
@@ -35,7 +43,19 @@ t.test('a tiny study, stopped once', async (t) => {
 })
 
 t.test('the verdict counts', async (t) => {
-  const row = { blowUp: 1, pi: 1, direct: 1 } as StudyRow
-  const rows = [row, { ...row, blowUp: 1.2 }, { ...row, blowUp: 20, pi: 0.9 }]
-  t.match(verdict(rows), /Of 3 models, 2 have .*, 1 one of more than ten times .*20\.00\); in 1 PI/)
+  const farther = (blowUp: number) => [{ factor: 16, blowUp }]
+  const row = { variant: 'a', blowUp: 1, farther: farther(1), pi: 1, direct: 1 } as StudyRow
+  const rows = [
+    row,
+    { ...row, blowUp: 1.2, farther: farther(11) },
+    { ...row, blowUp: 20, farther: farther(30), pi: 0.9 },
+  ]
+  t.match(
+    verdict(rows),
+    /^Of 3 models .*, at 4x, 2 have .*, and 1 one of more than ten times .*20\.00\); at 16x, 2 have .*, and 2 one/,
+  )
+  t.match(
+    verdict(rows),
+    /30\.00\)\. In 1 PI has.*raises the ratio at 16x in 2 of 2 steps, and that of PI to direct.* in 0\.$/,
+  )
 })

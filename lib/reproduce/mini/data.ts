@@ -8,7 +8,7 @@ import { choiceSets, govReport } from './sets.js'
 import { Writer } from './texts.js'
 
 /** How many people the two corpora are about: of more of them, a text has to be longer before it repeats itself. */
-const PEOPLE = { pg19: 8, 'proof-pile': 24 } as const
+export const PEOPLE = { pg19: 8, 'proof-pile': 24 } as const
 
 export interface MiniatureData {
   data: Record<string, string[]>
