@@ -8,18 +8,19 @@
 // kv head, D in the lanes, products of VL slots reduced together by a transpose in registers. The rows of a kv head
 // follow one another, so that a task reads memory in one go, f32 in place.
 //
-// Chunks of a step: (b, kv head, 512 slots); enough for 16 threads from 1024 slots and 8 kv heads on. A task is up to
-// four neighbours, where that leaves each thread some. Each chunk leaves maximum, sum and unnormalized output for every
-// row; a second pass combines them in the order of the chunks. The chunks depend on shapes only, so the number of
-// threads changes no bit. Traffic: the visible part of the cache, q and o once, and H (D + 2) floats a chunk and token.
+// Chunks of a step: (b, kv head, 1024 slots), or 512 where there are few kv heads; enough for 16 threads from 2048
+// slots and 8 kv heads on. A task is up to four neighbours, where that leaves each thread some. Each chunk leaves
+// maximum, sum and unnormalized output for every row; a second pass combines them in the order of the chunks. The
+// chunks depend on shapes only, so the number of threads changes no bit. Traffic: the visible part of the cache, q and
+// o once, and H (D + 2) floats a chunk and token.
 //
 // Papers: FlashAttention 2205.14135 (the combination of partial softmaxes), RoFormer 2104.09864 (rotation).
 #include "attention.h"
 
 namespace rw::cpu::RW_ISA {
 
-constexpr int64_t chunk_slots = 512;
-constexpr int64_t step_tokens = 8;  // up to so many tokens, rows one by one beat strips that are mostly empty lanes
+constexpr int64_t most_slots = 1024;  // of a chunk
+constexpr int64_t step_tokens = 8;    // up to so many tokens, rows one by one beat strips that are mostly empty lanes
 constexpr float lowest_score = -3e38f;
 
 template <typename F>
@@ -129,14 +130,14 @@ static void step_chunk(const attention_cached_args& a, int64_t b, int64_t head, 
     const F* later = next < high ? k + next * D : v + (next - high + low) * D;
     const float* keys = rows_of(k + n * D, min_of(VL, high - n), n + VL <= S, D, tile);
     for (int64_t row = 0; row < T * G; row++)
-      store(weights + row * chunk_slots + n - low, scores(q + row * D, keys, D, row ? nullptr : later));
+      store(weights + row * most_slots + n - low, scores(q + row * D, keys, D, row ? nullptr : later));
   }
 
   vi lane;
   for (int i = 0; i < VL; i++) lane[i] = i;
   for (int64_t row = 0; row < T * G; row++) {
     int32_t from = first[row / G], to = static_cast<int32_t>(min_of(last[row / G], high - 1));
-    float *p = weights + row * chunk_slots, *result = partial + row * partial_stride;
+    float *p = weights + row * most_slots, *result = partial + row * partial_stride;
     vf top = broadcast(lowest_score), total = {};
     for (int64_t n = low; n < high; n += VL) {
       vi slot = lane + static_cast<int32_t>(n), seen = (slot >= from) & (slot <= to);
@@ -163,7 +164,7 @@ static void step_chunk(const attention_cached_args& a, int64_t b, int64_t head, 
     const float* values = rows_of(v + n * D, min_of(together, high - n), true, D, tile);
     for (int64_t row = 0; row < T * G; row++) {
       int64_t from = max_of(n, first[row / G]), to = min_of(min_of(n + together, high), last[row / G] + 1);
-      const float* p = weights + row * chunk_slots - low;
+      const float* p = weights + row * most_slots - low;
       float* result = partial + row * partial_stride + 2;
       if (to - from == together) {
         accumulate<together>(result, p + n, values, D, row ? nullptr : later);
@@ -178,8 +179,9 @@ template <typename F>
 static void step(Context& context, const attention_cached_args& a) {
   int64_t B = a.q.dims[0], T = a.q.dims[1], H = a.q.dims[2], D = a.q.dims[3];
   int64_t S = a.k_cache.dims[2], K = a.k_cache.dims[1], G = H / K;
-  int64_t chunks = round_up(S, chunk_slots) / chunk_slots, width = D + 2, rows = B * K * T * G;
-  size_t own = sizeof(float) * (VL * D + round_up(T * G * D, VL) + T * G * chunk_slots);
+  int64_t slots = B * K < 8 ? most_slots / 2 : most_slots, chunks = round_up(S, slots) / slots;
+  int64_t width = D + 2, rows = B * K * T * G;
+  size_t own = sizeof(float) * (VL * D + round_up(T * G * D, VL) + T * G * most_slots);
   // partial[b, kv head, token, head of the group][chunk]
   char* shared = static_cast<char*>(context.scratch(0, own + sizeof(float) * rows * chunks * width));
   float* partial = reinterpret_cast<float*>(shared + own);
@@ -191,8 +193,8 @@ static void step(Context& context, const attention_cached_args& a) {
     void* scratch = thread ? context.scratch(thread, own) : shared;
     const int64_t at = task < runs ? task * run : task + runs * (run - 1);
     for (int64_t i = at; i < at + (task < runs ? run : 1); i++) {
-      const int64_t head = i / chunks, chunk = i % chunks, begin = chunk * chunk_slots;
-      step_chunk<F>(a, head / K, head % K, begin, min_of(begin + chunk_slots, S),
+      const int64_t head = i / chunks, chunk = i % chunks, begin = chunk * slots;
+      step_chunk<F>(a, head / K, head % K, begin, min_of(begin + slots, S),
                     partial + (head * T * G * chunks + chunk) * width, chunks * width, static_cast<float*>(scratch));
     }
   });
