@@ -1,5 +1,6 @@
 import { RopewalkError } from '../errors.js'
 import { isTaken } from '../files/durable.js'
+import { requireReplaceable } from '../files/save.js'
 import {
   Llama,
   type LoadOptions,
@@ -80,7 +81,7 @@ const options = {
   ...memoryOptions,
   ...adapterOptions,
   resume: { kind: 'flag', help: 'go on from the last checkpoint of the same command' },
-  overwrite: { kind: 'flag', help: 'replace --out, which stays complete until the new model is' },
+  overwrite: { kind: 'flag', help: 'replace the model in --out, which stays complete until the new one is' },
   ...modelOptions,
   ...commonOptions,
 } as const
@@ -117,6 +118,7 @@ export const extend: Command<typeof options> = {
     if (!overwrite && (await isTaken(out))) {
       throw new RopewalkError('ERR_EXISTS', `${out}: exists already: choose another folder, or add --overwrite`)
     }
+    await requireReplaceable(out, overwrite ?? false)
     const checkpoints = checkpointsOf(values)
     if (steps > 0 && !values.resume && (await isTaken(checkpoints))) {
       throw new RopewalkError(

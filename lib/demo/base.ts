@@ -156,5 +156,6 @@ async function saveAsBfloat16(
 ): Promise<void> {
   using half = await Llama.create(config, { dtype: 'bfloat16', tokenizer })
   for (const { name } of model.parameters()) await half.write(name, await model.read(name))
+  await rm(join(folder, 'training.json'), { force: true }) // of the model that is replaced
   await half.save(folder, { overwrite: true })
 }

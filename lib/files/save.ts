@@ -1,7 +1,7 @@
 import { createHash } from 'node:crypto'
 import { mkdir, readdir, rm } from 'node:fs/promises'
 import { dirname, join, resolve } from 'node:path'
-import { quote } from '../errors.js'
+import { quote, RopewalkError } from '../errors.js'
 import { readSmallFile } from './bytes.js'
 import {
   existsError,
@@ -79,7 +79,7 @@ export async function saveModelFolder(target: string, options: SaveOptions): Pro
   if (!(maxShardBytes > 0)) throw new RangeError(`maxShardBytes: ${maxShardBytes}, but it must be above 0`)
   const tensors = [...options.tensors]
   const metadata = [...(options.metadata ?? [['format', 'pt'] as [string, string]])]
-  if (!overwrite && (await isTaken(target))) throw existsError(target)
+  await requireReplaceable(target, overwrite)
   const copies = copyFrom === undefined ? [] : await findCompanions(copyFrom)
   return saveFolder(target, { needed: bytesOf(tensors), overwrite, signal }, async (temporary) => {
     const saved = await writeWeights(temporary, tensors, metadata, maxShardBytes, signal)
@@ -108,7 +108,7 @@ export interface AdapterSaveOptions {
 /** Writes an adapter's folder in the way that `saveModelFolder` does. */
 export async function saveAdapterFolder(target: string, options: AdapterSaveOptions): Promise<SavedFile[]> {
   const { adapterConfig, config, card, tensors, overwrite = false } = options
-  if (!overwrite && (await isTaken(target))) throw existsError(target)
+  await requireReplaceable(target, overwrite)
   return saveFolder(target, { needed: bytesOf(tensors), overwrite }, async (temporary) => {
     const weights = join(temporary, adapterWeightsName)
     const written = await writeSafetensors(weights, tensors, [['format', 'pt']], { sync: true })
@@ -120,6 +120,32 @@ export async function saveAdapterFolder(target: string, options: AdapterSaveOpti
     return [{ name: adapterWeightsName, ...written }, ...(await writeTexts(temporary, texts))]
   })
 }
+
+/**
+ * Throws ERR_EXISTS where something stands at `target`, unless it may be overwritten and is an empty folder or a saved model
+ * or adapter and nothing else: what a user keeps beside them would be deleted, and is in no new folder.
+ */
+export async function requireReplaceable(target: string, overwrite: boolean): Promise<void> {
+  if (!(await isTaken(target))) return
+  if (!overwrite) throw existsError(target)
+  const entries = await readdir(target, { withFileTypes: true }).catch(() => undefined)
+  const refuse = (reason: string): never => {
+    throw new RopewalkError('ERR_EXISTS', `${target}: it ${reason}: choose another folder`)
+  }
+  if (!entries) return refuse('is a file, and no model that could be overwritten')
+  const names = new Set(entries.map(({ name }) => name))
+  const adapter = names.has(adapterConfigName)
+  if (!adapter && !names.has('config.json')) refuse('is no saved model or adapter, so it is not overwritten')
+  const lost = entries.filter((entry) => entry.isDirectory() || !isOwn(entry.name, adapter)).map(({ name }) => name)
+  if (lost.length === 0) return
+  const some = lost.sort().slice(0, 3).join(', ')
+  refuse(`holds ${some}${lost.length > 3 ? ` and ${lost.length - 3} more` : ''}, which overwriting would delete`)
+}
+
+/** Whether a save can have written a file of this name. */
+const isOwn = (name: string, adapter: boolean): boolean =>
+  /\.safetensors(\.index\.json)?$/.test(name) ||
+  ['config.json', adapterConfigName, ...companions, ...(adapter ? ['README.md'] : [])].includes(name)
 
 const bytesOf = (tensors: readonly TensorEntry[]): number => tensors.reduce((sum, { bytes }) => sum + bytes, 0)
 

@@ -109,13 +109,17 @@ export function readConfig(raw: Record<string, unknown>, path: string): LlamaCon
     rmsNormEps: eps as number,
     tied: raw.tie_word_embeddings === true,
     maxPositionEmbeddings,
-    originalMaxPositionEmbeddings: rope.originalMaxPositionEmbeddings ?? maxPositionEmbeddings,
+    originalMaxPositionEmbeddings: rope.originalMaxPositionEmbeddings ?? originalOf(rope, maxPositionEmbeddings),
     rope,
     bosId: ids(raw.bos_token_id, 'bos_token_id', fail)[0],
     eosIds: ids(raw.eos_token_id, 'eos_token_id', fail),
     raw,
   }
 }
+
+// A linear factor has raised the window (contextWindow()), whether or not the config says what it was.
+const originalOf = ({ type, factor = 1 }: RopeConfig, window: number): number =>
+  type === 'linear' ? Math.max(1, Math.round(window / factor)) : window
 
 function ids(value: unknown, field: string, fail: (message: string) => never): number[] {
   if (value === undefined || value === null) return []

@@ -174,7 +174,7 @@ function leanFit(planning: Planning, fixed: MemoryOptions): FitSet | undefined {
   return choose(finder, planning, finder.candidates({ least: true }))[0]
 }
 
-/** One window in a pass, then ever shorter ones. */
+/** Fewer windows in a pass, as many as fit; where one is too many, ever shorter ones. */
 function nearestFit(planning: Planning, fixed: MemoryOptions): FitProblem['nearest'] {
   const { settings, context } = planning
   const { batchSize, accumulate } = settings
@@ -184,7 +184,23 @@ function nearestFit(planning: Planning, fixed: MemoryOptions): FitProblem['neare
   const at = (length: number): FitSet | undefined =>
     leanFit({ ...planning, context: length, settings: { ...settings, ...shape, context: length } }, fixed)
   const whole = batchSize > 1 ? at(context) : undefined
-  if (whole) return { context, ...shape, set: whole }
+  if (whole) {
+    // With the same windows in a step: the most that divide them.
+    const wider = Array.from({ length: batchSize - 2 }, (_, i) => i + 2).filter((size) => passes % size === 0)
+    let found = { ...shape, set: whole }
+    for (let low = 0, high = wider.length; low < high;) {
+      const middle = (low + high) >> 1
+      const of = { batchSize: wider[middle]!, accumulate: passes / wider[middle]! }
+      const set = leanFit({ ...planning, settings: { ...settings, ...of } }, fixed)
+      if (set) {
+        found = { ...of, set }
+        low = middle + 1
+      } else {
+        high = middle
+      }
+    }
+    return { context, ...found }
+  }
   // Halves until one fits, then the steps between: the longest in steps of a 32nd.
   let low = 0
   let best: FitSet | undefined

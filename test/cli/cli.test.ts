@@ -355,6 +355,16 @@ t.test('a signal ends a run after its step, and the printed command goes on', as
   t.match(second.stderr(), `step ${Number(stopped) + 1}/100000`, 'the next step comes first')
 })
 
+t.test('a reader of stdout that goes away ends a run as a signal does', async (t) => {
+  const out = join(dir, 'unread')
+  const options = ['--context', '256', '--data', text, '--out', out, '--steps', '100000', '--threads', '1', '--json']
+  const run = start('extend', model, ...options)
+  await until(() => /"step":2,/.test(run.stdout()))
+  run.child.stdout.destroy()
+  t.equal(await run.ended, 130, run.stderr())
+  t.match(run.stderr(), /stopped after step \d+ of 100000, saved in .*\.checkpoints/)
+})
+
 t.test('the compiled command', async (t) => {
   const good = start('--version')
   t.equal(await good.ended, 0)

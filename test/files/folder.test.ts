@@ -429,12 +429,32 @@ t.test('saving: whole or not at all', async (t) => {
     ...[1, 2, 3].map((i) => `model-0000${i}-of-00003.safetensors`),
     index,
   ])
+  const saved = listing(target)
+  const lost: [name: string, content: string | undefined, message: RegExp][] = [
+    ['thesis.txt', 'x', /model: it holds thesis\.txt, which overwriting would delete: choose another folder/],
+    ['README.md', 'x', /holds README\.md, which/],
+    ['pytorch_model.bin', 'x', /holds pytorch_model\.bin/],
+    ['runs', undefined, /holds runs, which/],
+  ]
+  for (const [name, content, message] of lost) {
+    const path = join(target, name)
+    if (content === undefined) fs.mkdirSync(path)
+    else fs.writeFileSync(path, content)
+    await t.rejects(saveModelFolder(target, options({ overwrite: true })), { code: 'ERR_EXISTS', message })
+    fs.rmSync(path, { recursive: true })
+    t.strictSame(listing(target), saved)
+  }
+  const notes = join(parent, 'notes')
+  fs.mkdirSync(notes)
+  fs.writeFileSync(join(notes, 'model.safetensors'), 'x')
+  await t.rejects(saveModelFolder(notes, options({ overwrite: true })), { message: /is no saved model or adapter/ })
   const empty = join(parent, 'empty')
   fs.mkdirSync(empty)
   await t.resolves(saveModelFolder(empty, options()), 'an empty folder is nothing to lose')
   const file = join(parent, 'file')
   fs.writeFileSync(file, 'x')
   await t.rejects(saveModelFolder(file, options()), { code: 'ERR_EXISTS' })
+  await t.rejects(saveModelFolder(file, options({ overwrite: true })), { code: 'ERR_EXISTS', message: /it is a file/ })
   await t.rejects(saveModelFolder(join(file, 'x'), options()), { code: /ERR_WRITE|ENOTDIR/ })
 
   const folder = await openModelFolder(empty)

@@ -283,7 +283,7 @@ t.test('ropewalk theory', async (t) => {
   const model = await run(fixture, '--json')
   t.equal(model.code, 0, model.stderr)
   const { headDim, window, context } = JSON.parse(model.stdout)
-  t.strictSame([headDim, window, context], [64, 512, 4096], 'its config has no longer window, but a factor of 8')
+  t.strictSame([headDim, window, context], [64, 64, 512], 'its factor of 8 has led to the window that its config has')
   const refused = await run('--window', '8')
   t.strictSame([refused.code, refused.stdout], [1, ''])
   t.match(refused.stderr, /window: 8, but it must be a whole number from 128/)

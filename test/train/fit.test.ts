@@ -128,6 +128,9 @@ t.test('where nothing fits: why, and the nearest that does', async (t) => {
   t.ok(held > offloaded, 'gradients of several passes are held')
   const wide = await fit({ ...request, batchSize: 3, limit: held })
   t.match(wide.problem!.nearest, { context: 4096, batchSize: 1, accumulate: 3 })
+  const { offloaded: two } = await needs({ batchSize: 2, accumulate: 2 })
+  const pairs = await fit({ ...request, batchSize: 4, limit: two })
+  t.match(pairs.problem!.nearest, { context: 4096, batchSize: 2, accumulate: 2 }, 'as many in a pass as fit')
   const fused = await fit({ ...request, batchSize: 3, limit: offloaded, memory: { gradients: 'fused' } })
   t.match(fused.problem!.nearest, { context: 4096, batchSize: 1, accumulate: 1 })
 
