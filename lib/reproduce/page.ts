@@ -165,7 +165,7 @@ export function reportPage(folder: ReportFolder): string {
           `The evaluation of arXiv 2306.15595 in miniature: a LLaMA of ${weights(model.parameters)} that was ` +
             `trained at ${model.window} tokens, and data of the miniature’s own. “PG-19”, “Proof-pile”, “BoolQ” and the like ` +
             'name here which experiment of the paper a generated data set stands for, and the format that it is in; they are not ' +
-            'those data. Settings were fixed before the seeds were run, and a claim that does not hold is said not to.',
+            'those data. Settings were fixed before the seeds were run.',
         ]
       : [
           `The tables and figures of arXiv 2306.15595 for a LLaMA of ${weights(model.parameters)} with a window ` +
