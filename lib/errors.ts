@@ -7,7 +7,7 @@
  * | `ERR_NOT_FOUND`, `ERR_READ` | a file or folder is not there; it cannot be read |
  * | `ERR_NOT_A_FILE`, `ERR_NOT_A_FOLDER`, `ERR_PATH` | it is something else; it lies, by a link or its name, outside the model's folder |
  * | `ERR_TOO_LARGE`, `ERR_UTF8`, `ERR_JSON` | a text file is too large to be what it should be, not UTF-8, or not JSON |
- * | `ERR_CONFIG` | config.json is of another architecture, asks for what is not supported, or contradicts itself |
+ * | `ERR_CONFIG` | config.json is of another architecture, asks for what is not supported, or contradicts itself; an adapter's is of another base |
  * | `ERR_TENSORS`, `ERR_INDEX`, `ERR_SAFETENSORS`, `ERR_PICKLE` | tensors are missing, superfluous or of other dims; the shards' index is wrong; a file is damaged; only pickle files are there |
  * | `ERR_FILE_CHANGED` | weights that are used in place were modified, or their file was cut |
  * | `ERR_NOT_FINITE` | weights, logits, or too many steps' losses or gradients are NaN or infinite |

@@ -187,7 +187,7 @@ async function byPosition(path: string, values: Values<typeof perplexityOptions>
     const found =
       helpsUpTo === undefined
         ? 'a single document has no standard errors: give more of them'
-        : `more context helps up to ${helpsUpTo} of ${window - 1} tokens`
+        : `more context helps up to ${helpsUpTo} of ${window - 1} tokens, at 95 %`
     output.line(`${name}: ${found} (${documents} documents)`)
   }
   output.value({ model: path, result: results.model, baseline: results.baseline })

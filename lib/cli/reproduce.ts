@@ -1,10 +1,11 @@
 import { Llama } from '../index.js'
-import { combine } from '../reproduce/combine.js'
+import { combine, TOO_FEW } from '../reproduce/combine.js'
 import { DATA_SETS, EXPERIMENTS } from '../reproduce/experiments.js'
 import { ReportFolder } from '../reproduce/folder.js'
 import { reproduceMiniature } from '../reproduce/mini/mini.js'
-import { sectionsOf } from '../reproduce/page.js'
+import { CLAIMS_TITLE, claimsTable, sectionsOf } from '../reproduce/page.js'
 import { reproduce as run, type ReproduceResult, writePages } from '../reproduce/run.js'
+import type { Table } from '../reproduce/sections.js'
 import { paperSettings, type Settings } from '../reproduce/settings.js'
 import { listen } from './interrupt.js'
 import { type Command, commandLine, commonOptions, defined, modelOptions, UsageError, type Values } from './options.js'
@@ -60,7 +61,7 @@ const options = {
   combine: {
     kind: 'texts',
     value: 'report',
-    help: 'no run: holds the claims against finished reports of several seeds',
+    help: 'no run: holds the claims against finished reports of two seeds or more',
   },
   ...modelOptions,
   ...commonOptions,
@@ -98,7 +99,9 @@ export const reproduce: Command<typeof options> = {
     const { out = './ropewalk-report', mini, force } = values
     if (values.combine) {
       if (model !== undefined || mini) throw new UsageError('--combine takes finished reports: no model and no --mini')
-      const claims = await combine(values.combine, out)
+      const { combine: reports } = values
+      if (reports.length < 2) throw new UsageError(`--combine ${reports.join(' ')}: ${TOO_FEW}`)
+      const claims = await combine(reports, out)
       output.table(
         ['s', 'claim', 'holds', 'figures'],
         claims.map(({ factor, claim, holds, figures }) => [factor, claim, holds ? 'yes' : 'no', figures]),
@@ -236,21 +239,26 @@ async function settingsOf(path: string, values: Values<typeof options>): Promise
   }
 }
 
-function show({ sections, notRun }: ReproduceResult, out: string, output: Output): void {
+function show({ folder, sections, notRun }: ReproduceResult, out: string, output: Output): void {
+  const print = ({ head, rows, caption }: Table): void => {
+    output.line(caption)
+    output.table(
+      head,
+      rows.map((row) => row.map(({ text }) => text)),
+    )
+  }
+  const claims = claimsTable(folder)
+  if (claims) {
+    output.line(`\n${CLAIMS_TITLE}`)
+    print(claims)
+  }
   for (const { title, tables, leftOut, notAsked = [] } of sections) {
     output.line(`\n${title}`)
-    for (const { head, rows, caption, id } of tables) {
-      if (id.endsWith('-published')) continue
-      output.line(caption)
-      output.table(
-        head,
-        rows.map((row) => row.map(({ text }) => text)),
-      )
-    }
+    for (const table of tables) if (!table.id.endsWith('-published')) print(table)
     for (const line of leftOut) output.line(`left out: ${line}`)
     for (const line of notAsked) output.line(`not asked for: ${line}`)
   }
   for (const { title, why } of notRun) output.line(`${title}: ${why}`)
   output.note(`the report: ${out}/index.html`)
-  output.value({ out, sections: sections.map(({ charts: _, groups: __, ...section }) => section), notRun })
+  output.value({ out, claims, sections: sections.map(({ charts: _, groups: __, ...section }) => section), notRun })
 }

@@ -67,8 +67,8 @@ export interface PositionResult {
   /** From the start of the window to its end. */
   bins: PositionBin[]
   /**
-   * Up to where more context helps: `to` of the last bin whose gain exceeds its standard error, 0 where none does;
-   * undefined for a single document.
+   * Up to where more context helps: `to` of the last bin whose gain lies above 0 by more than 1.96 standard errors (95 %),
+   * 0 where none does; undefined for a single document.
    */
   helpsUpTo: number | undefined
 }
@@ -169,7 +169,7 @@ function errorOf(residuals: readonly number[]): number | undefined {
 
 function lastGain(bins: readonly PositionBin[]): number | undefined {
   if (bins[0]!.standardError === undefined) return undefined
-  return bins.findLast(({ gain = 0, gainError = Infinity }) => gain > gainError)?.to ?? 0
+  return bins.findLast(({ gain = 0, gainError = Infinity }) => gain > 1.96 * gainError)?.to ?? 0
 }
 
 function readOptions(

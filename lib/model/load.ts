@@ -31,7 +31,7 @@ export interface LoadOptions {
   map?: boolean
   /**
    * Folder of a LoRA adapter that PEFT or `saveAdapter` wrote for this model. Where it says which positions it was
-   * trained with (its config.json), they hold unless `rope` is given.
+   * trained with (its config.json), they hold unless `rope` is given; of another base it is refused with ERR_CONFIG.
    */
   adapter?: string
   /**

@@ -61,9 +61,33 @@ function readAdapterConfig(folder: AdapterFolder): { rank: number; alpha: number
   return { rank, alpha, rankStabilized: config.use_rslora === true }
 }
 
+/** What has to be the base's own; not the positions, which an extension changes by right (NTK also rope_theta). */
+const OF_THE_BASE = {
+  hidden_size: 'hiddenSize',
+  intermediate_size: 'intermediateSize',
+  num_hidden_layers: 'layers',
+  num_attention_heads: 'heads',
+  num_key_value_heads: 'kvHeads',
+  head_dim: 'headDim',
+  vocab_size: 'vocabSize',
+  rms_norm_eps: 'rmsNormEps',
+} as const satisfies Record<string, keyof LlamaConfig>
+
+/** The tensors of an adapter may fit another base: its config.json tells. */
+function checkBase(config: LlamaConfig, trainedOn: LlamaConfig, path: string): void {
+  for (const [field, key] of Object.entries(OF_THE_BASE)) {
+    if (trainedOn[key] === config[key]) continue
+    throw new RopewalkError(
+      'ERR_CONFIG',
+      `${path}: ${field} is ${trainedOn[key]}, but the base's is ${config[key]}: the adapter was trained on another ` +
+        'base. Give the model that it was trained on',
+    )
+  }
+}
+
 /**
  * The base's positions as the adapter was trained with them, where its folder has them. With positions of the caller's
- * own these hold, and a difference is a warning.
+ * own these hold, and a difference is a warning. Throws RopewalkError ERR_CONFIG for an adapter of another base.
  */
 export function adapterPositions(
   config: LlamaConfig,
@@ -72,7 +96,10 @@ export function adapterPositions(
   warnings: string[],
 ): LlamaConfig {
   if (!modelConfig) return config
-  const { rope, maxPositionEmbeddings, originalMaxPositionEmbeddings } = readConfig(modelConfig, `${dir}/config.json`)
+  const path = `${dir}/config.json`
+  const trainedOn = readConfig(modelConfig, path)
+  checkBase(config, trainedOn, path)
+  const { rope, maxPositionEmbeddings, originalMaxPositionEmbeddings } = trainedOn
   const positions = { rope, maxPositionEmbeddings, originalMaxPositionEmbeddings }
   if (!given) return { ...config, ...positions }
   const text = (of: typeof positions): string =>

@@ -4,9 +4,9 @@ import { CORPORA, type Corpus, passkeyOf, perplexityOf } from './results.js'
 import { windowOf } from './settings.js'
 
 /**
- * The claims that a report is held against, at every factor, with the same yardstick whatever came out. Each is a
+ * The claims that reports are held against, at every factor, with the same yardstick whatever came out. Each is a
  * quantity of one report; over several reports (seeds) it gets a Student interval. A claim holds where the whole interval
- * is on its side of the bound; of a single report, where the quantity itself is.
+ * is on its side of the bound. A single report has no interval, and decides nothing.
  */
 export interface ClaimValue {
   id: string
@@ -68,21 +68,20 @@ export function claimsOf(folder: ReportFolder): ClaimValue[] {
 /** Two-sided 97.5 % points of Student's t with 1, 2 ... degrees of freedom. */
 const STUDENT = [12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.306, 2.2622]
 
-/** Mean and 95 % interval of independent values, by Student's t; the interval is undefined for one value. */
-export function studentInterval(values: readonly number[]): { mean: number; interval: [number, number] | undefined } {
+/** Mean and 95 % interval of two or more independent values, by Student's t. */
+export function studentInterval(values: readonly number[]): { mean: number; interval: [number, number] } {
   const n = values.length
+  if (n < 2) throw new RangeError(`values: an interval needs two or more, but there are ${n}`)
   const mean = values.reduce((sum, value) => sum + value, 0) / n
-  if (n < 2) return { mean, interval: undefined }
   const deviation = Math.sqrt(values.reduce((sum, value) => sum + (value - mean) ** 2, 0) / (n - 1))
   const margin = ((STUDENT[n - 2] ?? 2.2622) * deviation) / Math.sqrt(n)
   return { mean, interval: [mean - margin, mean + margin] }
 }
 
-/** Whether the bound is kept by the whole interval, or by the mean where there is none. */
-export function holds(
-  { side, at }: ClaimValue['bound'],
-  { mean, interval }: ReturnType<typeof studentInterval>,
-): boolean {
-  const [low, high] = interval ?? [mean, mean]
+/** Whether the bound is kept by the whole interval. */
+export function holds({ side, at }: ClaimValue['bound'], [low, high]: readonly [number, number]): boolean {
   return side === 'below' ? high < at : side === 'at most' ? high <= at : low >= at
 }
+
+/** What a single report says of a claim, beside its figure. */
+export const NOT_DECIDED = 'one seed: not decided'

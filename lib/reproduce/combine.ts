@@ -6,10 +6,12 @@ import { findings, page } from '../report/page.js'
 import { escapeXml } from '../report/plot.js'
 import { type ClaimValue, claimsOf, holds, studentInterval } from './claims.js'
 import { ReportFolder } from './folder.js'
-import { findingOf, plainTable, sectionsOf, settingsTable, WORDS } from './page.js'
+import { claimText, plainTable, sectionsOf, settingsTable, WORDS } from './page.js'
 import { requireAlike } from './run.js'
 import { type Cell, csvOf, type Table } from './sections.js'
 import { timesText, windowOf } from './settings.js'
+
+export const TOO_FEW = 'intervals need the reports of two seeds or more'
 
 /** A claim over several reports. */
 export interface CombinedClaim {
@@ -20,18 +22,19 @@ export interface CombinedClaim {
   /** Of the reports, in their order. */
   values: number[]
   mean: number
-  /** 95 %, by Student's t over the reports; null for a single one. */
-  interval: [number, number] | null
+  /** 95 %, by Student's t over the reports. */
+  interval: [number, number]
   bound: ClaimValue['bound']
   figures: string
 }
 
 /**
- * Holds the claims against finished reports that differ in their seed alone, and writes a page with means and intervals
- * over them. Throws RopewalkError ERR_NOT_FOUND, ERR_FORMAT where the reports are not alike, ERR_EXISTS where `out` holds
- * something else.
+ * Holds the claims against two or more finished reports that differ in their seed alone, and writes a page with means and
+ * intervals over them. Throws RangeError for fewer, RopewalkError ERR_NOT_FOUND, ERR_FORMAT where the reports are not
+ * alike, ERR_EXISTS where `out` holds something else.
  */
 export async function combine(paths: readonly string[], out: string): Promise<CombinedClaim[]> {
+  if (paths.length < 2) throw new RangeError(`${TOO_FEW}, but paths has ${paths.length}`)
   const folders = await Promise.all(paths.map((path) => ReportFolder.read(path)))
   requireAlike(folders)
   const ours = await readFile(join(out, 'combined.json')).then(
@@ -57,15 +60,14 @@ function combinedClaims(folders: readonly ReportFolder[]): CombinedClaim[] {
   const lists = folders.map(claimsOf)
   return lists[0]!.flatMap((claim, n) => {
     const values = lists.map((list) => list[n]!.value)
-    const finding = findingOf(claim, values)
-    if (!finding) return []
-    const known = values as number[]
-    const statistic = studentInterval(known)
-    const { id, factor, bound } = claim
-    return {
-      ...{ id, claim: claim.claim, factor, holds: holds(bound, statistic), values: known, mean: statistic.mean },
-      ...{ interval: statistic.interval ?? null, bound, figures: finding.figures },
-    }
+    const known = values.filter((value) => value !== undefined)
+    if (known.length < values.length) return []
+    const { mean, interval } = studentInterval(known)
+    const { id, factor, bound, unit } = claim
+    const [each, ends] = [known, interval].map((list) => list.map((value) => claimText(value, unit)))
+    const figures = `${each!.join(', ')}; mean ${claimText(mean, unit)}, 95 % interval ${ends!.join(' to ')}`
+    const verdict = { holds: holds(bound, interval), values: known, mean, interval, bound, figures }
+    return { id, claim: claim.claim, factor, ...verdict }
   })
 }
 
@@ -98,8 +100,8 @@ function combinedCell(first: Cell, cells: readonly (Cell | undefined)[]): Cell {
   const decimals = /\.(\d+)/.exec(first.text)?.[1]?.length ?? 0
   const scale = share ? 100 : 1
   const text = (value: number): string => (scale * value).toFixed(decimals)
-  const margin = interval ? ` ± ${text(interval[1] - mean)}` : ''
-  return { value: [mean, ...(interval ?? [])].join(' '), text: `${text(mean)}${margin}${share ? ' %' : ''}` }
+  const margin = text(interval[1] - mean)
+  return { value: [mean, ...interval].join(' '), text: `${text(mean)} ± ${margin}${share ? ' %' : ''}` }
 }
 
 function combinedPage(
@@ -122,7 +124,7 @@ function combinedPage(
       return `<h2>${timesText(factor)}: ${model.window} to ${windowOf(model.window, factor)} tokens</h2>\n${findings(list, WORDS)}`
     }),
     '<h2>Means over the reports</h2>',
-    ...tables.map(plainTable),
+    ...tables.map((table) => plainTable(table)),
     '<h2>Settings</h2>',
     plainTable(settingsTable(folders[0]!, seeds)),
   ]

@@ -1,9 +1,9 @@
-import { figure, findings, type Finding, page as wholePage, table } from '../report/page.js'
+import { figure as chartFigure, findings, page as wholePage, table } from '../report/page.js'
 import { escapeXml } from '../report/plot.js'
-import { claimsOf, type ClaimValue, holds, studentInterval } from './claims.js'
+import { claimsOf, type ClaimValue, NOT_DECIDED } from './claims.js'
 import { EXPERIMENTS, missingData } from './experiments.js'
 import type { ReportFolder, ReportRecord, Session } from './folder.js'
-import { percent, type Section, signed, type Table } from './sections.js'
+import { type Cell, figure, label, percent, type Section, signed, type Table } from './sections.js'
 import { timesText, windowOf } from './settings.js'
 
 /** The pages: everything on them comes from report.json, units/, times/ and sessions.json. */
@@ -47,61 +47,54 @@ const isMeasured = ({ value, text, given }: Table['rows'][number][number]): bool
 export const claimText = (value: number, unit: ClaimValue['unit']): string =>
   unit === 'share' ? percent(value) : signed(value)
 
-/** A claim with its figures, from the values of one report or of several. */
-export function findingOf(claim: ClaimValue, values: readonly (number | undefined)[]): Finding | undefined {
-  const known = values.filter((value) => value !== undefined)
-  if (known.length === 0 || known.length < values.length) return undefined
-  const statistic = studentInterval(known)
-  const { interval, mean } = statistic
-  const each = known.map((value) => claimText(value, claim.unit)).join(', ')
-  return {
-    claim: `${timesText(claim.factor)}: ${claim.claim}`,
-    seen: holds(claim.bound, statistic),
-    figures: interval
-      ? `${each}; mean ${claimText(mean, claim.unit)}, 95 % interval ${interval.map((end) => claimText(end, claim.unit)).join(' to ')}`
-      : each,
-  }
-}
-
 export const WORDS = ['holds', 'fails'] as const
 
-function claimsHtml(folder: ReportFolder): string {
+/** The figures that a single report has of the claims; verdicts need intervals, and so more seeds. */
+export function claimsTable(folder: ReportFolder): Table | undefined {
   const claims = claimsOf(folder)
   const known = claims.filter(({ value }) => value !== undefined)
-  if (known.length === 0) return ''
+  if (known.length === 0) return undefined
   const [names, factors] = [
     [...new Set(known.map(({ claim }) => claim))],
     [...new Set(claims.map(({ factor }) => factor))],
   ]
-  const cellOf = (name: string, factor: number): string => {
+  const cellOf = (name: string, factor: number): Cell => {
     const claim = known.find((one) => one.claim === name && one.factor === factor)
-    const finding = claim && findingOf(claim, [claim.value])
-    return finding ? `${finding.figures}, ${finding.seen ? WORDS[0] : WORDS[1]}` : '–'
+    return figure(claim?.value, (value) => claimText(value, claim!.unit))
   }
-  const caption =
-    'The change of perplexity, or k_max as a share of the extended window, and whether the claim holds. These are the figures of one ' +
-    'seed; ropewalk reproduce --combine gives intervals over several.'
-  const head = ['claim', ...factors.map(timesText)]
-  const rows = names.map((name) => [name, ...factors.map((factor) => cellOf(name, factor))])
-  return `<h2>The claims, in this run</h2>\n${table({ head, rows, caption, texts: true })}`
+  return {
+    id: 'claims',
+    caption:
+      'The change of perplexity, or k_max as a share of the extended window. One seed decides nothing: ropewalk reproduce ' +
+      '--combine holds the claims against intervals over two seeds or more.',
+    head: ['claim', ...factors.map(timesText), 'verdict'],
+    rows: names.map((name) => [label(name), ...factors.map((factor) => cellOf(name, factor)), label(NOT_DECIDED)]),
+  }
+}
+
+export const CLAIMS_TITLE = 'The claims, in this run'
+
+function claimsHtml(folder: ReportFolder): string {
+  const claims = claimsTable(folder)
+  return claims ? `<h2>${CLAIMS_TITLE}</h2>\n${plainTable(claims, true)}` : ''
 }
 
 const isPublished = ({ id }: Table): boolean => id.endsWith('-published')
 
 const paragraph = (text: string, kind = ''): string => `<p${kind && ` class="${kind}"`}>${escapeXml(text)}</p>`
 
-export const plainTable = ({ head, rows, caption }: Table): string =>
-  table({ head, rows: rows.map((row) => row.map(({ text }) => text)), caption })
+export const plainTable = ({ head, rows, caption }: Table, texts = false): string =>
+  table({ head, rows: rows.map((row) => row.map(({ text }) => text)), caption, texts })
 
 export function sectionHtml(section: Section): string {
   const { title, id, text, tables, charts, groups = [], findings: list, leftOut, notAsked = [] } = section
   return [
     `<section id="${escapeXml(id)}"><h2>${escapeXml(title)}</h2>`,
     ...text.map((line) => paragraph(line)),
-    ...tables.filter((one) => !isPublished(one)).map(plainTable),
-    ...(charts.length > 0 ? [figure(charts)] : []),
-    ...groups.flatMap((group) => [paragraph(group.name, 'soft'), figure(group.charts)]),
-    ...tables.filter(isPublished).map(plainTable),
+    ...tables.filter((one) => !isPublished(one)).map((one) => plainTable(one)),
+    ...(charts.length > 0 ? [chartFigure(charts)] : []),
+    ...groups.flatMap((group) => [paragraph(group.name, 'soft'), chartFigure(group.charts)]),
+    ...tables.filter(isPublished).map((one) => plainTable(one)),
     ...(list ? [findings(list, WORDS)] : []),
     ...leftOut.map((line) => paragraph(`Left out: ${line}.`, 'soft')),
     ...notAsked.map((line) => paragraph(`Not asked for: ${line}.`, 'soft')),
@@ -172,7 +165,7 @@ export function reportPage(folder: ReportFolder): string {
           `The evaluation of arXiv 2306.15595 in miniature: a LLaMA of ${weights(model.parameters)} that was ` +
             `trained at ${model.window} tokens, and data of the miniature’s own. “PG-19”, “Proof-pile”, “BoolQ” and the like ` +
             'name here which experiment of the paper a generated data set stands for, and the format that it is in; they are not ' +
-            'those data. Settings were fixed before the seeds were run, and a claim that does not hold is said not to.',
+            'those data. Settings were fixed before the seeds were run.',
         ]
       : [
           `The tables and figures of arXiv 2306.15595 for a LLaMA of ${weights(model.parameters)} with a window ` +

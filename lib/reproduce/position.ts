@@ -91,12 +91,13 @@ function positionSection(folder: ReportFolder): Section {
     title: positions.title,
     text: [
       'Documents cut into windows that do not overlap; each token is scored by what stands before it. Text helps up to the end ' +
-        'of the last bin in which the loss is lower than in the one before by more than its standard error.',
+        'of the last bin in which the loss is lower than in the one before by more than 1.96 standard errors (95 %).',
     ],
     tables: [
       {
         id: 'position',
-        caption: 'PG-19: perplexity in the last two doublings of the tokens before, and up to where context helps',
+        caption:
+          'PG-19: perplexity in the last two doublings of the tokens before, and up to where context helps, at 95 %',
         head: ['model', 'window', 'last doubling but one', 'last doubling', 'helps up to'],
         rows,
       },

@@ -6,7 +6,7 @@ import { checkData } from './check.js'
 import { DATA_SETS, experimentsOf, missingData } from './experiments.js'
 import { describeData, modelHash, ReportFolder, type ReportRecord } from './folder.js'
 import { loader, type Plan, removeCheckpoints } from './models.js'
-import { reportPage, sectionsOf, settingsTable } from './page.js'
+import { claimsTable, reportPage, sectionsOf, settingsTable } from './page.js'
 import { csvOf, type Section } from './sections.js'
 import type { Settings } from './settings.js'
 import { runUnits } from './units.js'
@@ -112,7 +112,12 @@ async function beginSession(
 /** Makes the page and the CSV files from the units. */
 export async function writePages(folder: ReportFolder): Promise<void> {
   const { sections } = sectionsOf(folder)
-  for (const table of [...sections.flatMap(({ tables }) => tables), settingsTable(folder)]) {
+  const claims = claimsTable(folder)
+  for (const table of [
+    ...(claims ? [claims] : []),
+    ...sections.flatMap(({ tables }) => tables),
+    settingsTable(folder),
+  ]) {
     await folder.write(`csv/${table.id}.csv`, csvOf(table))
   }
   await folder.write('index.html', reportPage(folder))

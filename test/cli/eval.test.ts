@@ -22,7 +22,7 @@ t.test('perplexity by position', async (t) => {
   const table = await ropewalk(...run)
   t.equal(table.code, 0, table.stderr)
   t.match(table.stdout, /distance +targets +nll +gain\n1 - 1 .* -\n2 - 3 +\d+ +\d\.\d{4} ± /)
-  t.match(table.stdout, /\nmodel: more context helps up to \d+ of 63 tokens \(2 documents\)\n$/)
+  t.match(table.stdout, /\nmodel: more context helps up to \d+ of 63 tokens, at 95 % \(2 documents\)\n$/)
   t.match(table.stderr, /model, windows \d+\/\d+ perplexity/)
   t.match((await ropewalk(...run, '--stride', '8')).stderr, /leave --stride and --truncate out/)
   t.match((await ropewalk(...run.slice(0, 5), '--windows', '64,128', '--by-position')).stderr, /takes one window/)

@@ -85,6 +85,27 @@ t.test('a loss that falls up to 16 tokens is found to do so', async (t) => {
   t.match(level, { helpsUpTo: 0, bos: false, windows: 2 + 4 })
 })
 
+t.test('a gain counts beyond 1.96 standard errors', async (t) => {
+  // Three documents gain 1, 1 + spread and 1 - spread in the last bin: a standard error of spread / sqrt(3).
+  const last = async (spread: number) => {
+    const gains: Record<number, number> = { 2: 1, 3: 1 + spread, 4: 1 - spread }
+    const model = fake((id, seen) => id - (seen >= 8 ? gains[id]! : 0))
+    const documents = [2, 3, 4].map((level) => document(16, level))
+    const { bins, helpsUpTo } = await perplexityByPosition(model, documents, { window: 16 })
+    const { gain, gainError } = bins.at(-1)!
+    return { ratio: gain! / gainError!, helpsUpTo }
+  }
+  for (const [spread, helpsUpTo] of [
+    [1.5, 0], // 1.15
+    [0.9, 0], // 1.92
+    [0.85, 15], // 2.04
+  ] as const) {
+    const found = await last(spread)
+    t.ok(Math.abs(found.ratio - Math.sqrt(3) / spread) < 1e-5)
+    t.equal(found.helpsUpTo, helpsUpTo, `${found.ratio} standard errors`)
+  }
+})
+
 t.test('standard errors are those of the ratio estimator', async (t) => {
   // Means 2, 3 and 7 of one, two and one windows: 15 / 4; residuals -1.75, -1.5, 3.25 over 4.
   const documents = [document(8, 2), document(16, 3), document(8, 7)]

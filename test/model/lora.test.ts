@@ -162,6 +162,53 @@ t.test('what is saved is what PEFT reads', async (t) => {
   })
 })
 
+t.test('an adapter of another base is refused, also where its tensors would fit', async (t) => {
+  const out = join(dir, 'another-base')
+  using model = await Llama.load(base('all'), { device: 'cpu' })
+  using trainer = new Trainer(model, { learningRate: 1e-2, lora: { rank: 2 } })
+  await trainer.step([[1, 5, 9, 7]])
+  await model.saveAdapter(out)
+  const path = join(out, 'config.json')
+  const saved = json(path)
+  const load = async (config: object) => {
+    fs.writeFileSync(path, JSON.stringify({ ...saved, ...config }))
+    using loaded = await Llama.load(base('all'), { device: 'cpu', adapter: out })
+    return loaded.adapter
+  }
+  const { hidden_size: hidden, num_attention_heads: heads, num_key_value_heads: kvHeads } = saved
+  const headDim = hidden / heads
+  const others: [string, object][] = [
+    ['hidden_size', { hidden_size: 2 * hidden, head_dim: headDim }],
+    ['intermediate_size', { intermediate_size: saved.intermediate_size + 2 }],
+    ['num_hidden_layers', { num_hidden_layers: saved.num_hidden_layers + 1 }],
+    [
+      'num_attention_heads',
+      { num_attention_heads: 2 * heads, num_key_value_heads: 2 * kvHeads, head_dim: headDim / 2 },
+    ],
+    ['num_key_value_heads', { num_key_value_heads: heads }],
+    ['head_dim', { head_dim: 2 * headDim }],
+    ['vocab_size', { vocab_size: saved.vocab_size + 1 }],
+    ['rms_norm_eps', { rms_norm_eps: 3e-3 }],
+  ]
+  for (const [field, config] of others) {
+    const { [field]: other } = config as Record<string, number>
+    const message = `${path}: ${field} is ${other}, but the base's is ${saved[field] ?? headDim}: the adapter was trained on another base`
+    const error = await load(config).then(
+      () => undefined,
+      (reason: unknown) => reason as Error & { code: string },
+    )
+    t.equal(error?.code, 'ERR_CONFIG', field)
+    t.ok(error?.message.startsWith(message), `${field}: ${error?.message}`)
+  }
+  // What the base leaves to its default is no difference, and an NTK extension changes rope_theta.
+  t.match(await load({ head_dim: undefined }), { rank: 2 })
+  t.match(await load({ head_dim: headDim }), { rank: 2 })
+  t.match(await load({ rope_theta: 123456, rope_parameters: undefined, rope_scaling: undefined }), { rank: 2 })
+  fs.rmSync(path)
+  using without = await Llama.load(base('all'), { device: 'cpu', adapter: out })
+  t.match(without.adapter, { rank: 2 })
+})
+
 t.test('a tied embedding that is trained is saved twice, and read as one', async (t) => {
   const out = join(dir, 'tied')
   using model = await Llama.load(base('rslora'), { device: 'cpu' })

@@ -1,6 +1,6 @@
 // The report: that it is complete, repeats itself byte for byte, goes on where it was stopped, says no to what does not fit,
 // and that its page shows nothing but what the JSON has.
-import { cpSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { cpSync, existsSync, mkdtempSync, readdirSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join, relative } from 'node:path'
 import t from 'tap'
@@ -11,7 +11,7 @@ import { EXPERIMENTS, missingData } from '../../lib/reproduce/experiments.js'
 import { ReportFolder } from '../../lib/reproduce/folder.js'
 import { reproduceMiniature } from '../../lib/reproduce/mini/mini.js'
 import { quickSettings } from '../../lib/reproduce/mini/settings.js'
-import { claimText, reportPage, sectionsOf, withoutTimes } from '../../lib/reproduce/page.js'
+import { claimsTable, claimText, reportPage, sectionsOf, withoutTimes } from '../../lib/reproduce/page.js'
 import { PUBLISHED } from '../../lib/reproduce/published.js'
 import { reproduce } from '../../lib/reproduce/run.js'
 import { csvOf } from '../../lib/reproduce/sections.js'
@@ -139,14 +139,20 @@ t.test('the page and the CSV files say what the JSON says', async (t) => {
     t.strictSame(shown[n], [table.head, ...table.rows.map((row) => row.map(({ text }) => text))], table.id)
     t.equal(readFileSync(at(`first/csv/${table.id}.csv`), 'utf8'), csvOf(table))
   }
-  // The claims' verdicts are those of claimsOf.
+  // Of the claims one seed has figures, and no verdict.
+  const table = claimsTable(folder)!
+  t.equal(readFileSync(at('first/csv/claims.csv'), 'utf8'), csvOf(table))
   const [, claims] = /<table class="texts">([\s\S]*?)<\/table>/.exec(html)!
-  for (const { claim, value, bound, unit } of claimsOf(folder)) {
-    const verdict = holds(bound, { mean: value!, interval: undefined }) ? 'holds' : 'fails'
-    t.ok(
-      claims!.replaceAll('<wbr/>', '').includes(`<td>${claim}</td><td>${claimText(value!, unit)}, ${verdict}</td>`),
-      claim,
+  t.match(claims, /One seed decides nothing/)
+  t.notMatch(claims, /holds<|fails<|, holds|, fails/)
+  t.equal(table.rows.length, claimsOf(folder).length)
+  for (const [n, { claim, value, unit }] of claimsOf(folder).entries()) {
+    t.strictSame(
+      table.rows[n]!.map((cell) => cell.value),
+      [claim, value, 'one seed: not decided'],
     )
+    const row = `<td>${claim}</td><td>${claimText(value!, unit)}</td><td>one seed: not decided</td>`
+    t.ok(claims!.replaceAll('<wbr/>', '').includes(row), claim)
   }
   const [beyond, within] = [true, false].map((outside) =>
     Math.max(
@@ -190,10 +196,14 @@ t.test('claims are computed, and over several seeds have an interval', async (t)
   const [low, high] = studentInterval([1, 2, 3]).interval!
   t.ok(Math.abs(low - (2 - 4.3027 / Math.sqrt(3))) < 1e-12 && Math.abs(low + high - 4) < 1e-12)
   const below = { side: 'below', at: 0 } as const
-  t.equal(holds(below, { mean: -1, interval: [-2, 0.1] }), false, 'the whole interval has to be there')
-  t.equal(holds(below, { mean: -1, interval: undefined }), true)
-  t.equal(holds({ side: 'at least', at: 1 }, { mean: 1, interval: [1, 1] }), true)
-  t.equal(holds({ side: 'at most', at: 0.05 }, { mean: 0.04, interval: [0.03, 0.06] }), false)
+  t.throws(() => studentInterval([1]), {
+    name: 'RangeError',
+    message: /an interval needs two or more, but there are 1/,
+  })
+  t.equal(holds(below, [-2, 0.1]), false, 'the whole interval has to be there')
+  t.equal(holds(below, [-2, -0.1]), true)
+  t.equal(holds({ side: 'at least', at: 1 }, [1, 1]), true)
+  t.equal(holds({ side: 'at most', at: 0.05 }, [0.03, 0.06]), false)
 
   // a second report with other numbers, and another seed
   cpSync(at('first'), at('second'), { recursive: true })
@@ -204,15 +214,23 @@ t.test('claims are computed, and over several seeds have an interval', async (t)
   const combined = await combine([at('first'), at('second')], at('combined'))
   t.equal(combined.length, 5)
   t.strictSame(combined[0]!.values, [far / near - 1, far / near - 1])
-  t.match(readFileSync(at('combined/index.html'), 'utf8'), /seeds 5, 6/)
+  const html = readFileSync(at('combined/index.html'), 'utf8')
+  t.match(html, /seeds 5, 6/)
+  t.match(html, /<b>(holds|fails)<\/b>/, 'with verdicts')
+  t.notMatch(html, /one seed/)
+  for (const { bound, interval, holds: verdict } of combined) t.equal(verdict, holds(bound, interval))
   await combine([at('first'), at('second')], at('combined'))
-  await t.rejects(combine([at('first')], at('first')), { code: 'ERR_EXISTS' })
+  await t.rejects(combine([at('first'), at('second')], at('first')), { code: 'ERR_EXISTS' })
+  for (const few of [[], [at('first')]]) {
+    await t.rejects(combine(few, at('few')), { name: 'RangeError', message: /two seeds or more, but paths has [01]/ })
+  }
+  t.notOk(existsSync(at('few')), 'and nothing is written')
   record.settings.points = 3
   writeFileSync(at('second/report.json'), JSON.stringify(record))
   await t.rejects(combine([at('first'), at('second')], at('combined')), {
     message: /of another model or other settings/,
   })
-  await t.rejects(combine([at('nothing')], at('combined')), { code: 'ERR_NOT_FOUND' })
+  await t.rejects(combine([at('first'), at('nothing')], at('combined')), { code: 'ERR_NOT_FOUND' })
 })
 
 t.test('a folder of another run, or of something else, is refused with what differs', async (t) => {
@@ -298,6 +316,10 @@ t.test('the command', async (t) => {
     '--json',
   )
   t.equal(code, 0)
+  const shown = await command('--page', '--out', at('first'))
+  t.match(shown.stdout, /The claims, in this run\n.*One seed decides nothing.*\n[\s\S]*one seed: not decided/)
+  const { claims } = JSON.parse((await command('--page', '--out', at('first'), '--json')).stdout)
+  t.strictSame(claims, JSON.parse(JSON.stringify(claimsTable(await ReportFolder.read(at('first'))))))
   t.strictSame(
     JSON.parse(stdout).sections.map(({ id }: { id: string }) => id),
     ['theorem-2.1', 'figure-2', 'figure-5'],
@@ -311,6 +333,7 @@ t.test('the command', async (t) => {
     [[BASE, '--tune', 'pi', '--contexts', '512'], /--tune pi: it must be ntk/],
     [[BASE, '--quick'], /--quick goes with --mini only/],
     [['--combine', at('first'), '--mini'], /--combine takes finished reports/],
+    [['--combine', at('first')], /--combine .*first: intervals need the reports of two seeds or more/],
   ] as const) {
     const { code, stderr } = await command(...args)
     t.equal(code, 2, args.join(' '))
