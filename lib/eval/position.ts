@@ -167,7 +167,8 @@ function errorOf(residuals: readonly number[]): number | undefined {
   return Math.sqrt((residuals.reduce((sum, r) => sum + r * r, 0) * count) / (count - 1))
 }
 
-function lastGain(bins: readonly PositionBin[]): number | undefined {
+/** @internal The end of the last bin that more context has helped; undefined from one document. */
+export function lastGain(bins: readonly PositionBin[]): number | undefined {
   if (bins[0]!.standardError === undefined) return undefined
   return bins.findLast(({ gain = 0, gainError = Infinity }) => gain > 1.96 * gainError)?.to ?? 0
 }

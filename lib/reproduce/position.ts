@@ -1,3 +1,4 @@
+import { lastGain } from '../eval/position.js'
 import { perplexityByPosition, type PositionResult } from '../index.js'
 import { lineChart, STYLES } from '../report/plot.js'
 import { contrasted, modelTitle, pairs } from './beyond.js'
@@ -82,7 +83,7 @@ function positionSection(folder: ReportFolder): Section {
         given(context),
         figure(before?.perplexity, perplexityText),
         figure(far?.perplexity, perplexityText),
-        figure(result.helpsUpTo, String),
+        figure(lastGain(result.bins), String),
       ])
     }
   }
