@@ -69,6 +69,15 @@ t.test('what does not fit ends with code 1', async (t) => {
   const host = await ropewalk(...tiny, '--memory', '1g', '--host', '0', '--offload', 'optimizer')
   t.equal(host.code, 1)
   t.match(host.stdout, /does NOT fit, the host has 0\.00 GB of [\d.]+ MB/)
+  for (const device of [[], ['--device', 'cpu']]) {
+    const run = [...tiny, ...device, '--offload', 'optimizer', '--host']
+    const { code, stdout } = await ropewalk(...run, '0')
+    t.equal(code, 1, device.join(' '))
+    t.match(stdout, /does NOT fit, the host has 0\.00 GB of [\d.]+ MB/)
+    const found = JSON.parse((await ropewalk(...run, '0', '--json')).stdout) as { fits: unknown; fitsOn: unknown }
+    t.match(found, { fits: false, fitsOn: [] })
+    t.equal((await ropewalk(...run, '1g')).code, 0)
+  }
 })
 
 t.test('--fit', async (t) => {
