@@ -1,4 +1,4 @@
-import { stat } from 'node:fs/promises'
+import { rmdir, stat } from 'node:fs/promises'
 import { join, resolve } from 'node:path'
 import { RopewalkError } from '../errors.js'
 import { requireSpace } from '../files/durable.js'
@@ -95,6 +95,8 @@ export class Trainer {
   private admitted: string | undefined
   private peakFlops: number | undefined
   private disposed = false
+  /** Whether the folder of checkpoints was made for this run. */
+  private madeOutput = false
 
   /** Throws TypeError or RangeError for options that are unknown or do not fit each other or the model. */
   constructor(
@@ -182,6 +184,9 @@ export class Trainer {
       this.running = false
       await this.metrics?.close()
       this.metrics = undefined
+      // A run that failed before its first step leaves nothing; a folder with anything in it stays.
+      if (this.madeOutput) await rmdir(output!).catch(() => undefined)
+      this.madeOutput = false
     }
   }
 
@@ -301,7 +306,7 @@ export class Trainer {
     // While one is written, `keep` older ones may stand beside it.
     const more = Math.max(1, Math.min(keep + 1 - present, Math.ceil(left / saveEvery)))
     const needed = more * checkpointBytes(this.model.weights, this.lora, this.optimizer!)
-    await makeFolder(output, needed)
+    this.madeOutput = await makeFolder(output, needed)
     await requireSpace(output, needed)
   }
 

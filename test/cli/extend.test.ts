@@ -1,5 +1,5 @@
 // `ropewalk extend` with options of memory, adapters, quantised bases and PoSE; and the commands that use what comes out.
-import { existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import t from 'tap'
@@ -198,6 +198,25 @@ t.test('what cannot be is refused before anything is read or written', async (t)
     t.match(result.stderr, message)
   }
   t.notOk(existsSync(join(dir, 'never')) || existsSync(join(dir, 'never.checkpoints')))
+})
+
+t.test('a run that fails before its first step leaves no folder of checkpoints', async (t) => {
+  const empty = join(dir, 'empty.txt')
+  writeFileSync(empty, '')
+  const failing = ['extend', model, '--context', '256', '--steps', '1']
+  for (const more of [
+    ['--data', join(dir, 'nowhere.txt')],
+    ['--data', empty],
+    ['--data', data, '--validation', join(dir, 'nowhere.txt')],
+  ]) {
+    const { code, stderr } = await ropewalk(...failing, '--out', join(dir, 'failed', 'run'), ...more)
+    t.not(code, 0, stderr)
+    t.notOk(existsSync(join(dir, 'failed', 'run.checkpoints')), more.join(' '))
+  }
+  const own = join(dir, 'own.checkpoints')
+  mkdirSync(own)
+  await ropewalk(...failing, '--out', join(dir, 'own'), '--data', empty)
+  t.ok(existsSync(own), 'a folder that was there stays')
 })
 
 t.test('adapters and quantised models are evaluated, and write', async (t) => {
