@@ -101,7 +101,11 @@ export function readAdapter(values: Values<typeof adapterOptions>): Pick<PlanReq
   if (rank === undefined && values.quantize !== undefined) {
     throw new UsageError('--quantize needs --lora: quantised weights are too coarse to be trained themselves')
   }
-  const lora = { rank, alpha, targets: targets === 'all' ? loraTargets : list(targets), alsoTrain: list(also) }
+  const named = list(targets)
+  if (named?.includes('all') && named.length > 1) {
+    throw new UsageError(`--lora-targets is "${targets}", but all stands alone: it is every matrix already`)
+  }
+  const lora = { rank, alpha, targets: named?.[0] === 'all' ? loraTargets : named, alsoTrain: list(also) }
   return {
     ...(rank !== undefined && { lora: defined(lora) as LoraOptions }),
     ...(values.quantize !== undefined && { quantize: values.quantize as 'nf4' | 'int8' }),
