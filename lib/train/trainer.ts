@@ -16,10 +16,9 @@ import {
   writeCheckpoint,
 } from './checkpoint.js'
 import { type DataCursor, DataLoader } from './data.js'
-import { checkMemoryOf } from './memory.js'
 import { MetricsLog, type StepResult } from './metrics.js'
 import { explainOutOfMemory, fittingMemory, requireFit, type StepShape } from './admit.js'
-import { requireLayers } from './memory.js'
+import { checkMemoryOf, requireLayers, requireMasters } from './memory.js'
 import { AdamW } from './optimizer.js'
 import { readOptions, requirePlain, type Settings, type TrainerOptions } from './options.js'
 import { TrainingPasses } from './passes.js'
@@ -109,6 +108,7 @@ export class Trainer {
     this.peakFlops = this.settings.peakFlops
     const { context, pose, lora, memory } = this.settings
     requireLayers(memory, model.config.layers)
+    requireMasters(memory, model.weights.dtype)
     if (context !== undefined) this.requireWindow(context, 'context')
     if (pose) this.requireWindow(pose.length, 'pose.length')
     if (lora) checkLora(model.config, lora)

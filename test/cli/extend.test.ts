@@ -187,6 +187,7 @@ t.test('what cannot be is refused before anything is read or written', async (t)
     ['--checkpoint-layers 3', 1, /memory\.checkpointLayers is 3, but the model has 2 layers/],
     ['--keep-attention', 1, /memory\.keepAttention is set, but memory\.checkpointLayers is 0/],
     ['--attention-groups 3', 1, /memory\.attentionGroups is 3, but must divide/],
+    ['--masters stochastic', 1, /memory\.masters is "stochastic", but the weights are float32: .* leave masters away/],
     ['--gradients fused --accumulate 2', 1, /memory\.gradients is "fused", but accumulate is 2/],
     ['--pose 300', 1, /pose\.length is 300, but context is 512: positions are to be spread, not pressed/],
     ['--pose 1024 --packing documents', 1, /packing is 'documents', whose positions restart/],

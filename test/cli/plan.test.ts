@@ -45,7 +45,7 @@ t.test('a plan for people', async (t) => {
 })
 
 t.test('a plan for programs: the same as plan() gives', async (t) => {
-  const lora = ['--lora', '4', '--lora-targets', 'all', '--validation', '--dtype', 'float32']
+  const lora = ['--lora', '4', '--lora-targets', 'all', '--validation', '--dtype', 'bfloat16']
   const more = ['--batch', '2', '--accumulate', '3', '--clip', '1', '--steps', '7', '--memory', '1g', '--host', '2g']
   const { code, stdout, stderr } = await ropewalk(...tiny, ...all.split(' '), ...lora, ...more, '--json')
   t.same([code, stderr], [0, ''])
@@ -55,7 +55,7 @@ t.test('a plan for programs: the same as plan() gives', async (t) => {
   } as const satisfies MemoryOptions
   const wanted = await plan({
     ...{ model: config, context: 128, batchSize: 2, accumulate: 3, maxGradNorm: 1, memory, steps: 7 },
-    ...{ dtype: 'float32', limit: '1g', hostLimit: '2g', validation: 'a file' },
+    ...{ dtype: 'bfloat16', limit: '1g', hostLimit: '2g', validation: 'a file' },
     lora: { rank: 4, targets: ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'] },
   })
   t.same(JSON.parse(stdout), JSON.parse(JSON.stringify(wanted, (_, value) => (value === undefined ? null : value))))
@@ -181,6 +181,11 @@ t.test('what cannot be understood ends with code 2, what cannot be with code 1, 
     [[...tiny, '--pose', '64'], 1, /pose\.length is 64, but context is 128/],
     [[...tiny, '--checkpoint-layers', '9'], 1, /checkpointLayers is 9, but the model has 4 layers/],
     [[...tiny, '--attention-groups', '3'], 1, /attentionGroups is 3, but must divide/],
+    [
+      [...tiny, '--dtype', 'float32', '--masters', 'remainder'],
+      1,
+      /masters is "remainder", but the weights are float32: there is nothing below float32 to keep.* dtype bfloat16/,
+    ],
     [[...tiny, '--keep-attention'], 1, /keepAttention is set, but memory\.checkpointLayers is 0/],
     [[...tiny, '--gradients', 'fused', '--accumulate', '2'], 1, /"fused", but accumulate is 2/],
   ] as const) {
