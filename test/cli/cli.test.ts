@@ -63,6 +63,18 @@ t.test('help and version', async (t) => {
   }
 })
 
+t.test('help of eval lists its commands', async (t) => {
+  const { code, stdout, stderr } = await ropewalk('eval', '--help')
+  t.same([code, stderr], [0, ''])
+  const group = commands.filter((name) => name.startsWith('eval '))
+  for (const name of group) t.match(stdout, new RegExp(`^  ${name} +[A-Z].*\\.$`, 'm'))
+  t.notMatch(stdout, '  extend ')
+  t.equal((await ropewalk('help', 'eval')).stdout, stdout)
+  const bare = await ropewalk('eval')
+  t.equal(bare.code, 2)
+  for (const name of group) t.match(bare.stderr, `ropewalk ${name}`)
+})
+
 t.test('command lines that cannot be understood end with code 2 and the reason', async (t) => {
   const out = join(dir, 'never')
   const extend = ['extend', model, '--context', '512', '--out', out]
