@@ -39,7 +39,7 @@ export const memoryOptions = {
 /** An adapter, and windows with positions that skip. */
 export const adapterOptions = {
   lora: { ...whole, value: 'rank', help: 'train an adapter of this rank, not the weights' },
-  'lora-alpha': { kind: 'number', value: 'x', min: 0, help: 'with --lora: scales it by x / rank', default: '16' },
+  'lora-alpha': { kind: 'number', value: 'x', above: 0, help: 'with --lora: scales it by x / rank', default: '16' },
   'lora-targets': {
     kind: 'text',
     value: 'names',

@@ -181,7 +181,7 @@ t.test('what cannot be is refused before anything is read or written', async (t)
     ['--pose 128', 2, /--pose is 128, but the window of .* has 128 tokens already/],
     ['--pose 1024 --factor 2', 2, /--factor 2 makes the window 256, but --pose is 1024: it must be at least 8/],
     ['--lora 17', 1, /lora\.rank is 17, but .* is \(16,32\): a product of rank above 16 is no smaller/],
-    ['--lora 4 --lora-alpha 0', 1, /lora\.alpha is 0, but must be a finite number > 0/],
+    ['--lora 4 --lora-alpha 0', 2, /--lora-alpha is "0", but must be a number above 0 /],
     ['--lora 4 --lora-targets q', 1, /lora\.targets has "q"/],
     ['--lora 4 --also-train heads', 1, /lora\.alsoTrain has "heads"; did you mean "head"\?/],
     ['--checkpoint-layers 3', 1, /memory\.checkpointLayers is 3, but the model has 2 layers/],
