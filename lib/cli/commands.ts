@@ -38,19 +38,35 @@ const commands = [
   build,
 ] as unknown as readonly Command[]
 
+/** Names and what they do, a line each. */
+function listed(some: readonly Command[]): string {
+  const width = Math.max(...some.map(({ name }) => name.length))
+  return some.map(({ name, summary }) => `  ${name.padEnd(width)}  ${summary}`).join('\n')
+}
+
 /** `ropewalk help` */
 function overview(): string {
-  const width = Math.max(...commands.map(({ name }) => name.length))
-  const rows = commands.map(({ name, summary }) => `  ${name.padEnd(width)}  ${summary}`)
   return [
     `ropewalk ${version}: stretches the context of LLaMA models`,
     `Usage: ropewalk <command> ...`,
-    `Commands:\n${rows.join('\n')}`,
+    `Commands:\n${listed(commands)}`,
     'ropewalk <command> --help says more; ropewalk --version prints the version.\n' +
       'ROPEWALK_DEBUG=1 adds the stack to an error. ROPEWALK_MEMORY=24g: the memory of the host that training may take,\n' +
       'in place of what is free.',
   ].join('\n\n')
 }
+
+/** `ropewalk eval --help`: the commands that begin with that word; none where it is a command itself. */
+function groupOf(first: string | undefined): readonly Command[] {
+  return commands.filter(({ name }) => name.startsWith(`${first} `))
+}
+
+const groupHelp = (first: string, group: readonly Command[]): string =>
+  [
+    `Usage: ropewalk ${first} <command> ...`,
+    `Commands:\n${listed(group)}`,
+    `ropewalk ${first} <command> --help says more.`,
+  ].join('\n\n')
 
 /** The command that the arguments begin with; names may have two words. */
 function find(args: readonly string[]): { command: Command; rest: readonly string[] } {
@@ -58,13 +74,13 @@ function find(args: readonly string[]): { command: Command; rest: readonly strin
     const command = commands.find(({ name }) => name === args.slice(0, words).join(' '))
     if (command) return { command, rest: args.slice(words) }
   }
-  const group = commands.filter(({ name }) => name.startsWith(`${args[0]} `)).map(({ name }) => name)
+  const group = groupOf(args[0]).map(({ name }) => name)
   if (group.length > 0) {
     const second = args[1]?.startsWith('-') ? undefined : args[1]
     throw new UsageError(
       second
         ? `there is no command ${quote(`${args[0]} ${second}`)}${didYouMean(`${args[0]} ${second}`, group)}`
-        : `${quote(args[0])} needs a second word: ropewalk ${group.join(', ropewalk ')}`,
+        : `${quote(args[0])} needs a second word: ropewalk ${group.join(', ropewalk ')} (see: ropewalk ${args[0]} --help)`,
     )
   }
   const names = [...commands.map(({ name }) => name), 'help']
@@ -85,6 +101,12 @@ export async function runCommand(args: readonly string[], streams: { stdout: Sin
     }
     if (first === undefined || first === '--help' || first === '-h' || (first === 'help' && args.length === 1)) {
       stdout.write(`${overview()}\n`)
+      return 0
+    }
+    const [word, ...more] = first === 'help' ? args.slice(1) : args
+    const group = groupOf(word)
+    if (group.length > 0 && (first === 'help' ? more.length === 0 : more[0] === '--help' || more[0] === '-h')) {
+      stdout.write(`${groupHelp(word!, group)}\n`)
       return 0
     }
     const { command, rest } = find(first === 'help' ? args.slice(1) : args)

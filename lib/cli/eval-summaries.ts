@@ -21,7 +21,7 @@ const options = {
   'top-p': {
     kind: 'number',
     value: 'p',
-    min: 0,
+    above: 0,
     max: 1,
     help: 'sample among these parts of the probability',
     default: '0.95',

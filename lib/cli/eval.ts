@@ -61,7 +61,7 @@ const passkeyOptions = {
     value: 'n',
     min: 1,
     whole: true,
-    help: 'distances of the key from the end',
+    help: 'nominal distances of the key from the end, which are in whole sentences of filler',
     default: '32',
   },
   trials: { kind: 'number', value: 'n', min: 1, whole: true, help: 'keys tried at each distance', default: '10' },
@@ -220,7 +220,9 @@ function perplexityRow(result: PerplexityResult): (string | number)[] {
 export const evalPasskey: Command<typeof passkeyOptions> = {
   name: 'eval passkey',
   summary: 'Hides a five-digit key in a long text, at many distances from its end, and asks for it.',
-  details: 'kmax is the largest distance such that at every distance up to it at least 20 % of the answers are right.',
+  details:
+    'kmax is the largest distance such that at every distance up to it at least 20 % of the answers are right. Of distances\n' +
+    'that filler cannot tell apart, whose prompts are the same, only the largest is asked for.',
   examples: [
     'ropewalk eval passkey ./llama-8k --context 8192',
     'ropewalk eval passkey ./llama-8k --distances 8 --trials 3',

@@ -14,7 +14,8 @@ export type Option = {
   | { kind: 'text'; value: string; choices?: readonly string[] }
   /** One or more values, up to the next option; may be repeated. */
   | { kind: 'texts'; value: string }
-  | { kind: 'number'; value: string; min?: number; max?: number; whole?: boolean }
+  /** `above` is a least value that is itself too small. */
+  | { kind: 'number'; value: string; min?: number; above?: number; max?: number; whole?: boolean }
   /** Whole numbers, separated by commas. */
   | { kind: 'numbers'; value: string; min?: number }
 )
@@ -185,16 +186,22 @@ function readValue(
 
 function readNumber(
   name: string,
-  rule: { min?: number; max?: number; whole?: boolean },
+  rule: { min?: number; above?: number; max?: number; whole?: boolean },
   text: string,
   fail: (message: string) => never,
 ): number {
   const value = /^[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?$/i.test(text) ? Number(text) : NaN
-  const { min = -Infinity, max = Infinity, whole } = rule
+  const { above = -Infinity, min = above, max = Infinity, whole } = rule
   const kind = whole ? 'a whole number' : 'a number'
-  const range =
-    min > -Infinity && max < Infinity ? ` from ${min} to ${max}` : min > -Infinity ? ` of at least ${min}` : ''
-  if (!(value >= min && value <= max) || !Number.isFinite(value) || (whole && !Number.isSafeInteger(value))) {
+  const bounded = max < Infinity
+  let range = ''
+  if (above > -Infinity) range = ` above ${above}${bounded ? ` and at most ${max}` : ''}`
+  else if (min > -Infinity) range = bounded ? ` from ${min} to ${max}` : ` of at least ${min}`
+  if (
+    !(value >= min && value <= max && value > above) ||
+    !Number.isFinite(value) ||
+    (whole && !Number.isSafeInteger(value))
+  ) {
     fail(`--${name} is ${quote(text)}, but must be ${kind}${range}`)
   }
   return value

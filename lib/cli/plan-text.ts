@@ -60,11 +60,14 @@ function describeStep({ batchSize, context, accumulate, pose }: MemoryPlan): str
 }
 
 function verdict({ limitBytes, requiredBytes, hostBytes, hostLimitBytes, fits, fitsOn }: MemoryPlan): string {
+  const host = `the host has ${size(hostLimitBytes ?? 0)} of ${size(hostBytes)}`
+  if (limitBytes === undefined && fits === false) return `does NOT fit, ${host}`
   if (limitBytes === undefined) return `fits ${fitsOn.join(', ') || 'none of the GPUs that are known'}`
   const room = limitBytes - requiredBytes
   if (fits) return `of ${size(limitBytes)}: fits, ${size(room)} are left`
+  // On a CPU, what would be on the host takes of the same memory.
   const missing =
-    room < 0 ? `${size(-room)} are missing` : `the host has ${size(hostLimitBytes ?? 0)} of ${size(hostBytes)}`
+    room < 0 || hostLimitBytes === undefined ? `${size(room < 0 ? -room : hostBytes - room)} are missing` : host
   return `of ${size(limitBytes)}: does NOT fit, ${missing} (--fit looks for what does)`
 }
 

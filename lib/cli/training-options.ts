@@ -39,7 +39,7 @@ export const memoryOptions = {
 /** An adapter, and windows with positions that skip. */
 export const adapterOptions = {
   lora: { ...whole, value: 'rank', help: 'train an adapter of this rank, not the weights' },
-  'lora-alpha': { kind: 'number', value: 'x', min: 0, help: 'with --lora: scales it by x / rank', default: '16' },
+  'lora-alpha': { kind: 'number', value: 'x', above: 0, help: 'with --lora: scales it by x / rank', default: '16' },
   'lora-targets': {
     kind: 'text',
     value: 'names',
@@ -101,7 +101,11 @@ export function readAdapter(values: Values<typeof adapterOptions>): Pick<PlanReq
   if (rank === undefined && values.quantize !== undefined) {
     throw new UsageError('--quantize needs --lora: quantised weights are too coarse to be trained themselves')
   }
-  const lora = { rank, alpha, targets: targets === 'all' ? loraTargets : list(targets), alsoTrain: list(also) }
+  const named = list(targets)
+  if (named?.includes('all') && named.length > 1) {
+    throw new UsageError(`--lora-targets is "${targets}", but all stands alone: it is every matrix already`)
+  }
+  const lora = { rank, alpha, targets: named?.[0] === 'all' ? loraTargets : named, alsoTrain: list(also) }
   return {
     ...(rank !== undefined && { lora: defined(lora) as LoraOptions }),
     ...(values.quantize !== undefined && { quantize: values.quantize as 'nf4' | 'int8' }),

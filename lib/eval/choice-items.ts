@@ -3,6 +3,7 @@ import { basename, extname, join } from 'node:path'
 import { didYouMean, quote, RopewalkError } from '../errors.js'
 import { isObject, type JsonValue, readJsonObject } from '../files/json.js'
 import { fieldError, fieldOf, readRows, type Row, textField } from '../files/rows.js'
+import { requireOnce } from '../files/text.js'
 
 /**
  * The tasks that {@link readChoiceItems} reads.
@@ -80,12 +81,13 @@ export async function readChoiceItems(
   const labels = options.labels === undefined ? undefined : await readLabels(task, paths, options.labels)
   const { read, level = '' } = READERS[task]
   const items: ChoiceItem[] = []
-  for (const path of paths) {
-    for (const file of await filesOf(path, level)) {
-      for await (const item of read(file, level, labels)) {
-        options.signal?.throwIfAborted()
-        items.push(item)
-      }
+  const files: string[] = []
+  for (const path of paths) files.push(...(await filesOf(path, level)))
+  requireOnce(files)
+  for (const file of files) {
+    for await (const item of read(file, level, labels)) {
+      options.signal?.throwIfAborted()
+      items.push(item)
     }
   }
   if (items.length === 0) {

@@ -11,7 +11,10 @@ import { PromptCache } from '../model/prompt-cache.js'
 export interface PasskeyOptions {
   /** Prompt and answer together, in tokens. */
   context: number
-  /** Number of distances, spread evenly: context / distances, 2 * context / distances ... context. Default 32. */
+  /**
+   * Number of nominal distances, spread evenly: context / distances, 2 * context / distances ... context. The key is as far
+   * from the end as whole sentences of filler allow; of distances with the same prompt the largest is evaluated. Default 32.
+   */
   distances?: number
   /** Prompts with a key of their own at each distance; default 10. */
   trials?: number
@@ -53,7 +56,7 @@ export interface PasskeyResult {
   seed: number
   /** Length of the longest prompt, in tokens. */
   promptTokens: number
-  /** By distance, the nearest first. */
+  /** By distance, the nearest first; fewer than asked for where several have the same prompt. */
   distances: PasskeyDistance[]
   /** The paper's effective context: the largest k such that accuracy is at least 20 % at every k' <= k; 0 for none. */
   kmax: number
@@ -97,6 +100,12 @@ export function kmax(distances: readonly Pick<PasskeyDistance, 'distance' | 'acc
 export interface EncodedPrompt {
   ids: number[]
   distance: number
+}
+
+/** A prompt with as much filler as there is room for, and how much of it stands before and after the key. */
+export interface PlacedPrompt extends EncodedPrompt {
+  before: number
+  after: number
 }
 
 /**
@@ -159,7 +168,7 @@ export function placePasskey(
   key: string,
   distance: number,
   room: number,
-): EncodedPrompt {
+): PlacedPrompt {
   const bare = encodePasskey(tokenizer, key, 0, 0)
   if (bare.ids.length > room) {
     throw new RangeError(
@@ -171,16 +180,31 @@ export function placePasskey(
   // Estimates of the first repetitions may be off by the tokens at line ends, so the sum is checked on the real prompt.
   for (let total = Math.floor((room - bare.ids.length) / unit) + 1; total > 0; total--) {
     const after = Math.min(total, Math.max(0, Math.round((distance - bare.distance) / unit)))
-    const prompt = encodePasskey(tokenizer, key, total - after, after)
-    if (prompt.ids.length <= room) return prompt
+    const before = total - after
+    const prompt = encodePasskey(tokenizer, key, before, after)
+    if (prompt.ids.length <= room) return { ...prompt, before, after }
   }
-  return bare
+  return { ...bare, before: 0, after: 0 }
 }
+
+/** The nominal distances, without those whose prompt a larger one has too: it would be asked, and counted, again. */
+function differentDistances(tokenizer: Pick<Tokenizer, 'encode'>, context: number, distances: number): number[] {
+  const byLayout = new Map<string, number>()
+  for (let n = 1; n <= distances; n++) {
+    const distance = Math.round((n * context) / distances)
+    const { before, after } = placePasskey(tokenizer, ANY_KEY, distance, context - ANSWER)
+    byLayout.set(`${before} ${after}`, distance)
+  }
+  return [...byLayout.values()]
+}
+
+/** Where the key stands does not depend on its digits. */
+const ANY_KEY = '31415'
 
 /**
  * Passkey retrieval (arXiv 2305.16300) as in the paper (2306.15595, section 3.3): a random five-digit key in a long
- * irrelevant text, at evenly spread distances from the end; greedy generation must begin with the key. `model` is a
- * {@link Llama} with a tokenizer.
+ * irrelevant text, at evenly spread distances from the end; greedy generation must begin with the key. Distances are
+ * nominal: the key is as far from the end as whole sentences of filler allow. `model` is a {@link Llama} with a tokenizer.
  *
  * Throws RangeError for options out of range and where the context is too short for the prompt, RopewalkError
  * ERR_NOT_FOUND or ERR_TOKENIZER where the model has no usable tokenizer.
@@ -201,8 +225,9 @@ export async function passkey(model: PasskeyModel, options: PasskeyOptions): Pro
   let hits = 0
   // Prompts have the filler before the key in common.
   using cache = new PromptCache(context)
-  for (let n = 1; n <= distances; n++) {
-    const distance = Math.round((n * context) / distances)
+  const different = differentDistances(tokenizer, context, distances)
+  const total = different.length * trials
+  for (const distance of different) {
     const row: PasskeyDistance = { distance, tokens: 0, trials, successes: 0, accuracy: 0 }
     for (let trial = 0; trial < trials; trial++) {
       signal?.throwIfAborted()
@@ -216,11 +241,11 @@ export async function passkey(model: PasskeyModel, options: PasskeyOptions): Pro
       }
       row.accuracy = row.successes / (trial + 1)
       const done = results.length * trials + trial + 1
-      options.onProgress?.({ done, total: distances * trials, distance, accuracy: hits / done })
+      options.onProgress?.({ done, total, distance, accuracy: hits / done })
     }
     results.push(row)
   }
-  const accuracy = hits / (distances * trials)
+  const accuracy = hits / total
   return { context, seed, promptTokens, distances: results, kmax: kmax(results), accuracy }
 }
 

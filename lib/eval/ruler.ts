@@ -251,7 +251,7 @@ function checkOptions({ context, tasks, trials = 1, seed = 0, haystack, words, s
       throw new TypeError('words must be a list of words')
     }
     const [different, fewest] = [new Set(words).size, fewestWords({ context })]
-    if (different < fewest) {
+    if ((tasks ?? rulerTasks).includes('cwe') && different < fewest) {
       throw new RangeError(`words has ${different} different words, but cwe needs ${fewest}: give more words`)
     }
   }

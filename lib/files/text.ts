@@ -1,5 +1,5 @@
 import { open, readdir, stat } from 'node:fs/promises'
-import { extname, join } from 'node:path'
+import { extname, join, resolve } from 'node:path'
 import { didYouMean, quote, RopewalkError } from '../errors.js'
 import { readSmallFile } from './bytes.js'
 import { readParquet } from './parquet.js'
@@ -53,7 +53,7 @@ export async function* readDocuments(
   for (const file of await documentFiles(paths)) yield* fields ? readExamples(file, fields) : readFile(file, field)
 }
 
-/** The files that readDocuments reads for `paths`, in its order. */
+/** The files that readDocuments reads for `paths`, in its order. Throws RangeError where one would be read twice. */
 export async function documentFiles(paths: readonly string[]): Promise<string[]> {
   if (!Array.isArray(paths) || paths.length === 0)
     throw new TypeError(`paths: ${quote(paths)}, but a list of paths is expected`)
@@ -73,7 +73,21 @@ export async function documentFiles(paths: readonly string[]): Promise<string[]>
     } else if (info.isFile()) found.push(path)
     else throw new RopewalkError('ERR_NOT_A_FILE', `${path}: neither a regular file nor a folder`)
   }
+  requireOnce(found)
   return found
+}
+
+/** Throws RangeError where a file is named twice: its documents would count twice. */
+export function requireOnce(files: readonly string[]): void {
+  const seen = new Set<string>()
+  for (const file of files) {
+    if (seen.has(resolve(file))) {
+      throw new RangeError(
+        `${file}: given twice, by itself or with its folder: its documents would count twice. Name it once`,
+      )
+    }
+    seen.add(resolve(file))
+  }
 }
 
 async function listFiles(dir: string): Promise<string[]> {

@@ -76,7 +76,7 @@ export const table4: Experiment = {
       id: 'table-4',
       title: this.title,
       text: [
-        `A five-digit key in a long irrelevant text, at ${distances} distances k from its end, ${trials} keys each, greedy ` +
+        `A five-digit key in a long irrelevant text, at ${distances} distances k from its end (one of those with the same prompt), ${trials} keys each, greedy ` +
           'decoding. k_max is the largest k such that at least 20 % are found at every distance up to it. Prompts are of ' +
           'the extended window; before any step, direct is the base itself.',
       ],

@@ -149,11 +149,12 @@ export async function writeCheckpoint(
   return target
 }
 
-/** Makes the folder of checkpoints, durably; `needed` bytes are for the message. */
-export async function makeFolder(output: string, needed: number): Promise<void> {
+/** Makes the folder of checkpoints, durably, and says whether it was not there; `needed` bytes are for the message. */
+export async function makeFolder(output: string, needed: number): Promise<boolean> {
   try {
     const made = await mkdir(output, { recursive: true })
     if (made !== undefined) await fsyncDir(dirname(resolve(output)))
+    return made !== undefined
   } catch (error) {
     throw await writeFailure(error, output, needed)
   }

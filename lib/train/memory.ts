@@ -1,4 +1,5 @@
 import type { ActivationOptions } from '../model/tape.js'
+import type { PlainDType } from '../runtime/tensor.js'
 
 /**
  * What a training step keeps in memory, and in which form. `ropewalk plan` shows what each choice costs.
@@ -33,7 +34,8 @@ export interface MemoryOptions {
   gradients?: 'float32' | 'bfloat16' | 'fused'
   /**
    * What bfloat16 weights are updated in: 'float32' (default) keeps such a copy, 'remainder' the 16 bits that the
-   * weights lack, with the same results; 'stochastic' rounds each update up or down by chance, right on average.
+   * weights lack, with the same results; 'stochastic' rounds each update up or down by chance, right on average. The last
+   * two are refused with float32 weights.
    */
   masters?: 'float32' | 'remainder' | 'stochastic'
   /** AdamW's moments: 'float32' (default), 'bfloat16' rounded by chance, or '8bit' in blocks of 256. */
@@ -64,6 +66,15 @@ export function checkMemoryOf(model: { kvHeads: number }, { attentionGroups }: M
       `memory.attentionGroups is ${attentionGroups}, but must divide the model's ${model.kvHeads} key/value heads`,
     )
   }
+}
+
+/** Throws RangeError where masters are asked for that weights of this type do not have. */
+export function requireMasters({ masters }: MemorySettings, dtype: PlainDType): void {
+  if (masters === 'float32' || dtype !== 'f32') return
+  throw new RangeError(
+    `memory.masters is "${masters}", but the weights are float32: there is nothing below float32 to keep. Load them with ` +
+      'dtype bfloat16, or leave masters away',
+  )
 }
 
 /** The part that a pass over the model needs. */

@@ -92,13 +92,13 @@ export interface MemoryPlan {
   requiredBytes: number
   /** What the device has; undefined where none was given. */
   limitBytes: number | undefined
-  /** Whether device and host have what is required; undefined where no limit is known. */
+  /** Whether device and host have what is required; undefined where only the device's limit could say, and is not known. */
   fits: boolean | undefined
   /** Pinned memory of the host. */
   hostBytes: number
   /** What the host has for it; undefined where no limit is known. */
   hostLimitBytes: number | undefined
-  /** Known GPUs whose memory it fits. */
+  /** Known GPUs whose memory it fits; none where the host has too little. */
   fitsOn: string[]
   /** The operation at which most is alive. */
   peak: MemoryPeak
@@ -155,6 +155,7 @@ export function describePlan(planning: Planning, step: StepRecord, memory = plan
   }
   const requiredBytes = Object.values(bytes).reduce((sum, one) => sum + one, 0)
   const anywhere = requiredBytes - driverBytes + DRIVER_BYTES
+  const hostFits = hostLimitBytes === undefined || hostBytes <= hostLimitBytes
   return {
     model: {
       ...{ name, parameterCount: step.weights.count, layers: config.layers },
@@ -165,7 +166,7 @@ export function describePlan(planning: Planning, step: StepRecord, memory = plan
     ...{ lora, pose, validates: validation !== undefined },
     ...{ bytes, requiredBytes, limitBytes, hostBytes, hostLimitBytes },
     fits: fits({ requiredBytes, hostBytes }, planning),
-    fitsOn: onGpu ? gpus.filter((gpu) => anywhere <= gpu.capacityBytes).map((gpu) => gpu.name) : [],
+    fitsOn: gpus.filter((gpu) => onGpu && hostFits && anywhere <= gpu.capacityBytes).map((gpu) => gpu.name),
     peak,
     checkpointBytes: summary.checkpointBytes,
     flopsPerStep: summary.flopsPerStep,
@@ -181,14 +182,14 @@ function trainedCount({ weights, lora }: StepRecord): number {
   return lora.parameters.count + lora.trained.reduce((sum, { value }) => sum + value.size, 0)
 }
 
-/** On a CPU what is on the host is in the same memory. */
+/** On a CPU what is on the host is in the same memory; a limit of the host counts with any device, or none. */
 export function fits(
   { requiredBytes, hostBytes }: { requiredBytes: number; hostBytes: number },
   { onGpu, limitBytes, hostLimitBytes }: Pick<Planning, 'onGpu' | 'limitBytes' | 'hostLimitBytes'>,
 ): boolean | undefined {
+  if (hostLimitBytes !== undefined && hostBytes > hostLimitBytes) return false
   if (limitBytes === undefined) return undefined
-  if (!onGpu) return requiredBytes + hostBytes <= limitBytes
-  return requiredBytes <= limitBytes && (hostLimitBytes === undefined || hostBytes <= hostLimitBytes)
+  return (onGpu ? requiredBytes : requiredBytes + hostBytes) <= limitBytes
 }
 
 const NOTHING_TWICE = 'causal half of attention, nothing that is computed twice'

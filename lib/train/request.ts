@@ -12,7 +12,7 @@ import type { PlainDType, QuantizedDType } from '../runtime/tensor.js'
 import { CPU_RATES, type Rates } from './estimate.js'
 import { DRIVER_BYTES, findGpu, type Gpu, gpuCalled, readBytes } from './gpus.js'
 import { availableBytes } from './host.js'
-import { checkMemoryOf, type MemoryOptions, requireLayers } from './memory.js'
+import { checkMemoryOf, type MemoryOptions, requireLayers, requireMasters } from './memory.js'
 import { readOptions, requirePlain, type Settings, type TrainerOptions } from './options.js'
 import type { PoseOptions } from './pose.js'
 
@@ -120,9 +120,11 @@ export async function readRequest(request: PlanRequest): Promise<Planning> {
   const { name, config } = await readModel(model)
   requireLayers(settings.memory, config.layers)
   checkMemoryOf(config, settings.memory)
+  const own = dtype === 'float32' ? 'f32' : 'bf16'
+  requireMasters(settings.memory, own)
   if (settings.lora) checkLora(config, settings.lora)
   return {
-    ...{ name, config, dtype: dtype === 'float32' ? 'f32' : 'bf16', context: settings.context, settings },
+    ...{ name, config, dtype: own, context: settings.context, settings },
     ...{ quantization: quantize, steps: options.steps, ...readDevice({ device, limit, hostLimit }) },
   }
 }

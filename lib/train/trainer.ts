@@ -1,4 +1,4 @@
-import { stat } from 'node:fs/promises'
+import { rmdir, stat } from 'node:fs/promises'
 import { join, resolve } from 'node:path'
 import { RopewalkError } from '../errors.js'
 import { requireSpace } from '../files/durable.js'
@@ -16,10 +16,9 @@ import {
   writeCheckpoint,
 } from './checkpoint.js'
 import { type DataCursor, DataLoader } from './data.js'
-import { checkMemoryOf } from './memory.js'
 import { MetricsLog, type StepResult } from './metrics.js'
 import { explainOutOfMemory, fittingMemory, requireFit, type StepShape } from './admit.js'
-import { requireLayers } from './memory.js'
+import { checkMemoryOf, requireLayers, requireMasters } from './memory.js'
 import { AdamW } from './optimizer.js'
 import { readOptions, requirePlain, type Settings, type TrainerOptions } from './options.js'
 import { TrainingPasses } from './passes.js'
@@ -95,6 +94,8 @@ export class Trainer {
   private admitted: string | undefined
   private peakFlops: number | undefined
   private disposed = false
+  /** Whether the folder of checkpoints was made for this run. */
+  private madeOutput = false
 
   /** Throws TypeError or RangeError for options that are unknown or do not fit each other or the model. */
   constructor(
@@ -107,6 +108,7 @@ export class Trainer {
     this.peakFlops = this.settings.peakFlops
     const { context, pose, lora, memory } = this.settings
     requireLayers(memory, model.config.layers)
+    requireMasters(memory, model.weights.dtype)
     if (context !== undefined) this.requireWindow(context, 'context')
     if (pose) this.requireWindow(pose.length, 'pose.length')
     if (lora) checkLora(model.config, lora)
@@ -182,6 +184,9 @@ export class Trainer {
       this.running = false
       await this.metrics?.close()
       this.metrics = undefined
+      // A run that failed before its first step leaves nothing; a folder with anything in it stays.
+      if (this.madeOutput) await rmdir(output!).catch(() => undefined)
+      this.madeOutput = false
     }
   }
 
@@ -301,7 +306,7 @@ export class Trainer {
     // While one is written, `keep` older ones may stand beside it.
     const more = Math.max(1, Math.min(keep + 1 - present, Math.ceil(left / saveEvery)))
     const needed = more * checkpointBytes(this.model.weights, this.lora, this.optimizer!)
-    await makeFolder(output, needed)
+    this.madeOutput = await makeFolder(output, needed)
     await requireSpace(output, needed)
   }
 

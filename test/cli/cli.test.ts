@@ -63,6 +63,18 @@ t.test('help and version', async (t) => {
   }
 })
 
+t.test('help of eval lists its commands', async (t) => {
+  const { code, stdout, stderr } = await ropewalk('eval', '--help')
+  t.same([code, stderr], [0, ''])
+  const group = commands.filter((name) => name.startsWith('eval '))
+  for (const name of group) t.match(stdout, new RegExp(`^  ${name} +[A-Z].*\\.$`, 'm'))
+  t.notMatch(stdout, '  extend ')
+  t.equal((await ropewalk('help', 'eval')).stdout, stdout)
+  const bare = await ropewalk('eval')
+  t.equal(bare.code, 2)
+  for (const name of group) t.match(bare.stderr, `ropewalk ${name}`)
+})
+
 t.test('command lines that cannot be understood end with code 2 and the reason', async (t) => {
   const out = join(dir, 'never')
   const extend = ['extend', model, '--context', '512', '--out', out]
@@ -74,7 +86,18 @@ t.test('command lines that cannot be understood end with code 2 and the reason',
     [['generate'], /<model> is missing: ropewalk generate <model> --prompt <text>/],
     [['generate', model, '--promt', 'x'], /unknown option "--promt"; did you mean "--prompt"\?/],
     [['generate', model, '--prompt'], /--prompt needs a value/],
-    [['generate', model, '--prompt', 'x', '--top-p', '1.5'], /--top-p is "1.5", but must be a number from 0 to 1/],
+    [
+      ['generate', model, '--prompt', 'x', '--top-p', '1.5'],
+      /--top-p is "1.5", but must be a number above 0 and at most 1/,
+    ],
+    [
+      ['generate', model, '--prompt', 'x', '--top-p', '0'],
+      /--top-p is "0", but must be a number above 0 and at most 1/,
+    ],
+    [
+      ['generate', model, '--prompt', 'x', '--threads', '0'],
+      /--threads is "0", but must be a whole number from 1 to 1024/,
+    ],
     [['generate', model, '--prompt', 'x', '--max-tokens', 'ten'], /--max-tokens is "ten", but must be a whole number/],
     [['generate', model, '--prompt', 'x', '--max-tokens', '2.5'], /--max-tokens is "2.5", but must be a whole number/],
     [['generate', model, '--prompt', 'x', '--prompt', 'y'], /--prompt is given twice/],

@@ -1,5 +1,5 @@
 // `ropewalk extend` with options of memory, adapters, quantised bases and PoSE; and the commands that use what comes out.
-import { existsSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
+import { existsSync, mkdirSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from 'node:fs'
 import { tmpdir } from 'node:os'
 import { join } from 'node:path'
 import t from 'tap'
@@ -181,12 +181,13 @@ t.test('what cannot be is refused before anything is read or written', async (t)
     ['--pose 128', 2, /--pose is 128, but the window of .* has 128 tokens already/],
     ['--pose 1024 --factor 2', 2, /--factor 2 makes the window 256, but --pose is 1024: it must be at least 8/],
     ['--lora 17', 1, /lora\.rank is 17, but .* is \(16,32\): a product of rank above 16 is no smaller/],
-    ['--lora 4 --lora-alpha 0', 1, /lora\.alpha is 0, but must be a finite number > 0/],
+    ['--lora 4 --lora-alpha 0', 2, /--lora-alpha is "0", but must be a number above 0 /],
     ['--lora 4 --lora-targets q', 1, /lora\.targets has "q"/],
     ['--lora 4 --also-train heads', 1, /lora\.alsoTrain has "heads"; did you mean "head"\?/],
     ['--checkpoint-layers 3', 1, /memory\.checkpointLayers is 3, but the model has 2 layers/],
     ['--keep-attention', 1, /memory\.keepAttention is set, but memory\.checkpointLayers is 0/],
     ['--attention-groups 3', 1, /memory\.attentionGroups is 3, but must divide/],
+    ['--masters stochastic', 1, /memory\.masters is "stochastic", but the weights are float32: .* leave masters away/],
     ['--gradients fused --accumulate 2', 1, /memory\.gradients is "fused", but accumulate is 2/],
     ['--pose 300', 1, /pose\.length is 300, but context is 512: positions are to be spread, not pressed/],
     ['--pose 1024 --packing documents', 1, /packing is 'documents', whose positions restart/],
@@ -198,6 +199,25 @@ t.test('what cannot be is refused before anything is read or written', async (t)
     t.match(result.stderr, message)
   }
   t.notOk(existsSync(join(dir, 'never')) || existsSync(join(dir, 'never.checkpoints')))
+})
+
+t.test('a run that fails before its first step leaves no folder of checkpoints', async (t) => {
+  const empty = join(dir, 'empty.txt')
+  writeFileSync(empty, '')
+  const failing = ['extend', model, '--context', '256', '--steps', '1']
+  for (const more of [
+    ['--data', join(dir, 'nowhere.txt')],
+    ['--data', empty],
+    ['--data', data, '--validation', join(dir, 'nowhere.txt')],
+  ]) {
+    const { code, stderr } = await ropewalk(...failing, '--out', join(dir, 'failed', 'run'), ...more)
+    t.not(code, 0, stderr)
+    t.notOk(existsSync(join(dir, 'failed', 'run.checkpoints')), more.join(' '))
+  }
+  const own = join(dir, 'own.checkpoints')
+  mkdirSync(own)
+  await ropewalk(...failing, '--out', join(dir, 'own'), '--data', empty)
+  t.ok(existsSync(own), 'a folder that was there stays')
 })
 
 t.test('adapters and quantised models are evaluated, and write', async (t) => {

@@ -45,7 +45,7 @@ t.test('a plan for people', async (t) => {
 })
 
 t.test('a plan for programs: the same as plan() gives', async (t) => {
-  const lora = ['--lora', '4', '--lora-targets', 'all', '--validation', '--dtype', 'float32']
+  const lora = ['--lora', '4', '--lora-targets', 'all', '--validation', '--dtype', 'bfloat16']
   const more = ['--batch', '2', '--accumulate', '3', '--clip', '1', '--steps', '7', '--memory', '1g', '--host', '2g']
   const { code, stdout, stderr } = await ropewalk(...tiny, ...all.split(' '), ...lora, ...more, '--json')
   t.same([code, stderr], [0, ''])
@@ -55,7 +55,7 @@ t.test('a plan for programs: the same as plan() gives', async (t) => {
   } as const satisfies MemoryOptions
   const wanted = await plan({
     ...{ model: config, context: 128, batchSize: 2, accumulate: 3, maxGradNorm: 1, memory, steps: 7 },
-    ...{ dtype: 'float32', limit: '1g', hostLimit: '2g', validation: 'a file' },
+    ...{ dtype: 'bfloat16', limit: '1g', hostLimit: '2g', validation: 'a file' },
     lora: { rank: 4, targets: ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj'] },
   })
   t.same(JSON.parse(stdout), JSON.parse(JSON.stringify(wanted, (_, value) => (value === undefined ? null : value))))
@@ -69,6 +69,15 @@ t.test('what does not fit ends with code 1', async (t) => {
   const host = await ropewalk(...tiny, '--memory', '1g', '--host', '0', '--offload', 'optimizer')
   t.equal(host.code, 1)
   t.match(host.stdout, /does NOT fit, the host has 0\.00 GB of [\d.]+ MB/)
+  for (const device of [[], ['--device', 'cpu']]) {
+    const run = [...tiny, ...device, '--offload', 'optimizer', '--host']
+    const { code, stdout } = await ropewalk(...run, '0')
+    t.equal(code, 1, device.join(' '))
+    t.match(stdout, /does NOT fit, the host has 0\.00 GB of [\d.]+ MB/)
+    const found = JSON.parse((await ropewalk(...run, '0', '--json')).stdout) as { fits: unknown; fitsOn: unknown }
+    t.match(found, { fits: false, fitsOn: [] })
+    t.equal((await ropewalk(...run, '1g')).code, 0)
+  }
 })
 
 t.test('--fit', async (t) => {
@@ -157,6 +166,7 @@ t.test('what cannot be understood ends with code 2, what cannot be with code 1, 
     [[...tiny, '--lora', '0'], 2, /--lora is "0", but must be a whole number of at least 1/],
     [[...tiny, '--lora-targets', 'q_proj'], 2, /--lora-targets needs --lora/],
     [[...tiny, '--lora-alpha', '8'], 2, /--lora-alpha needs --lora/],
+    [[...tiny, '--lora', '4', '--lora-alpha', '0'], 2, /--lora-alpha is "0", but must be a number above 0 \(/],
     [[...tiny, '--also-train', 'norm'], 2, /--also-train needs --lora/],
     [['--paper', '--context', '5'], 2, /--paper is a table of its own and takes no --context/],
     [['--model', '8b', '--context', '64'], 1, /there is no model "8b"; did you mean "7b"\?/],
@@ -164,9 +174,19 @@ t.test('what cannot be understood ends with code 2, what cannot be with code 1, 
     [[...tiny, '--memory', '24q'], 1, /is "24q", but must be a size such as 24g/],
     [[...tiny, '--lora', '500'], 1, /lora\.rank is 500, but .* is \(64,64\)|\(32,64\): .* above 32/],
     [[...tiny, '--lora', '4', '--lora-targets', 'q'], 1, /lora\.targets has "q"/],
+    [
+      [...tiny, '--lora', '4', '--lora-targets', 'all,q_proj'],
+      2,
+      /--lora-targets is "all,q_proj", but all stands alone/,
+    ],
     [[...tiny, '--pose', '64'], 1, /pose\.length is 64, but context is 128/],
     [[...tiny, '--checkpoint-layers', '9'], 1, /checkpointLayers is 9, but the model has 4 layers/],
     [[...tiny, '--attention-groups', '3'], 1, /attentionGroups is 3, but must divide/],
+    [
+      [...tiny, '--dtype', 'float32', '--masters', 'remainder'],
+      1,
+      /masters is "remainder", but the weights are float32: there is nothing below float32 to keep.* dtype bfloat16/,
+    ],
     [[...tiny, '--keep-attention'], 1, /keepAttention is set, but memory\.checkpointLayers is 0/],
     [[...tiny, '--gradients', 'fused', '--accumulate', '2'], 1, /"fused", but accumulate is 2/],
   ] as const) {

@@ -374,5 +374,7 @@ t.test('what is wrong with the data is named', async (t) => {
     ['race-h', 'high'],
   ] as const)
     t.match((await readChoiceItems(task, [join(dir, 'RACE')]))[0]!.requests[0]!.context, `Article: ${level}\n`)
+  const twice = [join(dir, 'RACE'), join(dir, 'RACE')]
+  await t.rejects(readChoiceItems('race-m', twice), { name: 'RangeError', message: /given twice/ })
   t.equal(choiceTasks.length, 5)
 })

@@ -129,6 +129,29 @@ t.test('retrieval is scored by distance, from a seed', async (t) => {
   t.equal((await passkey(wrong, options)).accuracy, 0, 'the answer must begin with the key')
 })
 
+t.test('distances with the same prompt are asked for once, at the largest of them', async (t) => {
+  const model = await fake((key) => key)
+  const totals = new Set<number>()
+  const options = {
+    context: 256,
+    distances: 600,
+    trials: 1,
+    onProgress: ({ total }: { total: number }) => totals.add(total),
+  }
+  const { distances, kmax, accuracy } = await passkey(model, options)
+  const layouts = new Set(model.prompts.map((text) => text.replaceAll(/\d{5}/g, '')))
+  t.equal(layouts.size, distances.length)
+  t.equal(model.prompts.length, distances.length, 'each prompt once')
+  t.same([...totals], [distances.length])
+  const nominal = distances.map(({ distance }) => distance)
+  t.strictSame(
+    nominal,
+    [...new Set(nominal)].sort((a, b) => a - b),
+  )
+  t.equal(nominal.at(-1), 256)
+  t.match({ kmax, accuracy }, { kmax: 256, accuracy: 1 })
+})
+
 t.test('mistakes are named', async (t) => {
   const model = await fake((key) => key)
   await t.rejects(passkey(model, { context: 2000, trials: 0 }), /trials is 0/)

@@ -236,6 +236,7 @@ t.test('mistakes are named', async (t) => {
   await t.rejects(run({ tasks: ['niah_single'] }), /there is no task "niah_single".*niah_single_1/)
   await t.rejects(run({ haystack: ' ' }), /haystack must be a text/)
   await t.rejects(run({ words: ['a', 'a', 'b'] }), /words has 2 different words, but cwe needs 40/)
+  t.equal((await run({ words: ['a'], tasks: ['vt'] })).tasks.length, 1, 'words are of no concern to other tasks')
   await t.rejects(run({ signal: AbortSignal.abort(new Error('enough')) }), /enough/)
 })
 

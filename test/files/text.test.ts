@@ -53,6 +53,22 @@ t.test('folders: recursive, sorted, only what is known', async (t) => {
   })
 })
 
+t.test('a file that is named twice is refused, in whatever way', async (t) => {
+  const [one, two] = [file('twice/1.txt', 'one'), file('twice/2.txt', 'two')]
+  for (const paths of [
+    [one, one],
+    [one, two, join(dir, 'twice', '..', 'twice') + '/./1.txt'],
+    [join(dir, 'twice'), two],
+    [two, join(dir, 'twice')],
+  ]) {
+    await t.rejects(all(paths), {
+      name: 'RangeError',
+      message: /[12]\.txt: given twice, .* count twice\. Name it once/,
+    })
+  }
+  t.equal((await all([two, one])).length, 2)
+})
+
 t.test('what is wrong is named', async (t) => {
   const cases: [string, string | Uint8Array, any][] = [
     ['e.txt', '', { code: 'ERR_EMPTY', message: /e\.txt: the file is empty/ }],

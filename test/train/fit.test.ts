@@ -99,6 +99,9 @@ t.test('options that are given stay as they are', async (t) => {
       }
     }
   }
+  const wide = await fit({ ...request, dtype: 'float32', limit: 4 * exact })
+  t.ok(wide.sets.length > 0 && wide.sets.every(({ memory }) => memory.masters === undefined), 'float32 has no masters')
+  await t.rejects(fit({ ...request, dtype: 'float32', limit: exact, memory: { masters: 'remainder' } }), /float32/)
   const accumulated = await fit({ ...request, limit: exact, accumulate: 2 })
   t.ok(accumulated.sets.length > 0 && accumulated.sets.every(({ memory }) => memory.gradients !== 'fused'))
   const noHost = await fit({ ...request, limit: leanest, hostLimit: 0 })

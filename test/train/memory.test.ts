@@ -129,7 +129,8 @@ for (const one of cases) {
   const some = (all: MemoryOptions[], count: number) => (one.device === 'simt' ? all.slice(-count) : all)
   t.test(`the same bits: ${label}`, async (t) => {
     const plain = await train(one, {})
-    for (const memory of some(SAME, 4)) {
+    const possible = SAME.filter(({ masters }) => one.dtype === 'bfloat16' || masters === undefined)
+    for (const memory of some(possible, 4)) {
       const outcome = await train(one, memory)
       t.strictSame(outcome.losses, plain.losses, `losses: ${JSON.stringify(memory)}`)
       t.ok(outcome.bits === plain.bits, `weights: ${JSON.stringify(memory)}`)

@@ -282,12 +282,13 @@ function draw(below: (n: number) => number): Drawn {
   }
   const [batchSize, context, accumulate] = [1 + below(2), 2 + below(20), pick(1, 1, 2)]
   const checkpointLayers = below(layers + 1)
+  const dtype = pick('float32', 'bfloat16')
   const memory: MemoryOptions = {
     ...{ checkpointLayers, mlpRows: below(batchSize * context), attentionGroups: pick(1, kvHeads) },
     logitsRows: below(batchSize * context),
     ...(checkpointLayers > 0 && { keepAttention: below(2) === 0, offloadCheckpoints: below(2) === 0 }),
     gradients: accumulate > 1 ? pick('float32', 'bfloat16') : pick('float32', 'bfloat16', 'fused'),
-    masters: pick('float32', 'remainder', 'stochastic'),
+    masters: dtype === 'float32' ? 'float32' : pick('float32', 'remainder', 'stochastic'),
     moments: pick('float32', 'bfloat16', '8bit'),
     offloadOptimizer: below(3) === 0,
   }
@@ -301,7 +302,7 @@ function draw(below: (n: number) => number): Drawn {
     ...(lora && { lora }),
     ...(below(4) === 0 && { validation: 'a file' }),
   }
-  return { config, dtype: pick('float32', 'bfloat16'), options }
+  return { config, dtype, options }
 }
 
 /** A step as the trainer takes it; what is wrong with its memory, if anything. */
