@@ -54,10 +54,7 @@ export interface CreateOptions extends Pick<LoadOptions, 'device' | 'dtype' | 't
  * @category Models
  */
 export interface SaveOptions {
-  /**
-   * Replaces an existing folder, which stays complete until the new one is. Default: an existing one is an error; one that
-   * holds anything but a saved model or adapter always is.
-   */
+  /** Replaces a saved model or adapter, which stays complete until the new one is; other files in its folder are an error. */
   overwrite?: boolean
   /** Largest weight file in bytes, beyond which there are shards and an index; default 5e9, as in transformers. */
   maxShardBytes?: number
