@@ -351,14 +351,15 @@ class Scanner {
 
   private fail(what: string): never {
     const before = this.text.slice(0, this.at)
-    const line = before.split('\n').length
+    // of JSON Lines the file's name says which
+    const line = /:\d+$/.test(this.file) ? '' : `line ${before.split('\n').length}, `
     const names = this.path
       .filter((name) => name !== '')
       .map((name) => (typeof name === 'number' ? `[${name}]` : `.${name}`))
     const place = names.length > 0 ? ` at ${quote(names.join('').replace(/^\./, ''))}` : ''
     throw new RopewalkError(
       'ERR_JSON',
-      `${this.file}: line ${line}, byte ${Buffer.byteLength(before)}${place}: ${what}`,
+      `${this.file}: ${line}byte ${Buffer.byteLength(before)}${place}: ${what}`,
     )
   }
 }

@@ -94,7 +94,7 @@ t.test('what is wrong is named', async (t) => {
     ['n.jsonl', '{"text":null}', { code: 'ERR_FIELD', message: /n\.jsonl:1: "text" is null, but it must be a string/ }],
     ['l.jsonl', '{"text":["a"]}', { code: 'ERR_FIELD', message: /"text" is \["a"\]/ }],
     ['p.jsonl', '{"__proto__":{"text":"x"}}', { code: 'ERR_FIELD', message: /no field "text"/ }],
-    ['j.jsonl', '{"text":"a"}\n{"text":"b"\n', { code: 'ERR_JSON', message: /j\.jsonl:2: line 1, byte 11.*truncated/ }],
+    ['j.jsonl', '{"text":"a"}\n{"text":"b"\n', { code: 'ERR_JSON', message: /j\.jsonl:2: byte 11.*truncated/ }],
     ['k.jsonl', '{"text":"a","text":"b"}', { code: 'ERR_JSON', message: /"text" stands twice/ }],
     ['m.jsonl', '["a"]', { code: 'ERR_FORMAT', message: /m\.jsonl:1: \["a"\], but a line must be an object/ }],
     [
