@@ -357,9 +357,6 @@ class Scanner {
       .filter((name) => name !== '')
       .map((name) => (typeof name === 'number' ? `[${name}]` : `.${name}`))
     const place = names.length > 0 ? ` at ${quote(names.join('').replace(/^\./, ''))}` : ''
-    throw new RopewalkError(
-      'ERR_JSON',
-      `${this.file}: ${line}byte ${Buffer.byteLength(before)}${place}: ${what}`,
-    )
+    throw new RopewalkError('ERR_JSON', `${this.file}: ${line}byte ${Buffer.byteLength(before)}${place}: ${what}`)
   }
 }
