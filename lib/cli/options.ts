@@ -17,7 +17,7 @@ export type Option = {
   /** `above` is a least value that is itself too small. */
   | { kind: 'number'; value: string; min?: number; above?: number; max?: number; whole?: boolean }
   /** Whole numbers, separated by commas. */
-  | { kind: 'numbers'; value: string; min?: number }
+  | { kind: 'numbers'; value: string; min?: number; max?: number }
 )
 
 export type OptionTable = Readonly<Record<string, Option>>

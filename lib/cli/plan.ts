@@ -1,7 +1,7 @@
 import { writeFile } from 'node:fs/promises'
 import { fit, type MemoryOptions, type PlanRequest } from '../index.js'
 import { modelPresets } from '../model/presets.js'
-import { gpus } from '../train/gpus.js'
+import { gpus, readBytes } from '../train/gpus.js'
 import { describePlan, record } from '../train/planner.js'
 import { readRequest } from '../train/request.js'
 import { memoryTimeline } from '../train/timeline.js'
@@ -125,7 +125,9 @@ async function writePicture(request: PlanRequest, path: string): Promise<void> {
 }
 
 function readValues(values: Values<typeof options>): PlanRequest {
-  const { model, context, device, memory: limit, host: hostLimit, batch: batchSize, accumulate, dtype, clip } = values
+  const { model, context, device, batch: batchSize, accumulate, dtype, clip } = values
+  const limit = values.memory === undefined ? undefined : readBytes(values.memory, '--memory')
+  const hostLimit = values.host === undefined ? undefined : readBytes(values.host, '--host', 0)
   if (model === undefined) throw new UsageError(`--model is missing: ${modelPresets.join(', ')}, or ${MODEL_PATH}`)
   if (context === undefined) throw new UsageError('--context is missing: the tokens in a training window')
   if (values.fit && device === undefined && limit === undefined) {

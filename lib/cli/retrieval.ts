@@ -16,6 +16,7 @@ const needleOptions = {
     kind: 'numbers',
     value: 'n,n,...',
     min: 0,
+    max: 100,
     help: 'where the key stands, in % of the text',
     default: '0,10,...,100',
   },

@@ -157,7 +157,7 @@ function readDevice({ device: name, limit, hostLimit }: Partial<PlanRequest>): D
   const capacity = given ?? gpu?.capacityBytes
   const description = gpu?.description ?? 'a GPU'
   return {
-    device: capacity === undefined ? undefined : { name: name ?? 'limit', description },
+    device: capacity === undefined ? undefined : { name: name ?? 'a GPU', description },
     onGpu: true,
     limitBytes: capacity,
     hostLimitBytes: hostGiven,

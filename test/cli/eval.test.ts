@@ -37,7 +37,7 @@ t.test('needle', async (t) => {
   t.match(table.stdout, /model, depth +500 +600\n0 % .*\n100 % .*\nmodel: 0\.0 % of all answers right\nbaseline, depth/)
   t.match(
     (await ropewalk('eval', 'needle', model, '--depths', '101', '--contexts', '500')).stderr,
-    /depths: 1.01 must lie/,
+    /--depths is "101", but must be a whole number from 0 to 100/,
   )
 })
 

@@ -86,7 +86,7 @@ t.test('--fit', async (t) => {
   t.equal(code, 0)
   t.match(
     stdout,
-    /^\S*config\.json, 1 x 8192 tokens, on limit: 0\.69 GB\n\ndevice +host +time +s\/step .*results +options\n/,
+    /^\S*config\.json, 1 x 8192 tokens, on a GPU: 0\.69 GB\n\ndevice +host +time +s\/step .*results +options\n/,
   )
   t.match(stdout, /\n[\d.]+ GB +[\d.]+ [GM]B +[\d.]+ +- +- +exact.* +--checkpoint-layers/)
   t.match(stdout, /\nMemory is exact; times are estimates/)
@@ -104,7 +104,7 @@ t.test('--fit', async (t) => {
   }
   const none = await ropewalk(...long, '--memory', '640m', '--host', '0')
   t.equal(none.code, 1)
-  t.match(none.stdout, /Nothing fits: limit has 0\.7 GB: 1 x 8192 tokens leave too little room/)
+  t.match(none.stdout, /Nothing fits: a GPU has 0\.7 GB: 1 x 8192 tokens leave too little room/)
   t.match(none.stdout, /\nThe leanest set is [\d.]+ MB too large:\ndevice/)
   t.match(
     none.stdout,
@@ -135,7 +135,7 @@ t.test('--svg', async (t) => {
   const open = [...svg.matchAll(/<(\/?)(\w+)[^>]*?(\/?)>/g)].filter(([, , , empty]) => empty === '')
   t.equal(open.filter(([, end]) => end === '/').length * 2, open.length, 'every element is closed')
   t.equal((await ropewalk(...tiny, '--memory', '1g', '--fit', '--svg', path)).code, 0)
-  t.match(fs.readFileSync(path, 'utf8'), />limit: 1\.07 GB</)
+  t.match(fs.readFileSync(path, 'utf8'), />a GPU: 1\.07 GB</)
   const lost = await ropewalk(...tiny, '--svg', join(dir, 'none', 'step.svg'))
   t.equal(lost.code, 1)
   t.match(lost.stderr, /^ropewalk: .*none.*step\.svg/)
@@ -171,7 +171,7 @@ t.test('what cannot be understood ends with code 2, what cannot be with code 1, 
     [['--paper', '--context', '5'], 2, /--paper is a table of its own and takes no --context/],
     [['--model', '8b', '--context', '64'], 1, /there is no model "8b"; did you mean "7b"\?/],
     [['--model', '7b', '--context', '64', '--device', 'h200'], 1, /there is no device "h200"/],
-    [[...tiny, '--memory', '24q'], 1, /is "24q", but must be a size such as 24g/],
+    [[...tiny, '--memory', '24q'], 1, /--memory is "24q", but must be a size such as 24g/],
     [[...tiny, '--lora', '500'], 1, /lora\.rank is 500, but .* is \(64,64\)|\(32,64\): .* above 32/],
     [[...tiny, '--lora', '4', '--lora-targets', 'q'], 1, /lora\.targets has "q"/],
     [
