@@ -61,9 +61,27 @@ t.test('eval summaries, and the examples that a model is extended with', async (
   t.equal(code, 0, stderr)
   t.match(stdout, /^ +model +95 % interval\nrouge1 .*\nrouge2 .*\nrougeL .*\nrougeLsum .*\n$/)
   t.match(stderr, /model, articles 2\/2 .*\n2 articles, \d of them cut; the model ended \d summaries itself/s)
-  const again = await ropewalk(...summaries, ...limits, '--json', '--records', '--baseline')
+  // The baseline has the window from before the extension, a quarter of it.
+  const short = await ropewalk(...summaries, ...limits, '--baseline')
+  t.match(short, { code: 1, stderr: /articleTokens 12, .* but the model's context window is 32: / })
+  const longer = join(dir, 'longer')
+  t.equal(
+    (await ropewalk('extend', join(fixtures, 'ntk-theta'), '--context', '1024', '--steps', '0', '--out', longer)).code,
+    0,
+  )
+  const again = await ropewalk(
+    'eval',
+    'summaries',
+    longer,
+    '--data',
+    data,
+    ...limits,
+    '--json',
+    '--records',
+    '--baseline',
+  )
   const json = JSON.parse(again.stdout)
-  t.match(json, { model, result: { articles: 3 }, baseline: { articles: 3 } })
+  t.match(json, { model: longer, result: { articles: 3 }, baseline: { articles: 3 } })
   t.equal(json.result.records.length, 3)
   const tooMuch = await ropewalk(...summaries)
   t.match(tooMuch, { code: 1, stderr: /articleTokens 15000, the prompt's \d+ and summaryTokens 1000 make/ })
