@@ -188,7 +188,7 @@ static void step(Context& context, const attention_cached_args& a) {
   // Neighbours go to one thread, as many as leave it some turns: what it has asked for at the end of one is its own.
   // The last ones go one by one, so that all threads end together.
   const int64_t all = B * K * chunks, run = max_of(1, min_of(4, all / (8 * context.threads())));
-  const int64_t single = run == 1 ? all : min_of(all, 2 * run * context.threads()), runs = (all - single) / run;
+  const int64_t runs = max_of(0, all / run - 2 * context.threads());
   parallel(context, runs + all - runs * run, [&](int64_t task, int thread) {
     void* scratch = thread ? context.scratch(thread, own) : shared;
     const int64_t at = task < runs ? task * run : task + runs * (run - 1);

@@ -118,7 +118,7 @@ export const extend: Command<typeof options> = {
     if (!overwrite && (await isTaken(out))) {
       throw new RopewalkError('ERR_EXISTS', `${out}: exists already: choose another folder, or add --overwrite`)
     }
-    await requireReplaceable(out, overwrite ?? false)
+    if (overwrite) await requireReplaceable(out, true)
     const checkpoints = checkpointsOf(values)
     if (steps > 0 && !values.resume && (await isTaken(checkpoints))) {
       throw new RopewalkError(

@@ -1,4 +1,5 @@
 import { RopewalkError } from '../errors.js'
+import { aligned } from '../runtime/arena.js'
 import type { Buffer, Device } from '../runtime/device.js'
 import { attentionCached, kvAppend } from '../runtime/ops.gen.js'
 import type { Plan } from '../runtime/plan.js'
@@ -22,9 +23,6 @@ interface Pass {
   inputs: Inputs
   logits: Tensor
 }
-
-/** The inputs share a block, so that one copy brings them all. */
-const INPUT_ALIGNMENT = 256
 
 /**
  * A text being continued, one row: the keys (rotated) and values of all layers for up to `capacity` tokens, and the
@@ -131,6 +129,7 @@ export class Continuation {
     return tensor
   }
 
+  /** They share a block, so that one copy brings them all. */
   private inputs(time: number): Inputs {
     const table = ['f32', [time, this.config.headDim / 2]] as const
     const shapes: Record<keyof Inputs, readonly [dtype: DType, dims: readonly number[]]> = {
@@ -142,7 +141,7 @@ export class Continuation {
     for (const [name, [dtype, dims]] of Object.entries(shapes)) {
       places.push([name, end, dtype, dims])
       const size = dims.reduce((product, dim) => product * dim, 1)
-      end += Math.ceil(tensorBytes(dtype, size) / INPUT_ALIGNMENT) * INPUT_ALIGNMENT
+      end += aligned(tensorBytes(dtype, size))
     }
     const { storage } = this.own(this.device.tensor('i32', [end / 4], 'token ids, positions, slots and rotations'))
     return Object.fromEntries(

@@ -1,5 +1,5 @@
 import { formatBytes } from '../errors.js'
-import { ALIGNMENT } from '../runtime/arena.js'
+import { aligned } from '../runtime/arena.js'
 import type { Buffer, Device } from '../runtime/device.js'
 import { cast, dequantize } from '../runtime/ops.gen.js'
 import { Recorder } from '../runtime/recorder.js'
@@ -96,7 +96,7 @@ export class Parameters {
       if (!packs(name)) plain = at
       else {
         places.set(name, bytes)
-        bytes += Math.ceil(tensorBytes(quantization!, size) / ALIGNMENT) * ALIGNMENT
+        bytes += aligned(tensorBytes(quantization!, size))
       }
     }
     this.elements = at

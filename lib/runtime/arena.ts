@@ -19,7 +19,8 @@ export interface Arena {
 /** Offsets are multiples of this: a cache line, a full 128-byte GPU segment, and what cudaMalloc promises. */
 export const ALIGNMENT = 256
 
-const aligned = (bytes: number): number => Math.ceil(bytes / ALIGNMENT) * ALIGNMENT
+/** @internal The next place where a tensor may lie. */
+export const aligned = (bytes: number): number => Math.ceil(bytes / ALIGNMENT) * ALIGNMENT
 
 /**
  * Places lifetimes in one block of memory: the largest first, each at the lowest offset at which it overlaps nothing
