@@ -19,12 +19,31 @@
 #ifdef __linux__
 #include <sched.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#if defined(__x86_64__)
+#include <cpuid.h>
 #endif
 
 #include "backend.h"
 #include "cpu.h"
 
 namespace rw::cpu {
+
+bool enable_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // of leaf 7, edx
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  unsigned eax, ebx, ecx, edx = 0;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kBf16) && (edx & kTile) &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
 namespace {
 
 constexpr size_t kAlignment = 64;
@@ -51,7 +70,8 @@ inline void pause() {
 // for the next loop for some microseconds, because ops follow each other closely, and then sleeps.
 class Pool final : public Context {
  public:
-  Pool(int threads, bool permutes_bytes) : scratch_(threads), permutes_bytes_(permutes_bytes) {
+  Pool(int threads, bool permutes_bytes, bool has_tiles)
+      : scratch_(threads), permutes_bytes_(permutes_bytes), has_tiles_(has_tiles) {
     for (int i = 1; i < threads; i++) {
       try {
         workers_.emplace_back([this, i] { work(i); });
@@ -66,6 +86,7 @@ class Pool final : public Context {
 
   int threads() const override { return static_cast<int>(workers_.size()) + 1; }
   bool permutes_bytes() const override { return permutes_bytes_; }
+  bool has_tiles() const override { return has_tiles_; }
 
   void run_tasks(int64_t tasks, TaskBody body, void* data) override {
     if (tasks <= 1 || workers_.empty()) {
@@ -154,7 +175,7 @@ class Pool final : public Context {
 
   std::vector<std::thread> workers_;
   std::vector<Scratch> scratch_;
-  const bool permutes_bytes_;
+  const bool permutes_bytes_, has_tiles_;
   std::mutex mutex_;
   std::condition_variable wake_;
   std::atomic<uint64_t> generation_{0};
@@ -168,49 +189,51 @@ class Pool final : public Context {
   std::exception_ptr failure_;
 };
 
-// The widest instruction set that this processor has, or a narrower one that ROPEWALK_ISA names.
-const Kernels& choose_kernels() {
-  const Kernels* best = &baseline::kernels;
-  const char* wanted = std::getenv("ROPEWALK_ISA");
-  if (wanted && *wanted && std::strcmp(wanted, "baseline") && std::strcmp(wanted, "avx2") &&
-      std::strcmp(wanted, "avx512")) {
-    throw std::runtime_error(std::string("ROPEWALK_ISA is \"") + wanted + "\": expected baseline, avx2 or avx512");
-  }
+// The instruction sets of this processor, up to the one that ROPEWALK_ISA names: kernels, and what those of AVX-512 may
+// use beside it.
+struct Isa {
+  const Kernels* kernels = &baseline::kernels;
+  const char* name = "baseline";
+  bool permutes_bytes = false, has_tiles = false;
+};
+
+Isa choose_isa() {
+  const char* setting = std::getenv("ROPEWALK_ISA");
+  const std::string wanted = setting ? setting : "";
+  if (wanted != "" && wanted != "baseline" && wanted != "avx2" && wanted != "avx512" && wanted != "amx")
+    throw std::runtime_error("ROPEWALK_ISA is \"" + wanted + "\": expected baseline, avx2, avx512 or amx");
+  Isa isa;
 #if defined(__x86_64__)
-  const bool any = !wanted || !*wanted;
+  const bool any = wanted == "";
   const bool has_avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (!any && !std::strcmp(wanted, "avx2") && !has_avx2)
+  const bool has_amx = has_avx512 && (any || wanted == "amx") && avx512::kernels.use_tiles && enable_tiles();
+  if (wanted == "avx2" && !has_avx2)
     throw std::runtime_error("ROPEWALK_ISA is avx2, but this processor has no AVX2 with FMA");
-  if (!any && !std::strcmp(wanted, "avx512") && !has_avx512)
+  if (wanted == "avx512" && !has_avx512)
     throw std::runtime_error("ROPEWALK_ISA is avx512, but this processor has no AVX-512 (F, BW, VL, DQ)");
-  if (has_avx2 && (any || !std::strcmp(wanted, "avx2"))) best = &avx2::kernels;
-  if (has_avx512 && (any || !std::strcmp(wanted, "avx512"))) best = &avx512::kernels;
+  if (wanted == "amx" && !has_amx)
+    throw std::runtime_error("ROPEWALK_ISA is amx, but this processor has no AMX with bf16, or Linux does not let it be used");
+  if (has_avx2 && wanted != "baseline") isa = {&avx2::kernels, "avx2"};
+  if (has_avx512 && wanted != "baseline" && wanted != "avx2") {
+    isa = {&avx512::kernels, has_amx ? "amx" : "avx512"};
+    isa.permutes_bytes = (any || has_amx) && __builtin_cpu_supports("avx512vbmi");
+    isa.has_tiles = has_amx;
+  }
 #else
-  if (wanted && *wanted && std::strcmp(wanted, "baseline"))
-    throw std::runtime_error(std::string("ROPEWALK_ISA is ") + wanted + ", but this is not an x86-64 processor");
+  if (wanted != "" && wanted != "baseline")
+    throw std::runtime_error("ROPEWALK_ISA is " + wanted + ", but this is not an x86-64 processor");
 #endif
-  return *best;
-}
-
-// Whether the kernels of AVX-512 may use AVX512_VBMI, too: where it is there, and ROPEWALK_ISA asks for nothing
-// narrower.
-bool has_vbmi() {
-#if defined(__x86_64__)
-  const char* wanted = std::getenv("ROPEWALK_ISA");
-  return (!wanted || !*wanted) && __builtin_cpu_supports("avx512vbmi");
-#else
-  return false;
-#endif
+  return isa;
 }
 
 struct Device {
-  explicit Device(int threads) : kernels(choose_kernels()), pool(threads, has_vbmi()) {
-    description = std::string(kernels.isa) + ", " + std::to_string(threads) + (threads == 1 ? " thread" : " threads");
+  explicit Device(int threads) : isa(choose_isa()), pool(threads, isa.permutes_bytes, isa.has_tiles) {
+    description = std::string(isa.name) + ", " + std::to_string(threads) + (threads == 1 ? " thread" : " threads");
   }
-  const Kernels& kernels;
+  const Isa isa;
   Pool pool;
   std::string description;
 };
@@ -284,7 +307,7 @@ int run(rw_device* device, const char* plan, const rw_command* commands, size_t 
     const auto* flag = reinterpret_cast<const volatile int32_t*>(cancel);
     for (; at < count; at++) {
       if (flag && *flag) return RW_CANCELLED;
-      from(device)->kernels.run[commands[at].op](from(device)->pool, commands[at].args);
+      from(device)->isa.kernels->run[commands[at].op](from(device)->pool, commands[at].args);
     }
     return RW_OK;
   });

@@ -24,6 +24,8 @@ struct Context {
   virtual void* scratch(int thread, size_t bytes) = 0;
   // Whether kernels of AVX-512 may use AVX512_VBMI, too.
   virtual bool permutes_bytes() const = 0;
+  // Whether they may use AMX with bf16.
+  virtual bool has_tiles() const = 0;
 
  protected:
   ~Context() = default;
@@ -40,7 +42,7 @@ inline void parallel(Context& context, int64_t tasks, Body&& body) {
 // A backend's row of kernels, one for each op of the table: a missing one does not link.
 using Kernel = void (*)(Context& context, const void* args);
 struct Kernels {
-  const char* isa;
+  bool use_tiles;  // whether this compilation knows AMX
   Kernel run[static_cast<size_t>(Op::count)];
 };
 

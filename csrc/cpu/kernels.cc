@@ -1,13 +1,15 @@
 // The kernels of one instruction set, in the order of the table.
 #include "cpu.h"
+#include "tiles.h"
 
 namespace rw::cpu::RW_ISA {
 
-#define RW_STRING(x) #x
-#define RW_NAME(x) RW_STRING(x)
-
 const Kernels kernels = {
-    RW_NAME(RW_ISA),
+#ifdef RW_HAS_TILES
+    true,
+#else
+    false,
+#endif
     {
 #define IN(name, dtype, dims)
 #define OP(name, row) \

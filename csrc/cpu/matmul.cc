@@ -22,8 +22,8 @@
 //
 // Van Zee, van de Geijn, BLIS: A Framework for Rapidly Instantiating BLAS Functionality, ACM TOMS 41(3), 2015;
 // Goto, van de Geijn, Anatomy of High-Performance Matrix Multiplication, ACM TOMS 34(3), 2008.
-#include "dequantize.h"
-#include "gemm.h"
+#include "product.h"
+#include "tiles.h"
 
 namespace rw::cpu::RW_ISA {
 
@@ -37,38 +37,6 @@ constexpr int64_t PANEL_FLOATS = 4 << 20;  // the packed part of b: 16 MB, or 8 
 constexpr int64_t GROUP = 4 * NR;          // columns of a packing task: pieces of rows worth reading
 constexpr int64_t FEW_ROWS = 16;
 constexpr int64_t SOME_ROWS = 128;
-constexpr int64_t SMALL = 64 * 64 * 64;  // multiplications: 2 microseconds, less than waking a thread up
-constexpr int64_t SMALL_B = 64 * 256;    // elements of b: the same where they are read for a row or two
-
-int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
-
-struct Problem {
-  int64_t m, n, k;
-  Matrix a, b, add, c;
-  Quantized q;  // the parts of a quantised b
-
-  // f32 c takes the sums while they grow; else they wait in scratch, to be rounded once.
-  bool sums_in_place() const { return c.dtype == DType::f32 && (!add.data || add.dtype == DType::f32); }
-};
-
-// Scratch: what thread 0 packs or shares for all, then a private part for each thread.
-struct Workspace {
-  Context* context;
-  float* shared;
-  int64_t shared_floats, own_floats;
-
-  Workspace(Context& context, int64_t shared_floats, int64_t own_floats)
-      : context(&context), shared_floats(round_up(shared_floats, 16)), own_floats(own_floats) {
-    shared = static_cast<float*>(context.scratch(0, (this->shared_floats + own_floats) * sizeof(float)));
-  }
-  float* own(int thread) const {
-    return thread == 0 ? shared + shared_floats
-                       : static_cast<float*>(context->scratch(thread, own_floats * sizeof(float)));
-  }
-};
 
 // Packs columns j .. j + count of b from row k on, at most GROUP and KC of them.
 void pack_b(const Problem& p, int64_t j, int64_t k, int64_t count, int64_t depth, float* panels, int64_t stride) {
@@ -90,51 +58,6 @@ void pack_b(const Problem& p, int64_t j, int64_t k, int64_t count, int64_t depth
       pack_copied<NR>(values, count, count, 1, panels + row * NR, stride);
     }
   }
-}
-
-// One task needs no other thread, nor does a problem that is done before another thread would have woken up.
-template <typename Body>
-void for_tasks(Context& context, const Problem& p, int64_t tasks, Body&& body) {
-  if (tasks > 1 && (p.m * p.n * p.k > SMALL || p.n * p.k > SMALL_B))
-    return parallel(context, tasks, static_cast<Body&&>(body));
-  for (int64_t task = 0; task < tasks; task++) body(task, 0);
-}
-
-// c = sum (+ add) for a block of c at (i, j), rounded to the dtype of c.
-template <typename A, typename C>
-void finish(int64_t rows, int64_t columns, const float* sum, int64_t ld, const A* add, int64_t add_ld, C* c,
-            int64_t c_ld) {
-  for (int64_t i = 0; i < rows; i++) {
-    int64_t j = 0;
-    for (; j + VL <= columns; j += VL) {
-      vf value = load(sum + i * ld + j);
-      if (add) value += load(add + i * add_ld + j);
-      store(c + i * c_ld + j, value);
-    }
-    for (; j < columns; j++)
-      store_one(c + i * c_ld + j, add ? to_float(add[i * add_ld + j]) + sum[i * ld + j] : sum[i * ld + j]);
-  }
-}
-
-void* start_at(const Matrix& x, int64_t element) {
-  return static_cast<char*>(x.data) + element * (x.dtype == DType::f32 ? sizeof(float) : sizeof(bf16));
-}
-
-template <typename T>
-T* at(const Matrix& x, int64_t i, int64_t j) {
-  return x.data ? static_cast<T*>(x.data) + i * x.row + j * x.column : nullptr;
-}
-
-void finish(const Problem& p, int64_t i, int64_t j, int64_t rows, int64_t columns, const float* sum, int64_t ld) {
-  bool add_f32 = p.add.dtype == DType::f32, c_f32 = p.c.dtype == DType::f32;
-  if (add_f32 && c_f32)
-    finish(rows, columns, sum, ld, at<float>(p.add, i, j), p.add.row, at<float>(p.c, i, j), p.c.row);
-  else if (add_f32)
-    finish(rows, columns, sum, ld, at<float>(p.add, i, j), p.add.row, at<bf16>(p.c, i, j), p.c.row);
-  else if (c_f32)
-    finish(rows, columns, sum, ld, at<bf16>(p.add, i, j), p.add.row, at<float>(p.c, i, j), p.c.row);
-  else
-    finish(rows, columns, sum, ld, at<bf16>(p.add, i, j), p.add.row, at<bf16>(p.c, i, j), p.c.row);
 }
 
 // Rows [i0, i1) and columns [j0, j1) of c, the latter packed in `b` (NR wide panels of depth k, from j0 on).
@@ -171,36 +94,11 @@ void multiply_block(const Problem& p, int64_t i0, int64_t i1, int64_t j0, int64_
   }
 }
 
-// How the rows of c are cut into tasks: into an equal share for each thread, and that into `cuts` blocks of whole
-// panels, the larger ones first, of which the last takes the rows that do not fill a panel. Threads that are equally
-// fast then end together; blocks of one size for all rows left up to a tenth of the time to one thread. About four
-// blocks a thread, where that leaves enough rows to pay for reading b, so that a thread that is held up can be helped.
-struct Blocks {
-  int64_t m, shares, share, cuts, panels, larger;
-
-  Blocks(int64_t m, int64_t threads) : m(m), shares(min(threads, ceil_div(m, 4 * MR))), share(ceil_div(m, shares)) {
-    cuts = max(ceil_div(share, MC), threads == 1 ? 1 : min(4, ceil_div(share, 4 * MR)));
-    panels = share / MR / cuts;
-    larger = share / MR % cuts;
-  }
-  int64_t count() const { return shares * cuts; }
-  int64_t most_panels() const { return panels + (larger > 0) + 1; }
-  // Of `count()` blocks, the first ones of all shares come first.
-  int64_t start(int64_t block) const {
-    const int64_t cut = block / shares;
-    return block % shares * share + (cut * panels + min(cut, larger)) * MR;
-  }
-  int64_t end(int64_t block) const {
-    const int64_t last = min(m, (block % shares + 1) * share);
-    return block / shares == cuts - 1 ? last : min(last, start(block + shares));
-  }
-};
-
 void multiply_packed(Context& context, const Problem& p) {
   const int64_t threads = context.threads();
   int64_t nc = min(NC, max(PANEL_FLOATS / p.k, 8 * NR));
   nc = round_up(ceil_div(p.n, ceil_div(p.n, nc)), NR);
-  const Blocks rows(p.m, threads);
+  const Blocks<MR, MC> rows(p.m, threads);
   // and columns, where they are not enough and packing a again is still cheap
   int64_t splits = max(1, min(threads == 1 ? 1 : ceil_div(4 * threads, rows.count()), nc / (8 * NR)));
   int64_t width = round_up(ceil_div(nc, splits), NR);
@@ -225,6 +123,10 @@ void multiply_packed(Context& context, const Problem& p) {
   }
 }
 
+void multiply_many_rows(Context& context, const Problem& p) {
+  context.has_tiles() ? multiply_tiles(context, p) : multiply_packed(context, p);
+}
+
 // The weights' gradients of a long context: k is its tokens. One packing of b would be as deep, and 32 MiB at T 32768.
 void multiply_long(Context& context, const Problem& p) {
   const int64_t slabs = ceil_div(p.k, LONG_K), depth = round_up(ceil_div(p.k, slabs), KC);
@@ -234,7 +136,7 @@ void multiply_long(Context& context, const Problem& p) {
     part.a.data = start_at(p.a, k * p.a.column);
     part.b.data = start_at(p.b, k * p.b.row);
     if (k > 0) part.add = p.c;
-    multiply_packed(context, part);
+    multiply_many_rows(context, part);
   }
 }
 
@@ -351,7 +253,7 @@ void gemm(Context& context, int64_t m, int64_t n, int64_t k, Matrix a, Matrix b,
   if (m > SOME_ROWS && k > LONG_K && p.sums_in_place() && !is_quantized(b.dtype))
     multiply_long(context, p);
   else if (m > SOME_ROWS)
-    multiply_packed(context, p);
+    multiply_many_rows(context, p);
   else if (m > FEW_ROWS || b.row != 1)
     multiply_some_rows(context, p);
   else if (b.dtype == DType::bf16)

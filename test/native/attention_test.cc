@@ -13,6 +13,7 @@
 #include <thread>
 #include <vector>
 
+#include "cpu/backend.h"
 #include "cpu/cpu.h"
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -47,6 +48,7 @@ class TestContext : public cpu::Context {
   explicit TestContext(int threads) : memory_(threads) {}
   int threads() const override { return static_cast<int>(memory_.size()); }
   bool permutes_bytes() const override { return false; }
+  bool has_tiles() const override { return tiles; }
   void run_tasks(int64_t tasks, cpu::TaskBody body, void* data) override {
     std::vector<int64_t> order(tasks);
     for (int64_t i = 0; i < tasks; i++) order[i] = i;

@@ -9,6 +9,7 @@
 #include <thread>
 #include <vector>
 
+#include "cpu/backend.h"
 #include "cpu/cpu.h"
 
 namespace {
@@ -26,12 +27,15 @@ void check(bool ok, const char* what, const char* isa, int64_t m, int64_t n, int
   }
 }
 
+bool tiles = false;  // whether the kernels under test may use them
+
 class Threads final : public cpu::Context {
  public:
   explicit Threads(int count) : memory_(count), size_(count) {}
   ~Threads() { forget(); }
   int threads() const override { return static_cast<int>(memory_.size()); }
   bool permutes_bytes() const override { return false; }
+  bool has_tiles() const override { return tiles; }
   void run_tasks(int64_t tasks, cpu::TaskBody body, void* data) override {
     std::atomic<int64_t> next{0};
     auto work = [&](int thread) {
@@ -342,8 +346,15 @@ int main() {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (avx2) test(ISA(avx2));
   if (avx512) test(ISA(avx512));
+  tiles = avx512 && cpu::avx512::kernels.use_tiles && cpu::enable_tiles();
+  if (tiles) {
+    Isa isa = ISA(avx512);
+    isa.name = "amx";
+    test(isa);
+  }
   if (!avx2) skipped++, printf("avx2: skipped, this CPU does not have it\n");
   if (!avx512) skipped++, printf("avx512: skipped, this CPU does not have it\n");
+  if (!tiles) skipped++, printf("amx: skipped, this CPU or this compiler does not have it\n");
   printf("matmul: %d passed, %d failed, %d skipped\n", passed, failed, skipped);
   return failed ? 1 : 0;
 }

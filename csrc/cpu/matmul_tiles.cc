@@ -1,0 +1,160 @@
+// c = a b (+ add) for many rows with AMX (tiles.h): the loops of matmul.cc around a micro-tile of 32 x 32.
+//
+// For NC columns, b is packed once for all threads (16 MB at most). Tasks are blocks of c, MC rows by these columns; each
+// packs its MC x KC piece of a, at most 768 KB of a 2 MB L2, and walks the micro-tiles with a panel of b, 32 or 96 KB, at
+// a time. f32 c is summed in place over the blocks of K; otherwise, and for tiles that are not whole, the sums wait in
+// the thread's scratch. Each c is a sum over k in an order that the shape fixes, by one thread.
+#include "tiles.h"
+
+#include "product.h"
+
+namespace rw::cpu::RW_ISA {
+
+#ifdef RW_HAS_TILES
+
+namespace {
+
+constexpr int64_t KC = 512;
+constexpr int64_t MC = 256;
+constexpr int64_t PACKED_BYTES = 16 << 20;  // of b, or 8 panels where k is huge
+constexpr int64_t GROUP = 4 * PANEL;        // columns of a packing task
+constexpr int64_t SUMS = PANEL * PANEL;
+
+template <int pieces, bool of_b>
+void pack(const Matrix& x, int64_t offset, int64_t line, int64_t step, int64_t count, int64_t depth, uint16_t* panels,
+          int64_t stride) {
+  if constexpr (pieces == 3)
+    pack_panels<3, of_b>(static_cast<const float*>(x.data) + offset, line, step, count, depth, panels, stride);
+  else
+    pack_panels<1, of_b>(static_cast<const bf16*>(x.data) + offset, line, step, count, depth, panels, stride);
+}
+
+// Packs columns j .. j + count of b from row k on, at most GROUP and KC of them.
+template <int pieces>
+void pack_b(const Problem& p, int64_t j, int64_t k, int64_t count, int64_t depth, uint16_t* panels, int64_t stride) {
+  const Matrix& b = p.b;
+  const int64_t start = j * b.column + k * b.row;
+  if (!is_quantized(b.dtype))
+    return pack<pieces, true>(b, start, b.column, b.row, count, depth, panels, stride);
+  float values[TILE * KC];
+  if (b.row == 1) {
+    for (int64_t i = 0; i < count; i += PANEL, panels += stride)
+      for (int64_t half = 0; half < PANEL; half += TILE) {
+        const int64_t columns = max(0, min(count - i - half, TILE));
+        for (int64_t column = 0; column < columns; column++)
+          dequantize_run(b.dtype, p.q, start + (i + half + column) * b.column, depth, p.a.dtype, values + column * KC);
+        // half a panel, of which the other half is left alone
+        for (int64_t step = 0; step < depth; step += STEP) {
+          uint16_t* tile = panels + step / STEP * pieces * PIECE + half / TILE * TILE_SIZE;
+          pack_tile<pieces, true>(values + step, KC, 1, columns, depth - step, tile);
+          for (int piece = 0; piece < pieces; piece++) turn_tile(tile + piece * PIECE);
+        }
+      }
+  } else {
+    static_assert(GROUP * STEP <= TILE * KC, "a step of rows is dequantised at a time");
+    for (int64_t step = 0; step < depth; step += STEP) {
+      const int64_t rows = min(depth - step, STEP);
+      for (int64_t row = 0; row < rows; row++)
+        dequantize_run(b.dtype, p.q, start + (step + row) * b.row, count, p.a.dtype, values + row * GROUP);
+      pack_panels<pieces, true>(values, 1, GROUP, count, rows, panels + step / STEP * pieces * PIECE, stride);
+    }
+  }
+}
+
+// What there is of a tile, the rest 0.
+void copy_part(const float* from, int64_t ld, int64_t rows, int64_t columns, float* tile) {
+  memset(tile, 0, SUMS * sizeof(float));
+  for (int64_t i = 0; i < rows; i++) memcpy(tile + i * PANEL, from + i * ld, columns * sizeof(float));
+}
+
+// Rows [i0, i1) and columns [j0, j1) of c, the latter packed in `b` from j0 on, panels `b_stride` elements apart.
+template <int PA, int PB>
+void multiply_block(const Problem& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1, const uint16_t* b,
+                    int64_t b_stride, float* own) {
+  const Tiles registers;
+  uint16_t* a = reinterpret_cast<uint16_t*>(own);
+  const int64_t a_stride = ceil_div(min(p.k, KC), STEP) * PA * PIECE;
+  float* tiles = own + ceil_div(i1 - i0, PANEL) * a_stride / 2;
+  const bool begins_with_add = p.sums_in_place() && p.add.data;
+  Problem without_add = p;
+  without_add.add.data = nullptr;
+  const int64_t tile_step = p.k > KC ? SUMS : 0;  // tiles that wait for the next block of k are kept apart
+  for (int64_t k0 = 0; k0 < p.k; k0 += KC) {
+    const int64_t depth = min(p.k - k0, KC), steps = ceil_div(depth, STEP);
+    const bool last = k0 + depth == p.k;
+    pack<PA, false>(p.a, i0 * p.a.row + k0 * p.a.column, p.a.row, p.a.column, i1 - i0, depth, a, a_stride);
+    float* tile = tiles;
+    for (int64_t j = j0; j < j1; j += PANEL) {
+      const uint16_t* b_panel = b + (j - j0) / PANEL * b_stride + k0 / STEP * PB * PIECE;
+      const int64_t columns = min(j1 - j, PANEL);
+      for (int64_t i = i0; i < i1; i += PANEL, tile += tile_step) {
+        const int64_t rows = min(i1 - i, PANEL);
+        const uint16_t* a_panel = a + (i - i0) / PANEL * a_stride;
+        if (p.sums_in_place() && columns == PANEL && rows == PANEL) {
+          const Matrix& init = k0 == 0 ? p.add : p.c;
+          tile_product<PA, PB>(steps, a_panel, b_panel, at<float>(init, i, j), init.row, at<float>(p.c, i, j), p.c.row);
+          continue;
+        }
+        // Where add comes first for whole tiles, it does for all: which are whole depends on the threads.
+        if (k0 == 0 && begins_with_add) copy_part(at<float>(p.add, i, j), p.add.row, rows, columns, tile);
+        tile_product<PA, PB>(steps, a_panel, b_panel, k0 == 0 && !begins_with_add ? nullptr : tile, PANEL, tile, PANEL);
+        if (last) finish(begins_with_add ? without_add : p, i, j, rows, columns, tile, PANEL);
+      }
+    }
+  }
+}
+
+template <int PA, int PB>
+void multiply(Context& context, const Problem& p) {
+  const int64_t threads = context.threads();
+  const int64_t b_stride = ceil_div(p.k, STEP) * PB * PIECE;
+  int64_t nc = max(PACKED_BYTES / (2 * b_stride), 8) * PANEL;
+  nc = round_up(ceil_div(p.n, ceil_div(p.n, nc)), PANEL);
+  const Blocks<PANEL, MC> rows(p.m, threads);
+  // and columns, where they are not enough and packing a again is still cheap
+  int64_t splits = max(1, min(threads == 1 ? 1 : ceil_div(4 * threads, rows.count()), nc / (8 * PANEL)));
+  const int64_t width = round_up(ceil_div(nc, splits), PANEL);
+  splits = ceil_div(nc, width);
+
+  const int64_t panels = rows.most_panels();
+  const int64_t a_stride = ceil_div(min(p.k, KC), STEP) * PA * PIECE;
+  const int64_t tiles = p.k > KC ? panels * (width / PANEL) : 1;
+  Workspace work(context, nc / PANEL * b_stride / 2, panels * a_stride / 2 + tiles * SUMS);
+  uint16_t* b = reinterpret_cast<uint16_t*>(work.shared);
+  for (int64_t j0 = 0; j0 < p.n; j0 += nc) {
+    const int64_t columns = min(p.n - j0, nc);
+    const int64_t slabs = ceil_div(p.k, KC);
+    for_tasks(context, p, ceil_div(columns, GROUP) * slabs, [&](int64_t task, int) {
+      const int64_t j = task / slabs * GROUP, k0 = task % slabs * KC;
+      pack_b<PB>(p, j0 + j, k0, min(columns - j, GROUP), min(p.k - k0, KC),
+                 b + j / PANEL * b_stride + k0 / STEP * PB * PIECE, b_stride);
+    });
+    for_tasks(context, p, rows.count() * splits, [&](int64_t task, int thread) {
+      const int64_t block = task / splits, j = task % splits * width;
+      const int64_t i = rows.start(block), end = rows.end(block);
+      if (j >= columns || i >= end) return;
+      multiply_block<PA, PB>(p, i, end, j0 + j, j0 + min(j + width, columns), b + j / PANEL * b_stride, b_stride,
+                             work.own(thread));
+    });
+  }
+}
+
+}  // namespace
+
+void multiply_tiles(Context& context, const Problem& p) {
+  // a quantised b has the values of a's dtype
+  const bool wide_a = p.a.dtype == DType::f32;
+  const bool wide_b = is_quantized(p.b.dtype) ? wide_a : p.b.dtype == DType::f32;
+  if (wide_a)
+    wide_b ? multiply<3, 3>(context, p) : multiply<3, 1>(context, p);
+  else
+    wide_b ? multiply<1, 3>(context, p) : multiply<1, 1>(context, p);
+}
+
+#else
+
+void multiply_tiles(Context&, const Problem&) {}
+
+#endif
+
+}  // namespace rw::cpu::RW_ISA
