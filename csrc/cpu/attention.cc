@@ -17,7 +17,7 @@
 //
 // Papers: FlashAttention-2 2307.08691 (tiles, running maximum, one division at the end), RoFormer 2104.09864
 // (rotation).
-#include "attention.h"
+#include "attention_tiles.h"
 
 namespace rw::cpu::RW_ISA {
 
@@ -25,7 +25,7 @@ template <typename F>
 static void forward(Context& context, const attention_fwd_args& a) {
   int64_t B = a.q.dims[0], T = a.q.dims[1], H = a.q.dims[2], D = a.q.dims[3], K = a.k.dims[2], G = H / K;
   rotate_keys<F>(context, a.k, a.cos, a.sin, a.pos, a.kr);
-  int64_t step = query_tile(G), tiles = round_up(T, step) / step;
+  int64_t step = query_tile(context, G), tiles = round_up(T, step) / step;
   parallel(context, B * K * tiles, [&](int64_t task, int thread) {
     int64_t tile = tiles - 1 - task / (B * K), b = task % (B * K) / K, head = task % K, t0 = tile * step;
     Attend<F> part = {};
@@ -48,7 +48,7 @@ static void forward(Context& context, const attention_fwd_args& a) {
     part.lse_stride = T;
     part.keys = T;
     part.scale = a.scale;
-    attend(part, static_cast<float*>(context.scratch(thread, attend_scratch(D, G))));
+    attend(context, thread, part);
   });
 }
 

@@ -249,6 +249,8 @@ static inline size_t attend_scratch(int64_t D, int64_t group) {
                           strips * 2 * strip + VL);
 }
 
+constexpr float lowest = -3e38f;  // a maximum of nothing: finite, so that differences of two are not NaN
+
 struct StripBounds {
   int64_t first_min, first_max, last_min, last_max;
 };
@@ -317,7 +319,6 @@ static inline void attend_tile(const float* k, const float* v, bool v_finite, in
 
 template <typename F>
 static void attend(const Attend<F>& a, float* scratch) {
-  constexpr float lowest = -3e38f;  // a maximum of nothing: finite, so that differences of two are not NaN
   int64_t D = a.head_dim, strips = round_up(a.tokens, strip) / strip, per_head = (2 * D + 2) * strip;
   float* k_tile = scratch;
   float* v_tile = k_tile + key_tile * D;

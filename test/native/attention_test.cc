@@ -43,6 +43,8 @@ int random_int(int n) { return static_cast<int>(random_bits() % static_cast<uint
 float random_real() { return static_cast<float>(random_bits()) / 1073741824.0f - 1; }
 
 // Threads that take tasks in a shuffled order, and scratch memory that is full of NaN before every op.
+bool tiles = false;  // whether the kernels under test may use them
+
 class TestContext : public cpu::Context {
  public:
   explicit TestContext(int threads) : memory_(threads) {}
@@ -336,24 +338,31 @@ void check_error(const std::string& what, const Buffer& got, const std::vector<d
 
 struct Isa {
   const char* name;
-  bool present;
+  bool present, tiles;
   void (*forward)(cpu::Context&, const attention_fwd_args&);
   void (*delta)(cpu::Context&, const attention_delta_args&);
   void (*backward)(cpu::Context&, const attention_bwd_args&);
   void (*append)(cpu::Context&, const kv_append_args&);
   void (*cached)(cpu::Context&, const attention_cached_args&);
 };
-#define ISA(isa, present)                                                                                            \
+#define ISA(isa, name, present, tiles)                                                                               \
   {                                                                                                                  \
-#isa, present, cpu::isa::attention_fwd, cpu::isa::attention_delta, cpu::isa::attention_bwd, cpu::isa::kv_append, \
+    name, present, tiles, cpu::isa::attention_fwd, cpu::isa::attention_delta, cpu::isa::attention_bwd, cpu::isa::kv_append, \
         cpu::isa::attention_cached                                                                                   \
   }
-const std::vector<Isa> isas = {
-    ISA(baseline, true),
 #if defined(__x86_64__)
-    ISA(avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2")),
-    ISA(avx512, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                    __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")),
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+}
+#endif
+const std::vector<Isa> isas = {
+    ISA(baseline, "baseline", true, false),
+#if defined(__x86_64__)
+    ISA(avx2, "avx2",
+        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"), false),
+    ISA(avx512, "avx512", has_avx512(), false),
+    ISA(avx512, "amx", has_avx512() && cpu::avx512::kernels.use_tiles && cpu::enable_tiles(), true),
 #endif
 };
 
@@ -459,6 +468,7 @@ void test_training(const Shape& s, DType type) {
   backward_of(in, type, naive_backward);
   for (const Isa& isa : isas) {
     if (!isa.present) continue;
+    tiles = isa.tiles;
     std::string name = name_of(s, type, isa.name);
     TestContext one(1), two(2), three(3);
     Outputs out(s, type), repeated(s, type), on_two(s, type), on_three(s, type), grouped(s, type, s.K);
@@ -550,6 +560,7 @@ void test_cache(const Shape& s, int64_t S, DType type) {
   auto near_k = placed(naive_k), near_v = placed(fill.v.values<float>());
   for (const Isa& isa : isas) {
     if (!isa.present) continue;
+    tiles = isa.tiles;
     std::string name = name_of(s, type, isa.name) + " cached S" + std::to_string(S);
     TestContext one(1), three(3);
     Buffer k_cache(type, {s.B, s.K, S, s.D}), v_cache(type, {s.B, s.K, S, s.D});

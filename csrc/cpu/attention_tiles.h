@@ -1,0 +1,265 @@
+// The tiled forward pass of attention.h with products by AMX (tiles.h), and the choice between the two.
+//
+// Strips are 32 queries, s^T = k q^T comes 32 keys at a time, and weights go from registers into the packed form that
+// o^T += v^T p^T multiplies. f32 is taken in three pieces throughout, as in every product; with bf16, rotated queries are
+// rounded to bf16, as rotated keys are, and weights have two pieces: 16 bits, which bf16 results do not tell from f32.
+// Keys and values are packed once for 512 rows of queries, so that packing costs a tenth of the products.
+#pragma once
+#include "attention.h"
+#include "tiles.h"
+
+namespace rw::cpu::RW_ISA {
+
+#ifdef RW_HAS_TILES
+
+constexpr int64_t tiles_rows = 512;  // rows of queries of a task, over the query heads of a kv head
+constexpr int64_t tiles_strips = tiles_rows / PANEL;
+
+template <typename F>
+struct TileAttention {
+  static constexpr int of_keys = sizeof(F) == sizeof(float) ? 3 : 1;
+  static constexpr int of_weights = sizeof(F) == sizeof(float) ? 3 : 2;
+
+  const Attend<F>& a;
+  int64_t D = a.head_dim;
+  int64_t steps = round_up(D, STEP) / STEP;      // along D
+  int64_t k_panel = steps * of_keys * PIECE;     // 32 keys, or 32 queries
+  int64_t v_panel = key_tile / STEP * of_keys * PIECE;  // 32 of D
+  int64_t strips = round_up(a.tokens, PANEL) / PANEL;
+  float to_log2 = a.scale * log2_e;
+
+  // Per strip and head: q packed, o^T, maximum and sum.
+  struct Strip {
+    uint16_t* q;
+    float *ot, *m, *l;
+  };
+  float* memory = nullptr;
+  uint16_t *k = nullptr, *v = nullptr, *weights = nullptr;
+  float *p = nullptr, *rows = nullptr, *values = nullptr, *odd_values = nullptr;
+  int32_t* bounds = nullptr;
+
+  int64_t strip_floats() const { return k_panel / 2 + (steps * STEP + 2) * PANEL; }
+
+  static size_t scratch(const Attend<F>& a) {
+    TileAttention x{a};
+    return sizeof(float) * static_cast<size_t>(x.lay_out(nullptr) - static_cast<float*>(nullptr));
+  }
+
+  // Returns the end.
+  float* lay_out(float* at) {
+    const auto take = [&](int64_t floats) {
+      float* part = at;
+      at += round_up(floats, 16);
+      return part;
+    };
+    memory = take(a.group * strips * strip_floats());
+    k = reinterpret_cast<uint16_t*>(take(key_tile / PANEL * k_panel / 2));
+    v = reinterpret_cast<uint16_t*>(take(steps * v_panel / 2));
+    weights = reinterpret_cast<uint16_t*>(take(key_tile / STEP * of_weights * PIECE / 2));
+    p = take(key_tile * PANEL);
+    rows = take(PANEL * D);
+    values = take(key_tile * D);
+    odd_values = take(key_tile * D);
+    bounds = reinterpret_cast<int32_t*>(take(strips * 2 * PANEL));
+    return at;
+  }
+
+  Strip strip_of(int64_t head, int64_t s) const {
+    float* at = memory + (head * strips + s) * strip_floats();
+    float* ot = at + k_panel / 2;
+    float* m = ot + steps * STEP * PANEL;
+    return {reinterpret_cast<uint16_t*>(at), ot, m, m + PANEL};
+  }
+
+  void prepare(int64_t head, int64_t s) const {
+    const Strip x = strip_of(head, s);
+    const int64_t live = min_of(PANEL, a.tokens - s * PANEL);
+    F* rotated = reinterpret_cast<F*>(rows);
+    for (int64_t i = 0; i < live; i++) {
+      const int64_t t = s * PANEL + i, angle = a.pos[t] * (D / 2);
+      rotate(rotated + i * D, a.q + t * a.q_stride + head * D, a.cos + angle, a.sin + angle, D / 2, 1.0f);
+    }
+    pack_panels<of_keys, true>(rotated, D, 1, live, D, x.q, k_panel);
+    memset(x.ot, 0, sizeof(float) * (steps * STEP + 2) * PANEL);
+    for (int64_t i = 0; i < PANEL; i++) x.m[i] = lowest;
+  }
+
+  // Keys n0 .. n1 and their values; returns whether all values are finite. Those that are not go to odd_values, for a
+  // weight of zero would not hide them from the unit, and their infinities would not survive its pieces.
+  bool load_tile(int64_t n0, int64_t n1) const {
+    pack_panels<of_keys, false>(a.k + n0 * a.k_stride, a.k_stride, 1, n1 - n0, D, k, k_panel);
+    const F* from = a.v + n0 * a.v_stride;
+    const bool finite = !load_rows(values, D, from, a.v_stride, n1 - n0, D);
+    if (finite) {
+      pack_panels<of_keys, false>(from, 1, a.v_stride, D, n1 - n0, v, v_panel);
+    } else {
+      for (int64_t i = 0; i < (n1 - n0) * D; i++) {
+        const bool odd = values[i] - values[i] != 0;
+        odd_values[i] = odd ? values[i] : 0;
+        values[i] = odd ? 0 : values[i];
+      }
+      pack_panels<of_keys, false>(values, 1, D, D, n1 - n0, v, v_panel);
+    }
+    // whole steps, whose weights are zeros where there are no keys
+    return finite;
+  }
+
+  // Scores of keys [low, high) of a tile to weights, in place (where `masked`) and packed; raises m, l and o^T to the new
+  // maximum. Rows of p beyond the last key hold nothing and are masked.
+  template <bool masked>
+  void weigh(const Strip& x, int64_t n0, int64_t low, int64_t high, const int32_t* bound) const {
+    constexpr int V = 2;
+    vf top[V], total[V], top2[V];
+    vi first[V], last[V], grown = {};
+    for (int j = 0; j < V; j++) {
+      top[j] = load(x.m + j * VL);
+      if (masked) {
+        memcpy(&first[j], bound + j * VL, sizeof(vi));
+        memcpy(&last[j], bound + PANEL + j * VL, sizeof(vi));
+      }
+    }
+    const auto sees = [&](int64_t n, int j) {
+      return (first[j] <= static_cast<int32_t>(n0 + n)) & (last[j] >= static_cast<int32_t>(n0 + n));
+    };
+    for (int64_t n = low; n < high; n++)
+      for (int j = 0; j < V; j++) {
+        const vf s = load(p + n * PANEL + j * VL);
+        if (masked)
+          top[j] = (sees(n, j) & (s > top[j])) ? s : top[j];
+        else
+          top[j] = max(s, top[j]);
+      }
+    for (int j = 0; j < V; j++) {
+      grown |= (vi)(top[j] != load(x.m + j * VL));
+      total[j] = vf{};
+      top2[j] = top[j] * to_log2;
+    }
+    if (any(grown)) {
+      vf shrink[V];
+      for (int j = 0; j < V; j++) {
+        shrink[j] = exp2((load(x.m + j * VL) - top[j]) * to_log2);  // 1 where the maximum stays
+        store(x.m + j * VL, top[j]);
+        store(x.l + j * VL, load(x.l + j * VL) * shrink[j]);
+      }
+      for (int64_t d = 0; d < D; d++)
+        for (int j = 0; j < V; j++)
+          store(x.ot + d * PANEL + j * VL, load(x.ot + d * PANEL + j * VL) * shrink[j]);
+    }
+    for (int64_t n = low; n < high; n += 2) {
+      uint16_t* to = weights + n / STEP * of_weights * PIECE + n % STEP / 2 * STEP;
+      for (int j = 0; j < V; j++) {
+        float* s = p + n * PANEL + j * VL;
+        vf e = exp2(load(s) * to_log2 - top2[j]), f = exp2(load(s + PANEL) * to_log2 - top2[j]);
+        if (masked) {
+          e = sees(n, j) ? e : vf{};
+          f = sees(n + 1, j) ? f : vf{};
+          store(s, e);
+          store(s + PANEL, f);
+        }
+        total[j] += e;
+        total[j] += f;
+        for (int piece = 0; piece < of_weights; piece++) {
+          const vu packed = pairs(take_piece(e), take_piece(f));
+          memcpy(to + piece * PIECE + j * TILE_SIZE, &packed, sizeof(packed));
+        }
+      }
+    }
+    for (int j = 0; j < V; j++) store(x.l + j * VL, load(x.l + j * VL) + total[j]);
+  }
+
+  void attend_strip(const Strip& x, bool v_finite, int64_t n0, int64_t low, int64_t high, const int32_t* bound) const {
+    for (int64_t n = low; n < high; n += PANEL)
+      tile_product<of_keys, of_keys>(steps, k + n / PANEL * k_panel, x.q, nullptr, 0, p + n * PANEL, PANEL);
+    if (bound)
+      weigh<true>(x, n0, low, high, bound);
+    else
+      weigh<false>(x, n0, low, high, nullptr);
+    const uint16_t* w = weights + low / STEP * of_weights * PIECE;
+    for (int64_t d = 0; d < steps; d++) {
+      float* ot = x.ot + d * STEP * PANEL;
+      tile_product<of_keys, of_weights>((high - low) / STEP, v + d * v_panel + low / STEP * of_keys * PIECE, w, ot, PANEL,
+                                        ot, PANEL);
+    }
+    if (v_finite) return;
+    for (int64_t n = low; n < min_of(high, a.keys - n0); n++)
+      for (int64_t d = 0; d < D; d++)
+        for (int64_t i = 0; odd_values[n * D + d] != 0 && i < PANEL; i++)
+          if (p[n * PANEL + i] != 0) x.ot[d * PANEL + i] += p[n * PANEL + i] * odd_values[n * D + d];
+  }
+
+  void finish(int64_t head, int64_t s) const {
+    const Strip x = strip_of(head, s);
+    for (int64_t j = 0; j < PANEL; j += VL) {
+      vf total = load(x.l + j);
+      total = total == 0.0f ? broadcast(1.0f) : total;
+      for (int64_t d = 0; d < D; d++) store(x.ot + d * PANEL + j, load(x.ot + d * PANEL + j) / total);
+    }
+    transpose(rows, D, x.ot, PANEL, D, PANEL);
+    for (int64_t i = 0; i < PANEL && s * PANEL + i < a.tokens; i++) {
+      const int64_t t = s * PANEL + i;
+      store_row(a.o + t * a.q_stride + head * D, rows + i * D, D);
+      if (a.lse) a.lse[head * a.lse_stride + t] = x.m[i] * a.scale + __builtin_logf(x.l[i]);
+    }
+  }
+
+  void run(float* scratch) {
+    lay_out(scratch);
+    const Tiles registers;
+    StripBounds range[tiles_strips], all = {INT64_MAX, 0, INT64_MAX, -1};
+    for (int64_t s = 0; s < strips; s++) {
+      StripBounds& own = range[s];
+      own = {INT64_MAX, 0, INT64_MAX, -1};
+      for (int64_t i = 0; i < PANEL; i++) {  // the lanes after the last token repeat it
+        const int64_t t = min_of(s * PANEL + i, a.tokens - 1);
+        const int64_t first = a.first[t], last = a.last ? a.last[t] : a.t0 + t;
+        bounds[2 * s * PANEL + i] = static_cast<int32_t>(first);
+        bounds[(2 * s + 1) * PANEL + i] = static_cast<int32_t>(last);
+        own = {min_of(own.first_min, first), max_of(own.first_max, first), min_of(own.last_min, last),
+               max_of(own.last_max, last)};
+      }
+      all.first_min = min_of(all.first_min, own.first_min);
+      all.last_max = max_of(all.last_max, own.last_max);
+      for (int64_t head = 0; head < a.group; head++) prepare(head, s);
+    }
+    for (int64_t n0 = all.first_min / key_tile * key_tile; n0 <= all.last_max; n0 += key_tile) {
+      const int64_t n1 = min_of(n0 + key_tile, a.keys);
+      bool v_finite = true, loaded = false;
+      for (int64_t s = 0; s < strips; s++) {
+        const StripBounds& own = range[s];
+        if (own.first_min >= n1 || own.last_max < n0) continue;
+        if (!loaded) v_finite = load_tile(n0, n1);
+        loaded = true;
+        const int64_t low = max_of(own.first_min - n0, 0) / PANEL * PANEL;
+        const int64_t high = round_up(min_of(own.last_max + 1, n1) - n0, PANEL);
+        const bool sees_all = own.first_max <= n0 + low && own.last_min >= n0 + high - 1;
+        const int32_t* bound = sees_all && v_finite ? nullptr : bounds + 2 * s * PANEL;
+        for (int64_t head = 0; head < a.group; head++) attend_strip(strip_of(head, s), v_finite, n0, low, high, bound);
+      }
+    }
+    for (int64_t s = 0; s < strips; s++)
+      for (int64_t head = 0; head < a.group; head++) finish(head, s);
+  }
+};
+
+#endif
+
+// Tokens of a task.
+static inline int64_t query_tile([[maybe_unused]] Context& context, int64_t group) {
+#ifdef RW_HAS_TILES
+  if (context.has_tiles()) return max_of(tiles_rows / group / PANEL, 1) * PANEL;
+#endif
+  return query_tile(group);
+}
+
+template <typename F>
+static void attend(Context& context, int thread, const Attend<F>& a) {
+#ifdef RW_HAS_TILES
+  if (context.has_tiles()) {
+    TileAttention<F> tiles{a};
+    return tiles.run(static_cast<float*>(context.scratch(thread, TileAttention<F>::scratch(a))));
+  }
+#endif
+  attend(a, static_cast<float*>(context.scratch(thread, attend_scratch(a.head_dim, a.group))));
+}
+
+}  // namespace rw::cpu::RW_ISA
