@@ -55,8 +55,8 @@ struct TileAttention {
     memory = take(a.group * strips * strip_floats());
     k = reinterpret_cast<uint16_t*>(take(key_tile / PANEL * k_panel / 2));
     v = reinterpret_cast<uint16_t*>(take(steps * v_panel / 2));
-    weights = reinterpret_cast<uint16_t*>(take(key_tile / STEP * of_weights * PIECE / 2));
-    p = take(key_tile * PANEL);
+    weights = reinterpret_cast<uint16_t*>(take(key_tile / STEP * of_weights * PIECE));
+    p = take(2 * key_tile * PANEL);
     rows = take(PANEL * D);
     values = take(key_tile * D);
     odd_values = take(key_tile * D);
@@ -104,40 +104,116 @@ struct TileAttention {
     return finite;
   }
 
-  // Scores of keys [low, high) of a tile to weights, in place (where `masked`) and packed; raises m, l and o^T to the new
-  // maximum. Rows of p beyond the last key hold nothing and are masked.
+  // 2^x for |x| <= 126; below that 2^-126, NaN stays NaN. As exp2, with two instructions that only AVX-512 has, and for
+  // bf16 to within 3e-6 of it: weights of 16 bits lose as much.
+  static vf power_of_two(vf x) {
+    x = max(broadcast(-126.0f), x);
+    const vf r = (vf)_mm512_maskz_reduce_ps(0xffff, (__m512)x, _MM_FROUND_TO_NEAREST_INT);
+    vf p;
+    if constexpr (sizeof(F) == sizeof(float)) {
+      p = broadcast(1.5353362e-4f);
+      p = p * r + 1.3398875e-3f;
+      p = p * r + 9.6184369e-3f;
+      p = p * r + 5.5503324e-2f;
+      p = p * r + 2.4022648e-1f;
+      p = p * r + 6.9314718e-1f;
+    } else {
+      p = broadcast(9.58285324e-3f);
+      p = p * r + 5.59064259e-2f;
+      p = p * r + 2.40240986e-1f;
+      p = p * r + 6.93124193e-1f;
+    }
+    p = p * r + 1.0f;
+    return (vf)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)(x - r));
+  }
+
+  // The keys [low, high) of a tile for one strip and head; `bound` is null where all its queries see all of them.
+  struct Item {
+    Strip x;
+    int64_t low, high;
+    const int32_t* bound;
+    float* p;
+    uint16_t* weights;
+  };
+
+  // Products that are ready to run: s^T of the next item and o^T of the one before. They are issued one by one between
+  // the weights of an item, so that the unit and the vectors work side by side.
+  struct Product {
+    bool of_weights;
+    int64_t steps;
+    const uint16_t *a, *b;
+    float* c;
+  };
+  struct Queue {
+    Product product[16];
+    int count = 0, next = 0;
+  };
+
+  static void issue(Queue& queue) {
+    if (queue.next == queue.count) return;
+    const Product& x = queue.product[queue.next++];
+    if (x.of_weights)
+      tile_product<of_keys, of_weights>(x.steps, x.a, x.b, x.c, PANEL, x.c, PANEL);
+    else
+      tile_product<of_keys, of_keys>(x.steps, x.a, x.b, nullptr, 0, x.c, PANEL);
+  }
+  static void finish(Queue& queue) {
+    while (queue.next < queue.count) issue(queue);
+    queue.next = queue.count = 0;
+  }
+  void add_scores(Queue& queue, const Item& item) const {
+    for (int64_t n = item.low; n < item.high; n += PANEL)
+      queue.product[queue.count++] = {false, steps, k + n / PANEL * k_panel, item.x.q, item.p + n * PANEL};
+  }
+  void add_output(Queue& queue, const Item& item) const {
+    for (int64_t d = 0; d < steps; d++)
+      queue.product[queue.count++] = {true, (item.high - item.low) / STEP,
+                                      v + d * v_panel + item.low / STEP * of_keys * PIECE,
+                                      item.weights + item.low / STEP * of_weights * PIECE,
+                                      item.x.ot + d * STEP * PANEL};
+  }
+
+  // Scores to weights, in place (where `masked`) and packed; raises m, l and o^T to the new maximum where it is above the
+  // old one by a factor of 2^8: until then weights above 1 do no harm, and o^T stays where it is. Rows of p beyond the
+  // last key hold nothing and are masked.
   template <bool masked>
-  void weigh(const Strip& x, int64_t n0, int64_t low, int64_t high, const int32_t* bound) const {
+  void weigh(const Item& item, int64_t n0, Queue& queue) const {
     constexpr int V = 2;
+    const Strip& x = item.x;
     vf top[V], total[V], top2[V];
-    vi first[V], last[V], grown = {};
+    vi first[V], last[V], grown[V];
+    issue(queue);
     for (int j = 0; j < V; j++) {
-      top[j] = load(x.m + j * VL);
+      top[j] = broadcast(lowest);
       if (masked) {
-        memcpy(&first[j], bound + j * VL, sizeof(vi));
-        memcpy(&last[j], bound + PANEL + j * VL, sizeof(vi));
+        memcpy(&first[j], item.bound + j * VL, sizeof(vi));
+        memcpy(&last[j], item.bound + PANEL + j * VL, sizeof(vi));
       }
     }
     const auto sees = [&](int64_t n, int j) {
       return (first[j] <= static_cast<int32_t>(n0 + n)) & (last[j] >= static_cast<int32_t>(n0 + n));
     };
-    for (int64_t n = low; n < high; n++)
+    for (int64_t n = item.low; n < item.high; n++)
       for (int j = 0; j < V; j++) {
-        const vf s = load(p + n * PANEL + j * VL);
+        const vf s = load(item.p + n * PANEL + j * VL);
         if (masked)
           top[j] = (sees(n, j) & (s > top[j])) ? s : top[j];
         else
           top[j] = max(s, top[j]);
       }
+    vi any_grown = {};
     for (int j = 0; j < V; j++) {
-      grown |= (vi)(top[j] != load(x.m + j * VL));
-      total[j] = vf{};
+      const vf m = load(x.m + j * VL);
+      grown[j] = (vi)((top[j] - m) * to_log2 > 8.0f);
+      any_grown |= grown[j];
+      top[j] = grown[j] ? top[j] : m;
       top2[j] = top[j] * to_log2;
+      total[j] = vf{};
     }
-    if (any(grown)) {
+    if (any(any_grown)) {
       vf shrink[V];
       for (int j = 0; j < V; j++) {
-        shrink[j] = exp2((load(x.m + j * VL) - top[j]) * to_log2);  // 1 where the maximum stays
+        shrink[j] = power_of_two((load(x.m + j * VL) - top[j]) * to_log2);  // 1 where the maximum stays
         store(x.m + j * VL, top[j]);
         store(x.l + j * VL, load(x.l + j * VL) * shrink[j]);
       }
@@ -145,46 +221,41 @@ struct TileAttention {
         for (int j = 0; j < V; j++)
           store(x.ot + d * PANEL + j * VL, load(x.ot + d * PANEL + j * VL) * shrink[j]);
     }
-    for (int64_t n = low; n < high; n += 2) {
-      uint16_t* to = weights + n / STEP * of_weights * PIECE + n % STEP / 2 * STEP;
-      for (int j = 0; j < V; j++) {
-        float* s = p + n * PANEL + j * VL;
-        vf e = exp2(load(s) * to_log2 - top2[j]), f = exp2(load(s + PANEL) * to_log2 - top2[j]);
-        if (masked) {
-          e = sees(n, j) ? e : vf{};
-          f = sees(n + 1, j) ? f : vf{};
-          store(s, e);
-          store(s + PANEL, f);
-        }
-        total[j] += e;
-        total[j] += f;
-        for (int piece = 0; piece < of_weights; piece++) {
-          const vu packed = pairs(take_piece(e), take_piece(f));
-          memcpy(to + piece * PIECE + j * TILE_SIZE, &packed, sizeof(packed));
+    for (int64_t begin = item.low; begin < item.high; begin += TILE) {
+      issue(queue);
+      for (int64_t n = begin; n < begin + TILE; n += 2) {
+        uint16_t* to = item.weights + n / STEP * of_weights * PIECE + n % STEP / 2 * STEP;
+        for (int j = 0; j < V; j++) {
+          float* s = item.p + n * PANEL + j * VL;
+          vf e = power_of_two(load(s) * to_log2 - top2[j]), f = power_of_two(load(s + PANEL) * to_log2 - top2[j]);
+          if (masked) {
+            e = sees(n, j) ? e : vf{};
+            f = sees(n + 1, j) ? f : vf{};
+            store(s, e);
+            store(s + PANEL, f);
+          }
+          total[j] += e;
+          total[j] += f;
+          for (int piece = 0; piece < of_weights; piece++) {
+            const vu packed = pairs(take_piece(e), take_piece(f));
+            memcpy(to + piece * PIECE + j * TILE_SIZE, &packed, sizeof(packed));
+          }
         }
       }
     }
     for (int j = 0; j < V; j++) store(x.l + j * VL, load(x.l + j * VL) + total[j]);
+    finish(queue);
   }
 
-  void attend_strip(const Strip& x, bool v_finite, int64_t n0, int64_t low, int64_t high, const int32_t* bound) const {
-    for (int64_t n = low; n < high; n += PANEL)
-      tile_product<of_keys, of_keys>(steps, k + n / PANEL * k_panel, x.q, nullptr, 0, p + n * PANEL, PANEL);
-    if (bound)
-      weigh<true>(x, n0, low, high, bound);
-    else
-      weigh<false>(x, n0, low, high, nullptr);
-    const uint16_t* w = weights + low / STEP * of_weights * PIECE;
-    for (int64_t d = 0; d < steps; d++) {
-      float* ot = x.ot + d * STEP * PANEL;
-      tile_product<of_keys, of_weights>((high - low) / STEP, v + d * v_panel + low / STEP * of_keys * PIECE, w, ot, PANEL,
-                                        ot, PANEL);
-    }
-    if (v_finite) return;
-    for (int64_t n = low; n < min_of(high, a.keys - n0); n++)
-      for (int64_t d = 0; d < D; d++)
-        for (int64_t i = 0; odd_values[n * D + d] != 0 && i < PANEL; i++)
-          if (p[n * PANEL + i] != 0) x.ot[d * PANEL + i] += p[n * PANEL + i] * odd_values[n * D + d];
+  // What the unit left out, from the weights in p.
+  void add_odd_values(const Item& item, int64_t keys) const {
+    for (int64_t n = item.low; n < min_of(item.high, keys); n++)
+      for (int64_t d = 0; d < D; d++) {
+        const float value = odd_values[n * D + d];
+        if (value == 0) continue;
+        for (int64_t i = 0; i < PANEL; i++)
+          if (item.p[n * PANEL + i] != 0) item.x.ot[d * PANEL + i] += item.p[n * PANEL + i] * value;
+      }
   }
 
   void finish(int64_t head, int64_t s) const {
@@ -223,18 +294,35 @@ struct TileAttention {
     }
     for (int64_t n0 = all.first_min / key_tile * key_tile; n0 <= all.last_max; n0 += key_tile) {
       const int64_t n1 = min_of(n0 + key_tile, a.keys);
-      bool v_finite = true, loaded = false;
-      for (int64_t s = 0; s < strips; s++) {
+      int64_t visible[tiles_strips], count = 0;
+      for (int64_t s = 0; s < strips; s++)
+        if (range[s].first_min < n1 && range[s].last_max >= n0) visible[count++] = s;
+      if (count == 0) continue;
+      const bool v_finite = load_tile(n0, n1);
+      const auto item_at = [&](int64_t i) -> Item {
+        const int64_t s = visible[i / a.group], turn = i % 2;
         const StripBounds& own = range[s];
-        if (own.first_min >= n1 || own.last_max < n0) continue;
-        if (!loaded) v_finite = load_tile(n0, n1);
-        loaded = true;
         const int64_t low = max_of(own.first_min - n0, 0) / PANEL * PANEL;
         const int64_t high = round_up(min_of(own.last_max + 1, n1) - n0, PANEL);
         const bool sees_all = own.first_max <= n0 + low && own.last_min >= n0 + high - 1;
-        const int32_t* bound = sees_all && v_finite ? nullptr : bounds + 2 * s * PANEL;
-        for (int64_t head = 0; head < a.group; head++) attend_strip(strip_of(head, s), v_finite, n0, low, high, bound);
+        return {strip_of(i % a.group, s), low, high, sees_all && v_finite ? nullptr : bounds + 2 * s * PANEL,
+                p + turn * key_tile * PANEL, weights + turn * key_tile / STEP * of_weights * PIECE};
+      };
+      Queue queue;
+      Item before, item = item_at(0), next;
+      add_scores(queue, item);
+      finish(queue);
+      for (int64_t i = 0; i < count * a.group; i++, before = item, item = next) {
+        if (i > 0) add_output(queue, before);
+        if (i + 1 < count * a.group) add_scores(queue, next = item_at(i + 1));
+        if (item.bound)
+          weigh<true>(item, n0, queue);
+        else
+          weigh<false>(item, n0, queue);
+        if (!v_finite) add_odd_values(item, n1 - n0);
       }
+      add_output(queue, before);
+      finish(queue);
     }
     for (int64_t s = 0; s < strips; s++)
       for (int64_t head = 0; head < a.group; head++) finish(head, s);

@@ -87,10 +87,6 @@ void tile_product(int64_t steps, const uint16_t* a, const uint16_t* b, const flo
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (int64_t row = 0; row < PANEL; row++) {
-    __builtin_prefetch(c + row * ldc, 1);
-    __builtin_prefetch(c + row * ldc + TILE, 1);
-  }
   for (int64_t step = 0; step < steps; step++, a += PA * PIECE, b += PB * PIECE) {
     if constexpr (PA == 3 && PB == 3) {
       load_rows_of_a(a);
