@@ -26,7 +26,10 @@ struct TileAttention {
   int64_t k_panel = steps * of_keys * PIECE;     // 32 keys, or 32 queries
   int64_t v_panel = key_tile / STEP * of_keys * PIECE;  // 32 of D
   int64_t strips = round_up(a.tokens, PANEL) / PANEL;
-  float to_log2 = a.scale * log2_e;
+  // Scores are powers of two. In f32 queries bring the factor along; in bf16 it would be rounded with them.
+  static constexpr bool scaled_queries = sizeof(F) == sizeof(float);
+  float factor = a.scale * log2_e;
+  vf power(vf difference) const { return power_of_two(scaled_queries ? difference : difference * factor); }
 
   // Per strip and head: q packed, o^T, maximum and sum.
   struct Strip {
@@ -77,7 +80,8 @@ struct TileAttention {
     F* rotated = reinterpret_cast<F*>(rows);
     for (int64_t i = 0; i < live; i++) {
       const int64_t t = s * PANEL + i, angle = a.pos[t] * (D / 2);
-      rotate(rotated + i * D, a.q + t * a.q_stride + head * D, a.cos + angle, a.sin + angle, D / 2, 1.0f);
+      rotate(rotated + i * D, a.q + t * a.q_stride + head * D, a.cos + angle, a.sin + angle, D / 2,
+             scaled_queries ? factor : 1.0f);
     }
     pack_panels<of_keys, true>(rotated, D, 1, live, D, x.q, k_panel);
     memset(x.ot, 0, sizeof(float) * (steps * STEP + 2) * PANEL);
@@ -180,11 +184,10 @@ struct TileAttention {
   void weigh(const Item& item, int64_t n0, Queue& queue) const {
     constexpr int V = 2;
     const Strip& x = item.x;
-    vf top[V], total[V], top2[V];
+    vf top[V], total[V];
     vi first[V], last[V], grown[V];
     issue(queue);
     for (int j = 0; j < V; j++) {
-      top[j] = broadcast(lowest);
       if (masked) {
         memcpy(&first[j], item.bound + j * VL, sizeof(vi));
         memcpy(&last[j], item.bound + PANEL + j * VL, sizeof(vi));
@@ -193,27 +196,33 @@ struct TileAttention {
     const auto sees = [&](int64_t n, int j) {
       return (first[j] <= static_cast<int32_t>(n0 + n)) & (last[j] >= static_cast<int32_t>(n0 + n));
     };
-    for (int64_t n = item.low; n < item.high; n++)
-      for (int j = 0; j < V; j++) {
-        const vf s = load(item.p + n * PANEL + j * VL);
-        if (masked)
-          top[j] = (sees(n, j) & (s > top[j])) ? s : top[j];
-        else
-          top[j] = max(s, top[j]);
-      }
+    vf tops[4][V];  // chains, to hide the latency of a comparison
+    for (auto& chain : tops)
+      for (vf& x : chain) x = broadcast(lowest);
+    for (int64_t n = item.low; n < item.high; n += 4)
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++)
+#pragma GCC unroll 2
+        for (int j = 0; j < V; j++) {
+          const vf s = load(item.p + (n + i) * PANEL + j * VL);
+          if (masked)
+            tops[i][j] = (sees(n + i, j) & (s > tops[i][j])) ? s : tops[i][j];
+          else
+            tops[i][j] = max(s, tops[i][j]);
+        }
     vi any_grown = {};
     for (int j = 0; j < V; j++) {
       const vf m = load(x.m + j * VL);
-      grown[j] = (vi)((top[j] - m) * to_log2 > 8.0f);
+      top[j] = max(max(tops[0][j], tops[1][j]), max(tops[2][j], tops[3][j]));
+      grown[j] = (vi)(scaled_queries ? top[j] - m > 8.0f : (top[j] - m) * factor > 8.0f);
       any_grown |= grown[j];
       top[j] = grown[j] ? top[j] : m;
-      top2[j] = top[j] * to_log2;
       total[j] = vf{};
     }
     if (any(any_grown)) {
       vf shrink[V];
       for (int j = 0; j < V; j++) {
-        shrink[j] = power_of_two((load(x.m + j * VL) - top[j]) * to_log2);  // 1 where the maximum stays
+        shrink[j] = power(load(x.m + j * VL) - top[j]);  // 1 where the maximum stays
         store(x.m + j * VL, top[j]);
         store(x.l + j * VL, load(x.l + j * VL) * shrink[j]);
       }
@@ -227,7 +236,7 @@ struct TileAttention {
         uint16_t* to = item.weights + n / STEP * of_weights * PIECE + n % STEP / 2 * STEP;
         for (int j = 0; j < V; j++) {
           float* s = item.p + n * PANEL + j * VL;
-          vf e = power_of_two(load(s) * to_log2 - top2[j]), f = power_of_two(load(s + PANEL) * to_log2 - top2[j]);
+          vf e = power(load(s) - top[j]), f = power(load(s + PANEL) - top[j]);
           if (masked) {
             e = sees(n, j) ? e : vf{};
             f = sees(n + 1, j) ? f : vf{};
@@ -237,7 +246,8 @@ struct TileAttention {
           total[j] += e;
           total[j] += f;
           for (int piece = 0; piece < of_weights; piece++) {
-            const vu packed = pairs(take_piece(e), take_piece(f));
+            const bool last = piece == of_weights - 1;  // exact in f32, cut off in bf16
+            const vu packed = last ? pairs((vu)e, (vu)f) : pairs(take_piece(e), take_piece(f));
             memcpy(to + piece * PIECE + j * TILE_SIZE, &packed, sizeof(packed));
           }
         }
@@ -269,7 +279,7 @@ struct TileAttention {
     for (int64_t i = 0; i < PANEL && s * PANEL + i < a.tokens; i++) {
       const int64_t t = s * PANEL + i;
       store_row(a.o + t * a.q_stride + head * D, rows + i * D, D);
-      if (a.lse) a.lse[head * a.lse_stride + t] = x.m[i] * a.scale + __builtin_logf(x.l[i]);
+      if (a.lse) a.lse[head * a.lse_stride + t] = x.m[i] * (scaled_queries ? ln_2 : a.scale) + __builtin_logf(x.l[i]);
     }
   }
 
@@ -309,7 +319,7 @@ struct TileAttention {
                 p + turn * key_tile * PANEL, weights + turn * key_tile / STEP * of_weights * PIECE};
       };
       Queue queue;
-      Item before, item = item_at(0), next;
+      Item before = item_at(0), item = before, next = before;
       add_scores(queue, item);
       finish(queue);
       for (int64_t i = 0; i < count * a.group; i++, before = item, item = next) {

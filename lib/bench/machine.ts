@@ -13,7 +13,7 @@ export interface Machine {
   deviceDescription: string
   cpu: string
   cores: number
-  /** The kernels in use: baseline, avx2, avx512. */
+  /** The kernels in use: baseline, avx2, avx512, amx. */
   isa: string
   /** Bytes of the last level of cache; 32 MB where it is not known. */
   cacheBytes: number

@@ -131,7 +131,7 @@ export class Peers {
   private openBlas(isa: string): void {
     // A release that does not know a newer processor would take its AVX2 kernels, at half the speed.
     const chosen = process.env.OPENBLAS_CORETYPE
-    if (isa === 'avx512') process.env.OPENBLAS_CORETYPE ??= 'SkylakeX'
+    if (isa === 'avx512' || isa === 'amx') process.env.OPENBLAS_CORETYPE ??= 'SkylakeX'
     try {
       const { path, config, core } = addon().blasOpen(process.env.ROPEWALK_OPENBLAS ?? '')
       this.blas = true

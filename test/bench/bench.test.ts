@@ -115,7 +115,7 @@ t.test('a small run writes JSON, CSV and a chart', async (t) => {
   t.same(JSON.parse(readFileSync(file('b.json'), 'utf8')), report, 'the file holds what stdout does')
   t.match(report, { version: 2, settings: { stems: ['matmul'], threads: [1, 2], quick: true, peers: [] } })
   t.match(report, { failures: [], left: [], machine: { device: 'cpu' } })
-  t.match(report.machine, { cpu: String, cores: Number, isa: /^(baseline|avx2|avx512)$/, memoryBytes: Number })
+  t.match(report.machine, { cpu: String, cores: Number, isa: /^(baseline|avx2|avx512|amx)$/, memoryBytes: Number })
   t.match(report.machine, { loadBefore: Number, loadAfter: Number, date: /^\d{4}-\d\d-\d\dT/, node: String })
   t.equal(report.cases.length, 6)
   for (const { ours, roofline, unit, work, peers } of report.cases) {

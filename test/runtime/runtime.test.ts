@@ -327,7 +327,7 @@ t.test('device names and options', async (t) => {
   using auto = Device.open()
   t.equal(auto.name, 'cpu')
   using one = Device.open('cpu', { threads: 1 })
-  t.match(one.description, /^(baseline|avx2|avx512), 1 thread$/)
+  t.match(one.description, /^(baseline|avx2|avx512|amx), 1 thread$/)
 })
 
 t.test('ROPEWALK_ISA chooses the instruction set or says why not', async (t) => {
@@ -339,7 +339,7 @@ t.test('ROPEWALK_ISA chooses the instruction set or says why not', async (t) => 
   process.env['ROPEWALK_ISA'] = 'avx9'
   t.throws(() => Device.open('cpu'), {
     code: 'ERR_DEVICE_UNAVAILABLE',
-    message: /ROPEWALK_ISA is "avx9": expected baseline, avx2 or avx512/,
+    message: /ROPEWALK_ISA is "avx9": expected baseline, avx2, avx512 or amx/,
   })
   process.env['ROPEWALK_ISA'] = 'baseline'
   using baseline = Device.open('cpu', { threads: 2 })
