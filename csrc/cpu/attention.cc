@@ -25,7 +25,7 @@ template <typename F>
 static void forward(Context& context, const attention_fwd_args& a) {
   int64_t B = a.q.dims[0], T = a.q.dims[1], H = a.q.dims[2], D = a.q.dims[3], K = a.k.dims[2], G = H / K;
   rotate_keys<F>(context, a.k, a.cos, a.sin, a.pos, a.kr);
-  int64_t step = query_tile(context, G), tiles = round_up(T, step) / step;
+  int64_t step = query_tile(context, B, T, K, G), tiles = round_up(T, step) / step;
   parallel(context, B * K * tiles, [&](int64_t task, int thread) {
     int64_t tile = tiles - 1 - task / (B * K), b = task % (B * K) / K, head = task % K, t0 = tile * step;
     Attend<F> part = {};

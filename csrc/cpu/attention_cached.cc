@@ -219,7 +219,7 @@ static void step(Context& context, const attention_cached_args& a) {
 template <typename F>
 static void prefill(Context& context, const attention_cached_args& a) {
   int64_t B = a.q.dims[0], T = a.q.dims[1], H = a.q.dims[2], D = a.q.dims[3];
-  int64_t S = a.k_cache.dims[2], K = a.k_cache.dims[1], G = H / K, size = query_tile(context, G);
+  int64_t S = a.k_cache.dims[2], K = a.k_cache.dims[1], G = H / K, size = query_tile(context, B, T, K, G);
   int64_t tiles = round_up(T, size) / size;
   parallel(context, B * K * tiles, [&](int64_t task, int thread) {
     int64_t b = task / (K * tiles), head = task / tiles % K, t0 = (tiles - 1 - task % tiles) * size;

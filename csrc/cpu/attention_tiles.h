@@ -3,7 +3,8 @@
 // Strips are 32 queries, s^T = k q^T comes 32 keys at a time, and weights go from registers into the packed form that
 // o^T += v^T p^T multiplies. f32 is taken in three pieces throughout, as in every product; with bf16, rotated queries are
 // rounded to bf16, as rotated keys are, and weights have two pieces: 16 bits, which bf16 results do not tell from f32.
-// Keys and values are packed once for 512 rows of queries, so that packing costs a tenth of the products.
+// Keys and values are packed once for 512 rows of queries, so that packing costs a tenth of the products. Exact in f32
+// are q, k, v and weights; infinities among q and k give NaN, those of v do as they should.
 #pragma once
 #include "attention.h"
 #include "tiles.h"
@@ -341,10 +342,17 @@ struct TileAttention {
 
 #endif
 
-// Tokens of a task.
-static inline int64_t query_tile([[maybe_unused]] Context& context, int64_t group) {
+// Tokens of a task, of B sequences of T tokens with K kv heads. Strips are the same for any multiple of 32, so that a
+// number that depends on the threads changes no bit.
+static inline int64_t query_tile([[maybe_unused]] Context& context, [[maybe_unused]] int64_t B,
+                                 [[maybe_unused]] int64_t T, [[maybe_unused]] int64_t K, int64_t group) {
 #ifdef RW_HAS_TILES
-  if (context.has_tiles()) return max_of(tiles_rows / group / PANEL, 1) * PANEL;
+  if (context.has_tiles()) {
+    int64_t tokens = max_of(tiles_rows / group / PANEL, 1) * PANEL;
+    while (tokens > 4 * PANEL && context.threads() > 1 && B * K * (T / tokens) < 4 * context.threads())
+      tokens = tokens / 2 / PANEL * PANEL;
+    return tokens;
+  }
 #endif
   return query_tile(group);
 }

@@ -250,9 +250,10 @@ void multiply_few_rows(Context& context, const Problem& p) {
 void gemm(Context& context, int64_t m, int64_t n, int64_t k, Matrix a, Matrix b, Matrix add, Matrix c) {
   Problem p = {m, n, k, a, b, add, c, {}};
   if (is_quantized(b.dtype)) p.q = quantized(b.dtype, b.data, n * k);
-  if (m > SOME_ROWS && k > LONG_K && p.sums_in_place() && !is_quantized(b.dtype))
+  const int64_t some_rows = !context.has_tiles() ? SOME_ROWS : p.b_is_f32() ? 96 : FEW_ROWS;
+  if (m > some_rows && k > LONG_K && p.sums_in_place() && !is_quantized(b.dtype))
     multiply_long(context, p);
-  else if (m > SOME_ROWS)
+  else if (m > some_rows)
     multiply_many_rows(context, p);
   else if (m > FEW_ROWS || b.row != 1)
     multiply_some_rows(context, p);

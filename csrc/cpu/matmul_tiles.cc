@@ -142,13 +142,10 @@ void multiply(Context& context, const Problem& p) {
 }  // namespace
 
 void multiply_tiles(Context& context, const Problem& p) {
-  // a quantised b has the values of a's dtype
-  const bool wide_a = p.a.dtype == DType::f32;
-  const bool wide_b = is_quantized(p.b.dtype) ? wide_a : p.b.dtype == DType::f32;
-  if (wide_a)
-    wide_b ? multiply<3, 3>(context, p) : multiply<3, 1>(context, p);
+  if (p.a.dtype == DType::f32)
+    p.b_is_f32() ? multiply<3, 3>(context, p) : multiply<3, 1>(context, p);
   else
-    wide_b ? multiply<1, 3>(context, p) : multiply<1, 1>(context, p);
+    p.b_is_f32() ? multiply<1, 3>(context, p) : multiply<1, 1>(context, p);
 }
 
 #else

@@ -11,6 +11,8 @@ struct Problem {
   Matrix a, b, add, c;
   Quantized q;  // the parts of a quantised b
 
+  // A quantised b has values of a's dtype.
+  bool b_is_f32() const { return (is_quantized(b.dtype) ? a.dtype : b.dtype) == DType::f32; }
   // f32 c takes the sums while they grow; else they wait in scratch, to be rounded once.
   bool sums_in_place() const { return c.dtype == DType::f32 && (!add.data || add.dtype == DType::f32); }
 };
