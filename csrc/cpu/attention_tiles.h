@@ -1,10 +1,10 @@
 // The tiled forward pass of attention.h with products by AMX (tiles.h), and the choice between the two.
 //
 // Strips are 32 queries, s^T = k q^T comes 32 keys at a time, and weights go from registers into the packed form that
-// o^T += v^T p^T multiplies. f32 is taken in three pieces throughout, as in every product; with bf16, rotated queries are
-// rounded to bf16, as rotated keys are, and weights have two pieces: 16 bits, which bf16 results do not tell from f32.
-// Keys and values are packed once for 512 rows of queries, so that packing costs a tenth of the products. Exact in f32
-// are q, k, v and weights; infinities among q and k give NaN, those of v do as they should.
+// o^T += v^T p^T multiplies. f32 is taken in three pieces throughout, as in every product; with bf16, rotated queries
+// are rounded to bf16, as rotated keys are, and weights have two pieces: 16 bits, which bf16 results do not tell from
+// f32. Keys and values are packed once for 512 rows of queries, so that packing costs a tenth of the products. Exact in
+// f32 are q, k, v and weights; infinities among q and k give NaN, those of v do as they should.
 #pragma once
 #include "attention.h"
 #include "tiles.h"
@@ -23,8 +23,8 @@ struct TileAttention {
 
   const Attend<F>& a;
   int64_t D = a.head_dim;
-  int64_t steps = round_up(D, STEP) / STEP;      // along D
-  int64_t k_panel = steps * of_keys * PIECE;     // 32 keys, or 32 queries
+  int64_t steps = round_up(D, STEP) / STEP;             // along D
+  int64_t k_panel = steps * of_keys * PIECE;            // 32 keys, or 32 queries
   int64_t v_panel = key_tile / STEP * of_keys * PIECE;  // 32 of D
   int64_t strips = round_up(a.tokens, PANEL) / PANEL;
   // Scores are powers of two. In f32 queries bring the factor along; in bf16 it would be rounded with them.
@@ -172,15 +172,14 @@ struct TileAttention {
   }
   void add_output(Queue& queue, const Item& item) const {
     for (int64_t d = 0; d < steps; d++)
-      queue.product[queue.count++] = {true, (item.high - item.low) / STEP,
-                                      v + d * v_panel + item.low / STEP * of_keys * PIECE,
-                                      item.weights + item.low / STEP * of_weights * PIECE,
-                                      item.x.ot + d * STEP * PANEL};
+      queue.product[queue.count++] = {
+          true, (item.high - item.low) / STEP, v + d * v_panel + item.low / STEP * of_keys * PIECE,
+          item.weights + item.low / STEP * of_weights * PIECE, item.x.ot + d * STEP * PANEL};
   }
 
-  // Scores to weights, in place (where `masked`) and packed; raises m, l and o^T to the new maximum where it is above the
-  // old one by a factor of 2^8: until then weights above 1 do no harm, and o^T stays where it is. Rows of p beyond the
-  // last key hold nothing and are masked.
+  // Scores to weights, in place (where `masked`) and packed; raises m, l and o^T to the new maximum where it is above
+  // the old one by a factor of 2^8: until then weights above 1 do no harm, and o^T stays where it is. Rows of p beyond
+  // the last key hold nothing and are masked.
   template <bool masked>
   void weigh(const Item& item, int64_t n0, Queue& queue) const {
     constexpr int V = 2;
@@ -228,8 +227,7 @@ struct TileAttention {
         store(x.l + j * VL, load(x.l + j * VL) * shrink[j]);
       }
       for (int64_t d = 0; d < D; d++)
-        for (int j = 0; j < V; j++)
-          store(x.ot + d * PANEL + j * VL, load(x.ot + d * PANEL + j * VL) * shrink[j]);
+        for (int j = 0; j < V; j++) store(x.ot + d * PANEL + j * VL, load(x.ot + d * PANEL + j * VL) * shrink[j]);
     }
     for (int64_t begin = item.low; begin < item.high; begin += TILE) {
       issue(queue);
@@ -316,8 +314,12 @@ struct TileAttention {
         const int64_t low = max_of(own.first_min - n0, 0) / PANEL * PANEL;
         const int64_t high = round_up(min_of(own.last_max + 1, n1) - n0, PANEL);
         const bool sees_all = own.first_max <= n0 + low && own.last_min >= n0 + high - 1;
-        return {strip_of(i % a.group, s), low, high, sees_all && v_finite ? nullptr : bounds + 2 * s * PANEL,
-                p + turn * key_tile * PANEL, weights + turn * key_tile / STEP * of_weights * PIECE};
+        return {strip_of(i % a.group, s),
+                low,
+                high,
+                sees_all && v_finite ? nullptr : bounds + 2 * s * PANEL,
+                p + turn * key_tile * PANEL,
+                weights + turn * key_tile / STEP * of_weights * PIECE};
       };
       Queue queue;
       Item before = item_at(0), item = before, next = before;

@@ -215,7 +215,8 @@ Isa choose_isa() {
   if (wanted == "avx512" && !has_avx512)
     throw std::runtime_error("ROPEWALK_ISA is avx512, but this processor has no AVX-512 (F, BW, VL, DQ)");
   if (wanted == "amx" && !has_amx)
-    throw std::runtime_error("ROPEWALK_ISA is amx, but this processor has no AMX with bf16, or Linux does not let it be used");
+    throw std::runtime_error(
+        "ROPEWALK_ISA is amx, but this processor has no AMX with bf16, or Linux does not let it be used");
   if (has_avx2 && wanted != "baseline") isa = {&avx2::kernels, "avx2"};
   if (has_avx512 && wanted != "baseline" && wanted != "avx2") {
     isa = {&avx512::kernels, has_amx ? "amx" : "avx512"};

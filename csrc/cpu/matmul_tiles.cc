@@ -1,9 +1,9 @@
 // c = a b (+ add) for many rows with AMX (tiles.h): the loops of matmul.cc around a micro-tile of 32 x 32.
 //
-// For NC columns, b is packed once for all threads (16 MB at most). Tasks are blocks of c, MC rows by these columns; each
-// packs its MC x KC piece of a, at most 768 KB of a 2 MB L2, and walks the micro-tiles with a panel of b, 32 or 96 KB, at
-// a time. f32 c is summed in place over the blocks of K; otherwise, and for tiles that are not whole, the sums wait in
-// the thread's scratch. Each c is a sum over k in an order that the shape fixes, by one thread.
+// For NC columns, b is packed once for all threads (16 MB at most). Tasks are blocks of c, MC rows by these columns;
+// each packs its MC x KC piece of a, at most 768 KB of a 2 MB L2, and walks the micro-tiles with a panel of b, 32 or 96
+// KB, at a time. f32 c is summed in place over the blocks of K; otherwise, and for tiles that are not whole, the sums
+// wait in the thread's scratch. Each c is a sum over k in an order that the shape fixes, by one thread.
 #include "tiles.h"
 
 #include "product.h"
@@ -34,8 +34,7 @@ template <int pieces>
 void pack_b(const Problem& p, int64_t j, int64_t k, int64_t count, int64_t depth, uint16_t* panels, int64_t stride) {
   const Matrix& b = p.b;
   const int64_t start = j * b.column + k * b.row;
-  if (!is_quantized(b.dtype))
-    return pack<pieces, true>(b, start, b.column, b.row, count, depth, panels, stride);
+  if (!is_quantized(b.dtype)) return pack<pieces, true>(b, start, b.column, b.row, count, depth, panels, stride);
   float values[TILE * KC];
   if (b.row == 1) {
     for (int64_t i = 0; i < count; i += PANEL, panels += stride)

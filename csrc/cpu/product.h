@@ -1,5 +1,5 @@
-// What the ways to a matrix product share (matmul.cc, matmul_tiles.cc): the problem, scratch, how rows are cut into tasks,
-// and the last step from sums to the stored result.
+// What the ways to a matrix product share (matmul.cc, matmul_tiles.cc): the problem, scratch, how rows are cut into
+// tasks, and the last step from sums to the stored result.
 #pragma once
 #include "dequantize.h"
 #include "gemm.h"
@@ -79,7 +79,8 @@ T* at(const Matrix& x, int64_t i, int64_t j) {
   return x.data ? static_cast<T*>(x.data) + i * x.row + j * x.column : nullptr;
 }
 
-inline void finish(const Problem& p, int64_t i, int64_t j, int64_t rows, int64_t columns, const float* sum, int64_t ld) {
+inline void finish(const Problem& p, int64_t i, int64_t j, int64_t rows, int64_t columns, const float* sum,
+                   int64_t ld) {
   bool add_f32 = p.add.dtype == DType::f32, c_f32 = p.c.dtype == DType::f32;
   if (add_f32 && c_f32)
     finish(rows, columns, sum, ld, at<float>(p.add, i, j), p.add.row, at<float>(p.c, i, j), p.c.row);
@@ -99,7 +100,8 @@ template <int64_t panel_rows, int64_t most_rows>
 struct Blocks {
   int64_t m, shares, share, cuts, panels, larger;
 
-  Blocks(int64_t m, int64_t threads) : m(m), shares(min(threads, ceil_div(m, 4 * panel_rows))), share(ceil_div(m, shares)) {
+  Blocks(int64_t m, int64_t threads)
+      : m(m), shares(min(threads, ceil_div(m, 4 * panel_rows))), share(ceil_div(m, shares)) {
     cuts = max(ceil_div(share, most_rows), threads == 1 ? 1 : min(4, ceil_div(share, 4 * panel_rows)));
     panels = share / panel_rows / cuts;
     larger = share / panel_rows % cuts;

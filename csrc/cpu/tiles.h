@@ -1,7 +1,7 @@
 // Products of 32 x 32 tiles with AMX, the tile unit of some x86-64 processors, and the packing that they need.
 //
-// The unit multiplies 16 x 32 bf16 by 32 x 16 bf16 and adds to 16 x 16 f32, 16 times as fast as vectors of f32 can. bf16
-// products are exact in f32, so with bf16 matrices only the order of additions differs from the other kernels.
+// The unit multiplies 16 x 32 bf16 by 32 x 16 bf16 and adds to 16 x 16 f32, 16 times as fast as vectors of f32 can.
+// bf16 products are exact in f32, so with bf16 matrices only the order of additions differs from the other kernels.
 //
 // f32 has 24 bits and bf16 8: x = x0 + x1 + x2, where x0 is x rounded to bf16, x1 what remains, rounded, and x2 the
 // rest, with nothing lost. Of the nine products of pieces the six with x_i y_j, i + j <= 2, are added up; what is left
@@ -24,8 +24,8 @@ namespace rw::cpu::RW_ISA {
 constexpr int64_t TILE = 16;
 constexpr int64_t PANEL = 2 * TILE;
 constexpr int64_t STEP = 32;
-constexpr int64_t TILE_SIZE = TILE * STEP;       // in elements
-constexpr int64_t PIECE = 2 * TILE_SIZE;         // of a step: both tiles
+constexpr int64_t TILE_SIZE = TILE * STEP;  // in elements
+constexpr int64_t PIECE = 2 * TILE_SIZE;    // of a step: both tiles
 constexpr int64_t MOST_PIECES = 3;
 
 constexpr int pieces_of(DType dtype) { return dtype == DType::f32 ? 3 : 1; }
@@ -38,8 +38,7 @@ struct TileConfig {
   uint16_t row_bytes[16];
   uint8_t rows[16];
 };
-constexpr TileConfig kTileConfig = {
-    1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+constexpr TileConfig kTileConfig = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
 // The registers are a thread's while this lives.
 class Tiles {
@@ -148,8 +147,8 @@ inline vu take_piece(vf& x) {
   return piece;
 }
 
-// Up to 16 lines and 32 of k as a tile of each piece; what is missing is 0. `along`: a line's elements follow each other,
-// and tile rows are lines; else the elements of one k do, and tile rows are pairs of k.
+// Up to 16 lines and 32 of k as a tile of each piece; what is missing is 0. `along`: a line's elements follow each
+// other, and tile rows are lines; else the elements of one k do, and tile rows are pairs of k.
 template <int pieces, bool along, typename T>
 void pack_tile(const T* source, int64_t line, int64_t step, int64_t lines, int64_t depth, uint16_t* tile) {
   const bool whole = lines >= TILE && depth >= STEP;

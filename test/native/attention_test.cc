@@ -345,10 +345,10 @@ struct Isa {
   void (*append)(cpu::Context&, const kv_append_args&);
   void (*cached)(cpu::Context&, const attention_cached_args&);
 };
-#define ISA(isa, name, present, tiles)                                                                               \
-  {                                                                                                                  \
-    name, present, tiles, cpu::isa::attention_fwd, cpu::isa::attention_delta, cpu::isa::attention_bwd, cpu::isa::kv_append, \
-        cpu::isa::attention_cached                                                                                   \
+#define ISA(isa, name, present, tiles)                                                                 \
+  {                                                                                                    \
+    name, present, tiles, cpu::isa::attention_fwd, cpu::isa::attention_delta, cpu::isa::attention_bwd, \
+        cpu::isa::kv_append, cpu::isa::attention_cached                                                \
   }
 #if defined(__x86_64__)
 bool has_avx512() {
@@ -359,8 +359,8 @@ bool has_avx512() {
 const std::vector<Isa> isas = {
     ISA(baseline, "baseline", true, false),
 #if defined(__x86_64__)
-    ISA(avx2, "avx2",
-        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"), false),
+    ISA(avx2, "avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2"),
+        false),
     ISA(avx512, "avx512", has_avx512(), false),
     ISA(avx512, "amx", has_avx512() && cpu::avx512::kernels.use_tiles && cpu::enable_tiles(), true),
 #endif

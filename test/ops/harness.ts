@@ -332,7 +332,13 @@ export async function check(t: Test, c: OpCase): Promise<Results> {
         continue
       }
       const inTiles = variant.isa === 'amx' || variant.isa === 'as chosen'
-      const problem = compare(inTiles ? c : { ...c, infinityMayBeNaN: false }, field, results[field], exact[field]!, naive[field]!)
+      const problem = compare(
+        inTiles ? c : { ...c, infinityMayBeNaN: false },
+        field,
+        results[field],
+        exact[field]!,
+        naive[field]!,
+      )
       if (problem) problems.push(`${variant.name}: ${problem}`)
     }
   }
