@@ -15,6 +15,8 @@
 // no query of the task sees are skipped, and within a tile the rows that no query of the strip sees; where some are
 // seen by a part of the strip only, weights are selected, never multiplied by zero (attend_tile).
 //
+// With AMX the same in tiles of its own (attention_tiles.h).
+//
 // Papers: FlashAttention-2 2307.08691 (tiles, running maximum, one division at the end), RoFormer 2104.09864
 // (rotation).
 #include "attention_tiles.h"

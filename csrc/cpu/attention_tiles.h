@@ -284,7 +284,7 @@ struct TileAttention {
 
   void run(float* scratch) {
     lay_out(scratch);
-    const Tiles registers;
+    take_tiles();
     StripBounds range[tiles_strips], all = {INT64_MAX, 0, INT64_MAX, -1};
     for (int64_t s = 0; s < strips; s++) {
       StripBounds& own = range[s];
@@ -337,6 +337,7 @@ struct TileAttention {
       add_output(queue, before);
       finish(queue);
     }
+    release_tiles();
     for (int64_t s = 0; s < strips; s++)
       for (int64_t head = 0; head < a.group; head++) finish(head, s);
   }

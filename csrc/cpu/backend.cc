@@ -35,9 +35,11 @@ namespace rw::cpu {
 bool enable_tiles() {
 #if defined(__x86_64__) && defined(__linux__)
   constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // of leaf 7, edx
+  constexpr unsigned kVectorsOfBf16 = 1u << 5;            // of its subleaf 1, eax: AVX512_BF16, to round what comes out
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
   unsigned eax, ebx, ecx, edx = 0;
-  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && (edx & kBf16) && (edx & kTile) &&
+  if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) || !(edx & kBf16) || !(edx & kTile)) return false;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax & kVectorsOfBf16) &&
          syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
   return false;

@@ -2,8 +2,9 @@
 // and c are f32 or bf16 each; bf16 is widened while packing, sums are f32, and c is rounded once, at its store. A
 // quantised b is dequantised while packing, a panel at a time: 32 KB of its values exist before they are packed.
 //
-// Three ways, chosen by the shape alone (GFLOP/s of one core of a Zen 5 at 4.0 GHz, 255 at best, see bench/LOG.md):
+// Ways chosen by the shape alone (GFLOP/s of one core of a Zen 5 at 4.0 GHz, 255 at best, see bench/LOG.md):
 //
+// With AMX, M > 96, or 16 where b is bf16: tiles (matmul_tiles.cc).
 // M > 128: the five loops of BLIS. For NC columns, b is packed once for all threads (16 MB at most, in the L3 or in
 //   memory: each element serves MC rows). Tasks are blocks of c, MC rows by the NC columns; each packs its MC x KC
 //   piece of a (344 KB, a third of a 1 MB L2), then the micro-kernel (gemm.h) walks the micro-tiles. A panel of b, KC x

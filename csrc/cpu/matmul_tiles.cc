@@ -66,27 +66,54 @@ void copy_part(const float* from, int64_t ld, int64_t rows, int64_t columns, flo
   for (int64_t i = 0; i < rows; i++) memcpy(tile + i * PANEL, from + i * ld, columns * sizeof(float));
 }
 
+// finish() for a whole panel of columns of a bf16 c.
+template <typename A>
+void finish_rows(const Problem& p, int64_t i, int64_t j, int64_t rows, const float* sums) {
+  const A* add = at<A>(p.add, i, j);
+  bf16* c = at<bf16>(p.c, i, j);
+  for (int64_t row = 0; row < rows; row++, sums += PANEL, c += p.c.row) {
+    vf x = load(sums), y = load(sums + VL);
+    if (add) {
+      x += load(add + row * p.add.row);
+      y += load(add + row * p.add.row + VL);
+    }
+    store_rounded(c, x, y);
+  }
+}
+
 // Rows [i0, i1) and columns [j0, j1) of c, the latter packed in `b` from j0 on, panels `b_stride` elements apart.
 template <int PA, int PB>
 void multiply_block(const Problem& p, int64_t i0, int64_t i1, int64_t j0, int64_t j1, const uint16_t* b,
                     int64_t b_stride, float* own) {
-  const Tiles registers;
+  take_tiles();
   uint16_t* a = reinterpret_cast<uint16_t*>(own);
   const int64_t a_stride = ceil_div(min(p.k, KC), STEP) * PA * PIECE;
   float* tiles = own + ceil_div(i1 - i0, PANEL) * a_stride / 2;
+  // Where add comes first for whole tiles, it does for all: which are whole depends on the threads.
   const bool begins_with_add = p.sums_in_place() && p.add.data;
-  Problem without_add = p;
-  without_add.add.data = nullptr;
-  const int64_t tile_step = p.k > KC ? SUMS : 0;  // tiles that wait for the next block of k are kept apart
+  Problem rest = p;
+  if (begins_with_add) rest.add.data = nullptr;
   for (int64_t k0 = 0; k0 < p.k; k0 += KC) {
     const int64_t depth = min(p.k - k0, KC), steps = ceil_div(depth, STEP);
-    const bool last = k0 + depth == p.k;
     pack<PA, false>(p.a, i0 * p.a.row + k0 * p.a.column, p.a.row, p.a.column, i1 - i0, depth, a, a_stride);
-    float* tile = tiles;
+    int64_t count = 0;  // of tiles in scratch
+    // A tile is finished after the product of the next one, which the unit works on meanwhile.
+    struct {
+      int64_t i, j, rows, columns;
+      const float* sums;
+    } done = {};
+    const auto finish_done = [&] {
+      if (done.sums && p.c.dtype == DType::bf16 && done.columns == PANEL)
+        p.add.dtype == DType::f32 ? finish_rows<float>(p, done.i, done.j, done.rows, done.sums)
+                                  : finish_rows<bf16>(p, done.i, done.j, done.rows, done.sums);
+      else if (done.sums)
+        finish(rest, done.i, done.j, done.rows, done.columns, done.sums, PANEL);
+      done.sums = nullptr;
+    };
     for (int64_t j = j0; j < j1; j += PANEL) {
       const uint16_t* b_panel = b + (j - j0) / PANEL * b_stride + k0 / STEP * PB * PIECE;
       const int64_t columns = min(j1 - j, PANEL);
-      for (int64_t i = i0; i < i1; i += PANEL, tile += tile_step) {
+      for (int64_t i = i0; i < i1; i += PANEL) {
         const int64_t rows = min(i1 - i, PANEL);
         const uint16_t* a_panel = a + (i - i0) / PANEL * a_stride;
         if (p.sums_in_place() && columns == PANEL && rows == PANEL) {
@@ -94,13 +121,18 @@ void multiply_block(const Problem& p, int64_t i0, int64_t i1, int64_t j0, int64_
           tile_product<PA, PB>(steps, a_panel, b_panel, at<float>(init, i, j), init.row, at<float>(p.c, i, j), p.c.row);
           continue;
         }
-        // Where add comes first for whole tiles, it does for all: which are whole depends on the threads.
-        if (k0 == 0 && begins_with_add) copy_part(at<float>(p.add, i, j), p.add.row, rows, columns, tile);
-        tile_product<PA, PB>(steps, a_panel, b_panel, k0 == 0 && !begins_with_add ? nullptr : tile, PANEL, tile, PANEL);
-        if (last) finish(begins_with_add ? without_add : p, i, j, rows, columns, tile, PANEL);
+        // those that wait for the next block of k are kept apart
+        float* sums = tiles + (p.k > KC ? count : count % 2) * SUMS;
+        count++;
+        if (k0 == 0 && begins_with_add) copy_part(at<float>(p.add, i, j), p.add.row, rows, columns, sums);
+        tile_product<PA, PB>(steps, a_panel, b_panel, k0 == 0 && !begins_with_add ? nullptr : sums, PANEL, sums, PANEL);
+        finish_done();
+        if (k0 + depth == p.k) done = {i, j, rows, columns, sums};
       }
     }
+    finish_done();
   }
+  release_tiles();
 }
 
 template <int PA, int PB>
@@ -117,7 +149,7 @@ void multiply(Context& context, const Problem& p) {
 
   const int64_t panels = rows.most_panels();
   const int64_t a_stride = ceil_div(min(p.k, KC), STEP) * PA * PIECE;
-  const int64_t tiles = p.k > KC ? panels * (width / PANEL) : 1;
+  const int64_t tiles = p.k > KC ? panels * (width / PANEL) : 2;
   Workspace work(context, nc / PANEL * b_stride / 2, panels * a_stride / 2 + tiles * SUMS);
   uint16_t* b = reinterpret_cast<uint16_t*>(work.shared);
   for (int64_t j0 = 0; j0 < p.n; j0 += nc) {

@@ -76,11 +76,15 @@ inline vb load(const uint8_t* p) { return *reinterpret_cast<const vb_unaligned*>
 inline void store(float* p, vf x) { *reinterpret_cast<vf_unaligned*>(p) = x; }
 inline void store(bf16* p, vf x) {
   vu bits = (vu)x;
-  vu rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
-  vu quiet = (bits >> 16) | 0x40;
+  vu rounded = bits + 0x7fffu + ((bits >> 16) & 1);
+#if defined(__AVX512F__)
+  const __mmask16 nan = _mm512_cmp_ps_mask((__m512)x, (__m512)x, _CMP_UNORD_Q);
+  vu chosen = (vu)_mm512_mask_or_epi32((__m512i)rounded, nan, (__m512i)bits, _mm512_set1_epi32(0x400000));
+#else
   vu nan = (vu)((bits & 0x7fffffffu) > 0x7f800000u);
-  vu chosen = (nan & quiet) | (~nan & rounded);
-  *reinterpret_cast<vh_unaligned*>(p) = narrow_to_half(chosen);
+  vu chosen = (nan & (bits | 0x400000u)) | (~nan & rounded);
+#endif
+  *reinterpret_cast<vh_unaligned*>(p) = narrow_to_half(chosen >> 16);
 }
 
 // The lower bits of each.

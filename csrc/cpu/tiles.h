@@ -14,7 +14,7 @@
 #pragma once
 #include "gemm.h"
 
-#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && RW_VECTOR_BYTES == 64
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AVX512BF16__)
 #define RW_HAS_TILES 1
 
 namespace rw::cpu::RW_ISA {
@@ -40,17 +40,12 @@ struct TileConfig {
 };
 constexpr TileConfig kTileConfig = {1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
-// The registers are a thread's while this lives.
-class Tiles {
- public:
-  Tiles() { _tile_loadconfig(&kTileConfig); }
-  ~Tiles() { _tile_release(); }
-  Tiles(const Tiles&) = delete;
-  Tiles& operator=(const Tiles&) = delete;
-};
+// The registers are a thread's from the one to the other; nothing in between may throw.
+inline void take_tiles() { _tile_loadconfig(&kTileConfig); }
+inline void release_tiles() { _tile_release(); }
 
 // The compiler does not know that the instructions read memory.
-inline void memory_is_read() { asm volatile("" ::: "memory"); }
+inline void memory_is_read() { __atomic_signal_fence(__ATOMIC_SEQ_CST); }
 
 #define RW_ALWAYS inline __attribute__((always_inline))
 
@@ -132,6 +127,12 @@ void tile_product(int64_t steps, const uint16_t* a, const uint16_t* b, const flo
 
 #undef RW_ALWAYS
 
+// x and y one after the other, rounded to nearest, ties to even; denormals become zeros, as everywhere in the unit.
+inline void store_rounded(bf16* p, vf x, vf y) {
+  const __m512bh both = _mm512_cvtne2ps_pbh((__m512)y, (__m512)x);
+  memcpy(p, &both, sizeof(both));
+}
+
 // The upper halves of x and y: lane by lane as pairs, or all of x and then all of y.
 inline vu pairs(vu x, vu y) { return x >> 16 | (y & 0xffff0000u); }
 inline vu joined(vu x, vu y) {
@@ -153,6 +154,11 @@ template <int pieces, bool along, typename T>
 void pack_tile(const T* source, int64_t line, int64_t step, int64_t lines, int64_t depth, uint16_t* tile) {
   const bool whole = lines >= TILE && depth >= STEP;
   const auto take = [](const T* p, int64_t n) { return n >= VL ? load(p) : n > 0 ? load_some(p, n) : vf{}; };
+  if constexpr (pieces == 1 && along && sizeof(T) == sizeof(bf16))
+    if (whole) {
+      for (int64_t row = 0; row < TILE; row++) memcpy(tile + row * STEP, source + row * line, STEP * sizeof(T));
+      return;
+    }
 #pragma GCC unroll 2
   for (int64_t row = 0; row < TILE; row++) {
     vf x, y;

@@ -83,10 +83,18 @@ export const useOptions = {
     default: 'as the others',
   },
   ...modelOptions,
+  activations: {
+    kind: 'text',
+    value: 'type',
+    choices: ['float32', 'bfloat16'],
+    help: 'beside bfloat16 weights on a CPU; bfloat16 is faster with AMX',
+    default: 'float32, on a GPU as weights',
+  },
 } as const satisfies OptionTable
 
-export function readUse({ device, dtype, threads, adapter, quantize }: Values<typeof useOptions>): LoadOptions {
-  return defined({ device, dtype, threads, adapter, quantize }) as LoadOptions
+export function readUse(values: Values<typeof useOptions>): LoadOptions {
+  const { device, dtype, activations, threads, adapter, quantize } = values
+  return defined({ device, dtype, activations, threads, adapter, quantize }) as LoadOptions
 }
 
 /** What is to be known before a model works: what is unusual about it, and why `auto` is not a GPU. */

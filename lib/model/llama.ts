@@ -5,7 +5,7 @@ import { openAdapterFolder } from '../files/adapter.js'
 import { type ModelFolder, openModelFolder } from '../files/folder.js'
 import { saveAdapterFolder, saveModelFolder } from '../files/save.js'
 import { loadTokenizer, type Tokenizer } from '../files/tokenizer.js'
-import { Device } from '../runtime/device.js'
+import type { Device } from '../runtime/device.js'
 import { type DType, isQuantized } from '../runtime/tensor.js'
 import {
   type Batch,
@@ -28,7 +28,7 @@ import {
 import { requireFinite } from './finite.js'
 import { initialize } from './initialize.js'
 import { Continuation, type GeneratedToken, type GenerateOptions, sampler } from './generate.js'
-import { checkLoadOptions, checkpointDtype, checkTensors, type LoadOptions, loadWeights } from './load.js'
+import { checkLoadOptions, checkpointDtype, checkTensors, type LoadOptions, loadWeights, openFor } from './load.js'
 import { Lora, type LoraOptions, type LoraSettings } from './lora.js'
 import { Parameters } from './parameters.js'
 import { gradientsOf, type Pass, PassCache, type PassKind, recordPass, runPass, runScored } from './passes.js'
@@ -41,7 +41,7 @@ import { checkValues, readValues, writeValues } from './values.js'
  *
  * @category Models
  */
-export interface CreateOptions extends Pick<LoadOptions, 'device' | 'dtype' | 'threads'> {
+export interface CreateOptions extends Pick<LoadOptions, 'device' | 'dtype' | 'activations' | 'threads'> {
   /** Of the random weights; the same seed gives the same model. Default 0. */
   seed?: number
   /** A folder whose tokenizer the model uses, and takes along when it is saved. */
@@ -114,7 +114,7 @@ export class Llama {
       const changesBase = adapter && checkAdapter(adapter, config).settings.alsoTrain.length > 0
       checkTensors(folder, config, path, warnings)
       const dtype = options.dtype ?? checkpointDtype(folder)
-      device = Device.open(options.device, options.threads === undefined ? {} : { threads: options.threads })
+      device = openFor(dtype, options)
       const weights = await loadWeights(folder, config, device, DTYPE_OF[dtype], options)
       const { generationConfig, tokenizerPath } = folder
       const kept = {
@@ -143,7 +143,7 @@ export class Llama {
     const { seed = 0, tokenizer: dir, dtype = 'float32', ...rest } = options
     checkLoadOptions('new model', { dtype, ...rest })
     const read = readConfig(config, 'config')
-    const device = Device.open(rest.device, rest.threads === undefined ? {} : { threads: rest.threads })
+    const device = openFor(dtype, rest)
     try {
       const weights = new Parameters(device, DTYPE_OF[dtype], parameterShapes(read))
       if (!device.dry) await initialize(weights, (config.initializer_range as number | undefined) ?? 0.02, seed)

@@ -1,4 +1,4 @@
-import { didYouMean, formatBytes, RopewalkError } from '../errors.js'
+import { didYouMean, formatBytes, quote, RopewalkError } from '../errors.js'
 import { type DeviceMemory, native } from './native.js'
 import { DTYPE_CODE, type DType, type Storage, Tensor, tensorBytes } from './tensor.js'
 
@@ -20,6 +20,11 @@ const CHUNK = 16 << 20
 export interface DeviceOptions {
   /** CPU threads, 1 .. 1024; default: one for each core that this process may use. Results do not depend on it. */
   threads?: number
+  /**
+   * How a CPU keeps activations beside bfloat16 weights: in float32 (default), or in bfloat16 as a GPU does, which is
+   * faster where the processor multiplies bfloat16 (AMX).
+   */
+  activations?: 'float32' | 'bfloat16'
 }
 
 /** A block of device memory, or a file that is used in place. `dispose()` frees it once no plan uses it any more. */
@@ -83,16 +88,17 @@ export class Device {
     readonly fallback?: string,
     /** Bytes that a GPU's operations share for what they need meanwhile; allocated as long as the device is open. */
     readonly workspaceBytes = 0,
+    private readonly activations?: DeviceOptions['activations'],
   ) {
     this.allocatedBytes = this.peakAllocatedBytes = workspaceBytes
   }
 
   /**
    * @internal Dtype in which activations of a model with such weights are kept: on a GPU theirs, so that bf16 runs on
-   * tensor cores; the CPU computes in f32 and stores them so.
+   * tensor cores; the CPU computes in f32 and stores them so, unless it was opened for bfloat16.
    */
   activationsFor(weights: DType): DType {
-    return this.gpu ? weights : 'f32'
+    return this.gpu || this.activations === 'bfloat16' ? weights : 'f32'
   }
 
   /** @internal A device that plans what this one would do. */
@@ -119,13 +125,16 @@ export class Device {
    */
   static open(name = 'auto', options: DeviceOptions = {}): Device {
     if (typeof name !== 'string') throw new TypeError(`device must be a string, is ${typeof name}`)
-    const { threads = 0 } = options
+    const { threads = 0, activations } = options
     if (!Number.isInteger(threads) || threads < 0 || threads > 1024) {
       throw new RangeError(`threads is ${String(threads)}, but must be a whole number from 1 to 1024`)
     }
+    if (activations !== undefined && activations !== 'float32' && activations !== 'bfloat16') {
+      throw new RangeError(`activations is ${quote(activations)}, but must be "float32" or "bfloat16"`)
+    }
     if (/^dry(:cuda)?$/.test(name)) {
       const workspace = name === 'dry' ? 0 : CUDA_WORKSPACE
-      return new Device(name, 'records and plans, allocates nothing', undefined, 0, undefined, workspace)
+      return new Device(name, 'records and plans, allocates nothing', undefined, 0, undefined, workspace, activations)
     }
     const [, backend, index = '0'] = /^(auto|cpu|cuda|simt)(?::(\d{1,3}))?$/.exec(name) ?? []
     if (!backend || (backend === 'auto' && name !== 'auto')) {
@@ -137,7 +146,7 @@ export class Device {
       const id = addon.openDevice(chosen, Number(index), threads)
       const own = Number(index) > 0 ? name : chosen
       const { description, workspaceBytes } = addon.describe(id)
-      return new Device(own, description, id, threads, fallback, workspaceBytes)
+      return new Device(own, description, id, threads, fallback, workspaceBytes, activations)
     }
     try {
       if (backend !== 'auto') return open(backend)

@@ -1,5 +1,6 @@
 import { didYouMean, quote } from '../errors.js'
 import { type LoraOptions, type LoraSettings, readLora } from '../model/lora.js'
+import type { Device } from '../runtime/device.js'
 import { MEMORY_DEFAULTS, type MemoryOptions, type MemorySettings } from './memory.js'
 import type { ExampleFields } from '../files/text.js'
 import type { TokenProgress } from './data.js'
@@ -329,6 +330,15 @@ export function requirePlain(quantization: string | undefined, { lora }: Pick<Se
   throw new RangeError(
     `the weights are quantised (${quantization}), too coarse for updates: train an adapter beside them (lora: {}), or ` +
       'leave quantize away to train all weights',
+  )
+}
+
+/** Throws on a CPU that keeps activations as a GPU does: what it trains is held to float32. */
+export function requireExact(device: Device): void {
+  if (device.gpu || device.activationsFor('bf16') === 'f32') return
+  throw new RangeError(
+    'the model was loaded with activations in bfloat16, which on a CPU are for evaluation and generation: load it ' +
+      'without the option `activations` to train it',
   )
 }
 

@@ -20,7 +20,7 @@ import { MetricsLog, type StepResult } from './metrics.js'
 import { explainOutOfMemory, fittingMemory, requireFit, type StepShape } from './admit.js'
 import { checkMemoryOf, requireLayers, requireMasters } from './memory.js'
 import { AdamW } from './optimizer.js'
-import { readOptions, requirePlain, type Settings, type TrainerOptions } from './options.js'
+import { readOptions, requireExact, requirePlain, type Settings, type TrainerOptions } from './options.js'
 import { TrainingPasses } from './passes.js'
 import { planTraining, type TrainingPlan } from './plan.js'
 import {
@@ -113,6 +113,7 @@ export class Trainer {
     if (pose) this.requireWindow(pose.length, 'pose.length')
     if (lora) checkLora(model.config, lora)
     requirePlain(model.quantization, this.settings)
+    requireExact(model.device)
     this.requireAdapter()
   }
 

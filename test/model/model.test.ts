@@ -5,13 +5,15 @@ import { join } from 'node:path'
 import t from 'tap'
 import { Continuation } from '../../lib/model/generate.js'
 import { Llama } from '../../lib/model/llama.js'
+import type { LoadOptions } from '../../lib/model/load.js'
+import { Trainer } from '../../lib/train/trainer.js'
 import { caseNames, fixtures, norm, openGolden, relativeError } from '../golden.js'
 
 /** Of the goldens and of packed documents; all other tests are about the CPU. */
 const goldenDevice = process.env['ROPEWALK_TEST_DEVICE'] ?? 'cpu'
 
 // Tolerances are the manifest's: 20 times the noise of transformers' own float32 run, gradients to 1e-4. On a GPU a
-// bfloat16 model has bfloat16 activations: then one and a half times the largest error, over these cases, of transformers'
+// bfloat16 model has bfloat16 activations, on the CPU where they are asked for: then one and a half times the largest error, over these cases, of transformers'
 // own bfloat16 run (5.18 on torch 2.13, CPU, eager), and twice that for the mean loss, in which errors cancel by chance.
 const FLOAT32 = { logits: 1e-4, loss: 1e-5, gradient: 1e-4, norm: 1e-4, total: 1e-5 }
 const BFLOAT16 = { logits: 0.08, loss: 1.6e-3, gradient: 0.24, norm: 0.07, total: 0.023 }
@@ -22,9 +24,13 @@ for (const name of caseNames) {
     const golden = await openGolden(name)
     const { json } = golden
     // In float32, and with the checkpoint's own dtype: on the CPU bf16 weights widen exactly, so nothing else may change.
-    for (const dtype of new Set(['float32', json.dtype_on_disk] as const)) {
-      using model = await Llama.load(golden.dir, { device: goldenDevice, dtype: dtype as 'float32' })
-      const exact = dtype === 'float32' || goldenDevice === 'cpu'
+    const runs: LoadOptions[] = [{ dtype: 'float32' }]
+    if (json.dtype_on_disk === 'bfloat16') runs.push({ dtype: 'bfloat16' })
+    if (runs.length > 1 && goldenDevice === 'cpu') runs.push({ dtype: 'bfloat16', activations: 'bfloat16' })
+    for (const run of runs) {
+      using model = await Llama.load(golden.dir, { device: goldenDevice, ...run })
+      const dtype = Object.values(run).join(', activations ')
+      const exact = dtype === 'float32' || (goldenDevice === 'cpu' && !run.activations)
       const allowed = exact ? FLOAT32 : BFLOAT16
       const ids = await golden.ints('input_ids')
       const [rows, time] = ids.dims as [number, number]
@@ -373,4 +379,26 @@ t.test('a model outlives its folder', async (t) => {
   await model.save(join(place, 'saved'))
   t.match(model.warnings, [/is gone: the model is saved without its tokenizer/])
   ;(await Llama.load(join(place, 'saved'), { device: 'cpu' })).dispose()
+})
+
+t.test('activations in bfloat16 on the CPU: for bfloat16 weights, and not for training', async (t) => {
+  await t.rejects(load({ activations: 'bfloat16' }), {
+    name: 'RangeError',
+    message: 'activations is "bfloat16", but weights are float32, for which they are too coarse: leave the option out',
+  })
+  await t.rejects(load({ activations: 'half' }), { message: /activations is "half", but must be "float32" or "bfloat16"/ })
+  await t.rejects(load({ activations: 'float32', device: 'dry:cuda' }), { message: /a GPU keeps them as weights/ })
+  using exact = await load({ dtype: 'bfloat16', activations: 'float32' })
+  using coarse = await load({ dtype: 'bfloat16', activations: 'bfloat16' })
+  const tokens = [random(300, 400)]
+  const [want, got] = [await exact.loss(tokens), await coarse.loss(tokens)]
+  t.not(got, want)
+  t.ok(Math.abs(got - want) < 1e-2, `${got} against ${want}`)
+  t.throws(() => new Trainer(coarse, {}), { message: /load it without the option/ })
+  const options = { prompt: tokens[0]!.slice(0, 20), maxTokens: 4, stopIds: [] }
+  for (const model of [exact, coarse]) {
+    const written: number[] = []
+    for await (const { id } of model.generate(options)) written.push(id)
+    t.equal(written.length, 4)
+  }
 })
