@@ -71,20 +71,21 @@ export const targetOf = ({ device }: Setting, threads: number): Target => ({ dev
 
 /**
  * What the machine can do: a large matrix product, or a plain copy. On the CPU our own product and the C library's copy,
- * at the same number of threads; on a GPU cuBLASLt's and PyTorch's where they are there, else our own.
+ * at the same number of threads and in `dtype`; on a GPU in bf16 cuBLASLt's and PyTorch's where they are there, else our own.
  */
 export async function rooflineSide(
   kind: 'matmul' | 'copy',
   setting: Setting,
   threads: number,
   peers: AskPeers,
+  dtype: 'f32' | 'bf16' = 'f32',
 ): Promise<Side> {
   const { quick, gpu } = setting
   const target = targetOf(setting, threads)
   if (!gpu) {
     if (kind === 'copy') return copySide(outOfCache(setting) / 2, quick ? 1 : 2, threads)
     const size = quick ? 512 : 2048
-    const side = await kernelSide(matmul('nn', size, size, size), 2 * size ** 3, target, { count: 1 })
+    const side = await kernelSide(matmul('nn', size, size, size, dtype), 2 * size ** 3, target, { count: 1 })
     return { ...side, name: kind }
   }
   const size = kind === 'copy' ? (quick ? 1 << 12 : 256 << 20) : quick ? 64 : 8192

@@ -235,18 +235,23 @@ function generateCases(setting: Setting): Case[] {
 /** Sliding windows as in the paper: the last 256 tokens of a window are scored, the window has positions from 0. */
 function evalCases(setting: Setting): Case[] {
   const models = setting.quick
-    ? [{ model: '1M', config: LLAMA_1M, window: 256, stride: 64 }]
+    ? [{ model: '1M', config: LLAMA_1M, window: 256, stride: 64, dtype: 'f32' as const }]
     : [
-        { model: '25M', config: LLAMA_25M, window: 2048, stride: 256 },
-        { model: '1M', config: LLAMA_1M, window: 1024, stride: 256 },
+        { model: '25M', config: LLAMA_25M, window: 2048, stride: 256, dtype: 'f32' as const },
+        { model: '25M', config: LLAMA_25M, window: 2048, stride: 256, dtype: 'bf16' as const },
+        { model: '1M', config: LLAMA_1M, window: 1024, stride: 256, dtype: 'f32' as const },
       ]
-  const of = ({ model, config, window, stride }: (typeof models)[number], threads: number): Case => ({
-    ...{ stem: 'eval', name: `${model}, window ${window}, stride ${stride}`, threads, unit: 'GFLOP/s' },
-    ...{ roofline: 'matmul', heavy: true, bar: { side: 'transformers', least: 2 } },
+  const of = ({ model, config, window, stride, dtype }: (typeof models)[number], threads: number): Case => ({
+    ...{
+      stem: 'eval',
+      name: `${model}${dtype === 'bf16' ? ' in bf16' : ''}, window ${window}, stride ${stride}`,
+      threads,
+    },
+    ...{ unit: 'GFLOP/s', roofline: 'matmul', heavy: true, bar: { side: 'transformers', least: 2 } },
     sides: async (peers) => {
-      const ours = await evalSide(config, window, stride, targetOf(setting, threads))
-      const theirs = await peers.sides({ op: 'eval', window, stride, config }, ours.work, 1, threads)
-      return [ours, ...theirs, await rooflineSide('matmul', setting, threads, peers)]
+      const ours = await evalSide(config, window, stride, targetOf(setting, threads), dtype)
+      const theirs = await peers.sides({ op: 'eval', window, stride, config, dtype }, ours.work, 1, threads)
+      return [ours, ...theirs, await rooflineSide('matmul', setting, threads, peers, dtype)]
     },
   })
   return models.flatMap((model) => setting.threads.map((threads) => of(model, threads)))

@@ -9,10 +9,20 @@ import type { Target } from './kernels.js'
 import type { Side } from './measure.js'
 import type { ModelConfig } from './models.js'
 
-/** Scoring the last `stride` tokens of a window of `window`. The work is that of a pass which scores all of them. */
-export async function evalSide(raw: ModelConfig, window: number, stride: number, target: Target): Promise<Side> {
-  const { device, threads } = target
-  const where = device === 'cpu' ? { device, threads } : { device, dtype: 'bfloat16' as const }
+/**
+ * Scoring the last `stride` tokens of a window of `window`. The work is that of a pass which scores all of them. With
+ * `dtype` bf16 activations are so, too, as those of transformers are.
+ */
+export async function evalSide(
+  raw: ModelConfig,
+  window: number,
+  stride: number,
+  { device, threads }: Target,
+  dtype: 'f32' | 'bf16' = 'f32',
+): Promise<Side> {
+  const half = 'bfloat16' as const
+  const onCpu = { device, threads, ...(dtype === 'bf16' && { dtype: half, activations: half }) }
+  const where = device === 'cpu' ? onCpu : { device, dtype: half }
   const model = await Llama.create(raw, { ...where, seed: 1 })
   const work = evalFlops(raw, window)
   const [row] = randomTokens(1, window, raw.vocab_size)

@@ -76,7 +76,9 @@ export function checkLoadOptions(path: string, options: LoadOptions): void {
 export function openFor(dtype: 'float32' | 'bfloat16', { device: name, threads, activations }: LoadOptions): Device {
   const device = Device.open(name, { ...(threads !== undefined && { threads }), ...(activations && { activations }) })
   if (!activations || (activations === 'float32' ? !device.gpu : dtype === 'bfloat16')) return device
-  const why = device.gpu ? `a GPU keeps them as weights (${dtype})` : 'weights are float32, for which they are too coarse'
+  const why = device.gpu
+    ? `a GPU keeps them as weights (${dtype})`
+    : 'weights are float32, for which they are too coarse'
   device.dispose()
   throw new RangeError(`activations is "${activations}", but ${why}: leave the option out`)
 }

@@ -386,7 +386,9 @@ t.test('activations in bfloat16 on the CPU: for bfloat16 weights, and not for tr
     name: 'RangeError',
     message: 'activations is "bfloat16", but weights are float32, for which they are too coarse: leave the option out',
   })
-  await t.rejects(load({ activations: 'half' }), { message: /activations is "half", but must be "float32" or "bfloat16"/ })
+  await t.rejects(load({ activations: 'half' }), {
+    message: /activations is "half", but must be "float32" or "bfloat16"/,
+  })
   await t.rejects(load({ activations: 'float32', device: 'dry:cuda' }), { message: /a GPU keeps them as weights/ })
   using exact = await load({ dtype: 'bfloat16', activations: 'float32' })
   using coarse = await load({ dtype: 'bfloat16', activations: 'bfloat16' })
