@@ -87,8 +87,8 @@ export const useOptions = {
     kind: 'text',
     value: 'type',
     choices: ['float32', 'bfloat16'],
-    help: 'beside bfloat16 weights on a CPU; bfloat16 is faster with AMX',
-    default: 'float32, on a GPU as weights',
+    help: 'on a CPU; bfloat16 is faster with AMX',
+    default: 'float32',
   },
 } as const satisfies OptionTable
 
