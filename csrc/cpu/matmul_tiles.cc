@@ -15,7 +15,7 @@ namespace rw::cpu::RW_ISA {
 namespace {
 
 constexpr int64_t MC = 256;
-constexpr int64_t depth_in_l2(int pieces) { return 1536 / pieces; }           // KC
+constexpr int64_t depth_in_l2(int pieces) { return 1536 / pieces; }  // KC
 constexpr int64_t depth_in_l1(int pieces) { return pieces == 1 ? 256 : 512; }
 constexpr int64_t KP = 512;                 // k of a packing task
 constexpr int64_t PACKED_BYTES = 16 << 20;  // of b, or 8 panels where k is huge

@@ -146,9 +146,8 @@ inline vf max(vf a, vf b) { return a > b ? a : b; }
 // e^x to within 1.5 units in the last place: x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial of degree 7 for e^r, and
 // n added to the exponent. Below -87.3 the result is 0 (never a denormal), above 88.7 it is infinite, NaN stays NaN.
 inline vf exp(vf x) {
-  vf n = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: rounds to nearest in the low bits
-  vi exponent = (vi)n - 0x4b400000;
-  n = n - 12582912.0f;
+  vf shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: rounds to nearest in the low bits
+  vf n = shifted - 12582912.0f;
   vf r = x - n * 0.693359375f;
   r = r + n * 2.12194440e-4f;
   vf p = splat(1.0f / 5040);
@@ -159,9 +158,13 @@ inline vf exp(vf x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  vf result = (vf)_mm512_maskz_scalef_ps(0xffff, (__m512)p, (__m512)n);
+#else
   // 2^n in two factors, so that results up to the largest float are reached
-  vi half = exponent >> 1;
+  vi exponent = (vi)shifted - 0x4b400000, half = exponent >> 1;
   vf result = p * (vf)((half + 127) << 23) * (vf)((exponent - half + 127) << 23);
+#endif
   result = x < -87.33654f ? vf{} : result;
   result = x > 88.72283f ? splat(__builtin_inff()) : result;
   return x != x ? x : result;
