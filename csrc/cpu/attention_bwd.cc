@@ -21,8 +21,10 @@
 // broadcasts), but for dq += ds k, where D does. A strip of 3 vectors of keys by 64 queries keeps p and ds in the L1
 // cache. Entries masked within a strip are selected, never multiplied by zero (multiply_selected).
 //
+// With AMX blocks are larger (attention_bwd_tiles.h); the chunks are the same.
+//
 // Papers: FlashAttention-2 2307.08691, RoFormer 2104.09864; for fixed orders without atomics DASH 2601.21824.
-#include "attention.h"
+#include "attention_bwd_tiles.h"
 
 namespace rw::cpu::RW_ISA {
 
@@ -50,6 +52,15 @@ struct Tiles {
 static size_t tiles_size(int64_t D) {
   int64_t Dp = round_up(D, VL);
   return 4 * D * key_block + key_block * Dp + query_rows * (2 * D + Dp + 2 * key_block + 3);
+}
+
+// Bytes of scratch of a task.
+template <typename F>
+static size_t task_size([[maybe_unused]] Context& context, const attention_bwd_args& a) {
+#ifdef RW_HAS_TILES
+  if (context.has_tiles()) return BackwardTiles<F>::scratch(a);
+#endif
+  return sizeof(float) * tiles_size(a.q.dims[3]);
 }
 
 static Tiles split_tiles(float* scratch, int64_t D) {
@@ -183,8 +194,8 @@ static void block_backward(const attention_bwd_args& a, const Tiles& tile, int64
 
 // The queries of chunk `q_chunk` against the keys of chunk `k_chunk` for one kv head and its query heads.
 template <typename F>
-static void chunk_backward(const attention_bwd_args& a, const Tiles& tile, const Sums& sums, int64_t b, int64_t head,
-                           int64_t chunk, int64_t q_chunk, int64_t k_chunk) {
+static void chunk_backward([[maybe_unused]] Context& context, const attention_bwd_args& a, float* scratch,
+                           const Sums& sums, int64_t b, int64_t head, int64_t chunk, int64_t q_chunk, int64_t k_chunk) {
   int64_t T = a.q.dims[1], H = a.q.dims[2], D = a.q.dims[3], K = a.k.dims[2], G = H / K, Dp = round_up(D, VL);
   int64_t q_begin = q_chunk * chunk, q_end = min_of(q_begin + chunk, T);
   int64_t k_begin = k_chunk * chunk, k_end = min_of(k_begin + chunk, T);
@@ -192,6 +203,11 @@ static void chunk_backward(const attention_bwd_args& a, const Tiles& tile, const
   const F *kr = a.kr.as<F>() + (b * rotated + head % rotated) * T * D, *v = a.v.as<F>() + (b * T * K + head) * D;
   if (q_chunk == k_chunk)
     for (int64_t t = q_begin; t < q_end; t++) memset(sums.dq + t * sums.q_stride, 0, sizeof(float) * G * D);
+#ifdef RW_HAS_TILES
+  if (context.has_tiles())
+    return BackwardTiles<F>{a}.run(scratch, sums, b, head, q_begin, q_end, k_begin, k_end, q_chunk == k_chunk);
+#endif
+  const Tiles tile = split_tiles(scratch, D);
   for (int64_t n0 = k_begin; n0 < k_end; n0 += key_block) {
     int64_t keys = min_of(key_block, k_end - n0);
     transpose(tile.kt, key_block, kr + n0 * D, D, keys, D);
@@ -255,7 +271,7 @@ static void backward(Context& context, const attention_bwd_args& a, int64_t firs
   int64_t wanted = max_of(1, 64 / (B * K));
   int64_t chunk = max_of(2 * key_block, round_up((T + wanted - 1) / wanted, key_block));
   int64_t chunks = round_up(T, chunk) / chunk;
-  size_t tiles_bytes = sizeof(float) * tiles_size(D), sum_size = T * (G + 2) * D;
+  size_t tiles_bytes = task_size<F>(context, a), sum_size = T * (G + 2) * D;
   int64_t all = B * kv_heads;
   int64_t wave = in_place ? all : min_of(all, max_of(1, (int64_t{64} << 20) / static_cast<int64_t>(4 * sum_size)));
   char* shared = static_cast<char*>(context.scratch(0, tiles_bytes + (in_place ? 0 : wave * sum_size * sizeof(float))));
@@ -276,7 +292,7 @@ static void backward(Context& context, const attention_bwd_args& a, int64_t firs
           sums = {own, own + T * G * D, own + T * (G + 1) * D, G * D, D};
         }
         void* scratch = thread ? context.scratch(thread, tiles_bytes) : shared;
-        chunk_backward<F>(a, split_tiles(static_cast<float*>(scratch), D), sums, b, head, chunk, q_chunk, k_chunk);
+        chunk_backward<F>(context, a, static_cast<float*>(scratch), sums, b, head, chunk, q_chunk, k_chunk);
         if (k_chunk == 0)
           unrotate_rows(a, dq, H * D, sums.dq, sums.q_stride, b, q_chunk * chunk, min_of((q_chunk + 1) * chunk, T), G);
         if (q_chunk == chunks - 1) {

@@ -46,14 +46,14 @@ struct TileAttention {
 
   static size_t scratch(const Attend<F>& a) {
     TileAttention x{a};
-    return sizeof(float) * static_cast<size_t>(x.lay_out(nullptr) - static_cast<float*>(nullptr));
+    return x.lay_out(0);
   }
 
-  // Returns the end.
-  float* lay_out(float* at) {
+  // Takes the parts of scratch memory from an address on; returns the end.
+  uintptr_t lay_out(uintptr_t at) {
     const auto take = [&](int64_t floats) {
-      float* part = at;
-      at += round_up(floats, 16);
+      float* part = reinterpret_cast<float*>(at);
+      at += static_cast<uintptr_t>(round_up(floats, 16)) * sizeof(float);
       return part;
     };
     memory = take(a.group * strips * strip_floats());
@@ -89,24 +89,18 @@ struct TileAttention {
     for (int64_t i = 0; i < PANEL; i++) x.m[i] = lowest;
   }
 
-  // Keys n0 .. n1 and their values; returns whether all values are finite. Those that are not go to odd_values, for a
-  // weight of zero would not hide them from the unit, and their infinities would not survive its pieces.
+  // Keys n0 .. n1 and their values; returns whether some of those are odd and in odd_values.
   bool load_tile(int64_t n0, int64_t n1) const {
     pack_panels<of_keys, false>(a.k + n0 * a.k_stride, a.k_stride, 1, n1 - n0, D, k, k_panel);
     const F* from = a.v + n0 * a.v_stride;
-    const bool finite = !load_rows(values, D, from, a.v_stride, n1 - n0, D);
-    if (finite) {
+    if (!any_odd(from, a.v_stride, n1 - n0, D)) {
       pack_panels<of_keys, false>(from, 1, a.v_stride, D, n1 - n0, v, v_panel);
-    } else {
-      for (int64_t i = 0; i < (n1 - n0) * D; i++) {
-        const bool odd = values[i] - values[i] != 0;
-        odd_values[i] = odd ? values[i] : 0;
-        values[i] = odd ? 0 : values[i];
-      }
-      pack_panels<of_keys, false>(values, 1, D, D, n1 - n0, v, v_panel);
+      return false;
     }
-    // whole steps, whose weights are zeros where there are no keys
-    return finite;
+    load_rows(values, D, from, a.v_stride, n1 - n0, D);
+    take_odd(values, odd_values, (n1 - n0) * D);
+    pack_panels<of_keys, false>(values, 1, D, D, n1 - n0, v, v_panel);
+    return true;
   }
 
   // 2^x for |x| <= 126; below that 2^-126, NaN stays NaN. As exp2, with two instructions that only AVX-512 has, and for
@@ -283,7 +277,7 @@ struct TileAttention {
   }
 
   void run(float* scratch) {
-    lay_out(scratch);
+    lay_out(reinterpret_cast<uintptr_t>(scratch));
     take_tiles();
     StripBounds range[tiles_strips], all = {INT64_MAX, 0, INT64_MAX, -1};
     for (int64_t s = 0; s < strips; s++) {
@@ -307,7 +301,7 @@ struct TileAttention {
       for (int64_t s = 0; s < strips; s++)
         if (range[s].first_min < n1 && range[s].last_max >= n0) visible[count++] = s;
       if (count == 0) continue;
-      const bool v_finite = load_tile(n0, n1);
+      const bool odd = load_tile(n0, n1);
       const auto item_at = [&](int64_t i) -> Item {
         const int64_t s = visible[i / a.group], turn = i % 2;
         const StripBounds& own = range[s];
@@ -317,7 +311,7 @@ struct TileAttention {
         return {strip_of(i % a.group, s),
                 low,
                 high,
-                sees_all && v_finite ? nullptr : bounds + 2 * s * PANEL,
+                sees_all && !odd ? nullptr : bounds + 2 * s * PANEL,
                 p + turn * key_tile * PANEL,
                 weights + turn * key_tile / STEP * of_weights * PIECE};
       };
@@ -332,7 +326,7 @@ struct TileAttention {
           weigh<true>(item, n0, queue);
         else
           weigh<false>(item, n0, queue);
-        if (!v_finite) add_odd_values(item, n1 - n0);
+        if (odd) add_odd_values(item, n1 - n0);
       }
       add_output(queue, before);
       finish(queue);

@@ -96,10 +96,12 @@ void tile_product(int64_t steps, const uint16_t* a, const uint16_t* b, const flo
       multiply_pieces();
       load_columns_of_b(b + PIECE);
       multiply_pieces();
-    } else if constexpr (PA == 3) {
+    } else if constexpr (PA > 1) {
       load_columns_of_b(b);
-      load_rows_of_a(a + 2 * PIECE);
-      multiply_pieces();
+      if constexpr (PA == 3) {
+        load_rows_of_a(a + 2 * PIECE);
+        multiply_pieces();
+      }
       load_rows_of_a(a + PIECE);
       multiply_pieces();
       load_rows_of_a(a);
@@ -146,6 +148,42 @@ inline vu take_piece(vf& x) {
   const vu piece = ((vu)x + 0x8000u) & 0xffff0000u;
   x -= (vf)piece;
   return piece;
+}
+
+// Infinities, NaN, and what rounds to an infinity in bf16 or, in f32, would leave one as its first piece. A weight of
+// zero does not hide them from the unit: where weights mask, they are packed as zeros (take_odd) and added by hand.
+constexpr uint32_t kOdd = 0x7f7f8000u;
+
+template <typename T>
+bool any_odd(const T* from, int64_t ld, int64_t rows, int64_t columns) {
+  vu largest = {};
+  uint32_t rest = 0;
+  for (int64_t r = 0; r < rows; r++) {
+    int64_t c = 0;
+    for (; c + VL <= columns; c += VL) {
+      const vu size = (vu)load(from + r * ld + c) & 0x7fffffffu;
+      largest = size > largest ? size : largest;
+    }
+    for (; c < columns; c++) {
+      const float x = to_float(from[r * ld + c]);
+      uint32_t bits;
+      memcpy(&bits, &x, sizeof(bits));
+      rest = (bits & 0x7fffffffu) > rest ? bits & 0x7fffffffu : rest;
+    }
+  }
+  for (int64_t lane = 0; lane < VL; lane++) rest = largest[lane] > rest ? largest[lane] : rest;
+  return rest >= kOdd;
+}
+
+// Moves what is odd from `values` to `odd`, and leaves zeros in either place.
+inline void take_odd(float* values, float* odd, int64_t count) {
+  for (int64_t i = 0; i < count; i++) {
+    uint32_t bits;
+    memcpy(&bits, values + i, sizeof(bits));
+    const bool is_odd = (bits & 0x7fffffffu) >= kOdd;
+    odd[i] = is_odd ? values[i] : 0;
+    values[i] = is_odd ? 0 : values[i];
+  }
 }
 
 // Up to 16 lines and 32 of k as a tile of each piece; what is missing is 0. `along`: a line's elements follow each

@@ -413,11 +413,11 @@ void check_isolation(const std::string& what, const Isa& isa, TestContext& conte
     for (end[b] = begin[b]; end[b] < s.T && in.first.index(b * s.T + end[b]) == begin[b];) end[b]++;
   }
   auto inside = [&](int64_t b, int64_t t) { return t >= begin[b] && t < end[b]; };
-  const float odd[] = {NAN, INFINITY, -INFINITY, 3e38f, 0};
+  const float odd[] = {NAN, INFINITY, -INFINITY, 3e38f, 3.398e38f, 0};
   auto spoil = [&](Buffer& to, const Buffer& from, int64_t heads) {
     for (int64_t i = 0; i < from.size(); i++) {
       int64_t row = i / (heads * s.D);
-      to.set(i, inside(row / s.T, row % s.T) ? from.get(i) : odd[random_int(5)]);
+      to.set(i, inside(row / s.T, row % s.T) ? from.get(i) : odd[random_int(6)]);
     }
   };
   spoil(spoilt.q, in.q, s.H);
