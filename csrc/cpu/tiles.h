@@ -26,9 +26,6 @@ constexpr int64_t PANEL = 2 * TILE;
 constexpr int64_t STEP = 32;
 constexpr int64_t TILE_SIZE = TILE * STEP;  // in elements
 constexpr int64_t PIECE = 2 * TILE_SIZE;    // of a step: both tiles
-constexpr int64_t MOST_PIECES = 3;
-
-constexpr int pieces_of(DType dtype) { return dtype == DType::f32 ? 3 : 1; }
 
 namespace {
 
