@@ -317,6 +317,21 @@ static inline void attend_tile(const float* k, const float* v, bool v_finite, in
   }
 }
 
+// What strip `s` of `width` queries sees; `bounds` gets the first and then the last key of each lane.
+template <typename F>
+static StripBounds bounds_of(const Attend<F>& a, int64_t s, int64_t width, int32_t* bounds) {
+  StripBounds own = {INT64_MAX, 0, INT64_MAX, -1};
+  for (int64_t i = 0; i < width; i++) {  // the lanes after the last token repeat it
+    int64_t t = min_of(s * width + i, a.tokens - 1);
+    int64_t first = a.first[t], last = a.last ? a.last[t] : a.t0 + t;
+    bounds[i] = static_cast<int32_t>(first);
+    bounds[width + i] = static_cast<int32_t>(last);
+    own = {min_of(own.first_min, first), max_of(own.first_max, first), min_of(own.last_min, last),
+           max_of(own.last_max, last)};
+  }
+  return own;
+}
+
 template <typename F>
 static void attend(const Attend<F>& a, float* scratch) {
   int64_t D = a.head_dim, strips = round_up(a.tokens, strip) / strip, per_head = (2 * D + 2) * strip;
@@ -332,16 +347,7 @@ static void attend(const Attend<F>& a, float* scratch) {
 
   StripBounds range[max_strips], all = {INT64_MAX, 0, INT64_MAX, -1};
   for (int64_t s = 0; s < strips; s++) {
-    StripBounds& own = range[s];
-    own = {INT64_MAX, 0, INT64_MAX, -1};
-    for (int64_t i = 0; i < strip; i++) {  // the lanes after the last token repeat it
-      int64_t t = min_of(s * strip + i, a.tokens - 1);
-      int64_t first = a.first[t], last = a.last ? a.last[t] : a.t0 + t;
-      bounds[2 * s * strip + i] = static_cast<int32_t>(first);
-      bounds[(2 * s + 1) * strip + i] = static_cast<int32_t>(last);
-      own = {min_of(own.first_min, first), max_of(own.first_max, first), min_of(own.last_min, last),
-             max_of(own.last_max, last)};
-    }
+    const StripBounds& own = range[s] = bounds_of(a, s, strip, bounds + 2 * s * strip);
     all.first_min = min_of(all.first_min, own.first_min);
     all.last_max = max_of(all.last_max, own.last_max);
     int64_t live = min_of(strip, a.tokens - s * strip);

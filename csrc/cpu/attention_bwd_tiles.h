@@ -140,20 +140,6 @@ struct BackwardTiles {
     }
   }
 
-  // to[n][d] += weight[r][n] odd[r][d] or, `across`, to[r][d] += weight[r][n] odd[n][d]: what the unit left out.
-  static void add_odd(bool transposed, const float* weight, const float* odd, int64_t low, int64_t high, int64_t count,
-                      int64_t D, float* to, int64_t ld) {
-    for (int64_t r = low; r < high; r++)
-      for (int64_t n = 0; n < count; n++) {
-        const float w = weight[r * PANEL + n];
-        if (w == 0) continue;
-        for (int64_t d = 0; d < D; d++) {
-          const float x = odd[(transposed ? r : n) * D + d];
-          if (x != 0) to[transposed ? d * ld + n : r * ld + d] += w * x;
-        }
-      }
-  }
-
   // Queries t0 .. t0 + rows of head h against the keys n0 .. n0 + keys that are packed.
   void block(int64_t b, int64_t h, int64_t n0, int64_t keys, bool k_odd, int64_t t0, int64_t rows, float* dq_sum,
              int64_t dq_stride) const {
@@ -205,10 +191,18 @@ struct BackwardTiles {
                                          keys_most);
       }
       if (!keep) continue;
+      // what the unit left out
       const int64_t live = min_of(PANEL, keys - c * PANEL), last = min_of(high, rows);
-      if (dout_odd) add_odd(true, p, odd_dout, low, last, live, D, dvt + c * PANEL, keys_most);
-      if (q_odd) add_odd(true, ds, odd_q, low, last, live, D, dkt + c * PANEL, keys_most);
-      if (k_odd) add_odd(false, ds, odd_k + c * PANEL * D, low, last, live, D, dq_sum, dq_stride);
+      const float *p_low = p + low * PANEL, *ds_low = ds + low * PANEL;
+      if (dout_odd)
+        multiply_selected<true, false>(odd_dout + low * D, D, p_low, PANEL, last - low, dvt + c * PANEL, keys_most, D,
+                                       live);
+      if (q_odd)
+        multiply_selected<true, false>(odd_q + low * D, D, ds_low, PANEL, last - low, dkt + c * PANEL, keys_most, D,
+                                       live);
+      if (k_odd)
+        multiply_selected<false, true>(ds_low, PANEL, odd_k + c * PANEL * D, D, live, dq_sum + low * dq_stride,
+                                       dq_stride, last - low, D);
     }
     for (int64_t r = 0; r < rows; r += PANEL) {
       if (strips[r / PANEL] == 0) continue;

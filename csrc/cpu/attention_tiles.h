@@ -250,17 +250,6 @@ struct TileAttention {
     finish(queue);
   }
 
-  // What the unit left out, from the weights in p.
-  void add_odd_values(const Item& item, int64_t keys) const {
-    for (int64_t n = item.low; n < min_of(item.high, keys); n++)
-      for (int64_t d = 0; d < D; d++) {
-        const float value = odd_values[n * D + d];
-        if (value == 0) continue;
-        for (int64_t i = 0; i < PANEL; i++)
-          if (item.p[n * PANEL + i] != 0) item.x.ot[d * PANEL + i] += item.p[n * PANEL + i] * value;
-      }
-  }
-
   void finish(int64_t head, int64_t s) const {
     const Strip x = strip_of(head, s);
     for (int64_t j = 0; j < PANEL; j += VL) {
@@ -281,16 +270,7 @@ struct TileAttention {
     take_tiles();
     StripBounds range[tiles_strips], all = {INT64_MAX, 0, INT64_MAX, -1};
     for (int64_t s = 0; s < strips; s++) {
-      StripBounds& own = range[s];
-      own = {INT64_MAX, 0, INT64_MAX, -1};
-      for (int64_t i = 0; i < PANEL; i++) {  // the lanes after the last token repeat it
-        const int64_t t = min_of(s * PANEL + i, a.tokens - 1);
-        const int64_t first = a.first[t], last = a.last ? a.last[t] : a.t0 + t;
-        bounds[2 * s * PANEL + i] = static_cast<int32_t>(first);
-        bounds[(2 * s + 1) * PANEL + i] = static_cast<int32_t>(last);
-        own = {min_of(own.first_min, first), max_of(own.first_max, first), min_of(own.last_min, last),
-               max_of(own.last_max, last)};
-      }
+      const StripBounds& own = range[s] = bounds_of(a, s, PANEL, bounds + 2 * s * PANEL);
       all.first_min = min_of(all.first_min, own.first_min);
       all.last_max = max_of(all.last_max, own.last_max);
       for (int64_t head = 0; head < a.group; head++) prepare(head, s);
@@ -326,7 +306,9 @@ struct TileAttention {
           weigh<true>(item, n0, queue);
         else
           weigh<false>(item, n0, queue);
-        if (odd) add_odd_values(item, n1 - n0);
+        if (odd)  // what the unit left out
+          multiply_selected<true, false>(odd_values + item.low * D, D, item.p + item.low * PANEL, PANEL,
+                                         min_of(item.high, n1 - n0) - item.low, item.x.ot, PANEL, D, PANEL);
       }
       add_output(queue, before);
       finish(queue);
